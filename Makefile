@@ -1,0 +1,65 @@
+PYTHON ?= python3
+JOBS ?= 2
+
+VENV := .venv
+RUN := $(VENV)/bin
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# One thread a worker: torch's own threads would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all test-matrix lint venv clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: venv  ## quantize a small Vim and show what it costs in accuracy
+	$(RUN)/python demo/run.py
+
+test: lint  ## lint, then the tests that take seconds (JOBS=2 workers)
+	$(PYTEST)
+
+test-all: lint  ## lint, then every test that needs no GPU
+	$(PYTEST) -m "not gpu"
+
+lint: venv  ## ruff, mypy and the import rules
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports --no-logo
+
+test-matrix: .venv-torch2.11/.installed .venv-latest/.installed  ## the tests on the oldest and the newest torch
+	$(MAKE) tests-only VENV=.venv-torch2.11
+	$(MAKE) tests-only VENV=.venv-latest
+
+.PHONY: tests-only
+tests-only:
+	$(RUN)/python -c "import torch; print('torch', torch.__version__)"
+	$(PYTEST)
+
+venv: $(VENV)/.installed  ## .venv with the package and its development tools
+
+# $(1) directory, $(2) arguments of pip beyond the package itself
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "ptq4vm needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "installing into $(1) (torch is large, this takes minutes)"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP_INSTALL) $(2) -e '.[dev]'
+	@touch $(1)/.installed
+endef
+
+.venv/.installed: pyproject.toml
+	$(call install,.venv)
+
+.venv-torch2.11/.installed: pyproject.toml
+	$(call install,.venv-torch2.11,torch==2.11.0)
+
+.venv-latest/.installed: pyproject.toml
+	$(call install,.venv-latest,--upgrade --upgrade-strategy eager)
+
+clean:  ## remove the environments, caches and built files
+	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

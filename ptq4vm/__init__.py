@@ -1,0 +1,56 @@
+"""Post-training quantization of Visual Mamba: prepare, calibrate, convert.
+
+    prepared = ptq4vm.prepare(model, example_inputs=(images,), config=ptq4vm.QuantConfig.w4a4())
+    ptq4vm.calibrate(prepared, loader)
+    quantized = ptq4vm.convert(prepared)
+
+Importing loads nothing but this file; each name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ptq4vm.api import calibrate, convert, prepare, quantize
+    from ptq4vm.checkpoint import load, save
+    from ptq4vm.config import Granularity, Learning, QuantConfig
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "prepare": "api",
+    "calibrate": "api",
+    "convert": "api",
+    "quantize": "api",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "QuantConfig": "config",
+    "Learning": "config",
+    "Granularity": "config",
+}
+
+__all__ = [
+    "Granularity",
+    "Learning",
+    "QuantConfig",
+    "calibrate",
+    "convert",
+    "load",
+    "prepare",
+    "quantize",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptq4vm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ptq4vm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

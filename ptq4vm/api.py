@@ -1,0 +1,81 @@
+"""The verbs: prepare, calibrate, convert, and quantize, which is all three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4vm.config import QuantConfig
+from ptq4vm.passes.calibrate import calibrate_blocks, gather
+from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_graph
+from ptq4vm.quantizer import quantized_linears
+from ptq4vm.record import record_of, update_record
+
+
+def prepare(
+    model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None
+) -> GraphModule:
+    """Captures a model and puts smoothing and fake-quantizers around its linears.
+
+    The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is
+    copied; until it is calibrated the result computes what the model does. The default config is `w8a8()`. Raises
+    `ptq4vm.graph.CaptureError` where torch.export cannot follow the model.
+    """
+    if isinstance(example_inputs, Tensor):
+        raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")
+    return prepared_graph(model, tuple(example_inputs), config or QuantConfig.w8a8())
+
+
+def calibrate(
+    prepared: GraphModule,
+    loader: Iterable[Any],
+    *,
+    resume_dir: str | Path | None = None,
+    progress: bool = True,
+) -> GraphModule:
+    """Finds smoothing vectors, scales and zero points, block by block; then `prepared` simulates the quantized model.
+
+    `loader` yields batches of inputs, or (input, target) pairs; it is read once. With `resume_dir` every finished
+    block is kept there: an interrupted run continues and ends with the same bytes. Returns `prepared`, changed in
+    place. Raises ValueError for an empty loader and for values that are not finite, naming the layer.
+    """
+    record = record_of(prepared)
+    linears = quantized_linears(prepared, [linear.name for linear in record.linears])
+    images = gather(loader, [node.name for node in prepared.graph.find_nodes(op="placeholder")])
+    update_record(prepared, calibrated=False, blocks=())
+    folder = Path(resume_dir) if resume_dir is not None else None
+    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
+    return update_record(prepared, calibrated=True, blocks=tuple(blocks))
+
+
+def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
+    """A graph of integer linears; with `lower=False` one of float linears between quantize and dequantize nodes.
+
+    `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
+    """
+    if not record_of(prepared).calibrated:
+        raise RuntimeError(
+            "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
+        )
+    return converted_graph(prepared, LOWERED if lower else BEFORE_LOWERING)
+
+
+def quantize(
+    model: nn.Module,
+    loader: Iterable[Any],
+    config: QuantConfig | None = None,
+    *,
+    resume_dir: str | Path | None = None,
+    progress: bool = True,
+) -> GraphModule:
+    """prepare, calibrate and convert in one call, for a model of one input; the first batch is the example."""
+    batches = list(loader)
+    if not batches:
+        raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
+    first = batches[0][0] if isinstance(batches[0], (tuple, list)) else batches[0]
+    prepared = prepare(model, (first,), config)
+    return convert(calibrate(prepared, batches, resume_dir=resume_dir, progress=progress))

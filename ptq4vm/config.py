@@ -1,0 +1,178 @@
+"""What the user asks for: frozen, validated, and the same after a round trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+class Scheme(enum.StrEnum):
+    """Whether a zero point shifts the codes."""
+
+    SYMMETRIC = "symmetric"
+    AFFINE = "affine"
+
+
+class Granularity(enum.StrEnum):
+    """How many scales one activation tensor has, and when they are found."""
+
+    PER_TENSOR = "per_tensor"
+    """One static scale for the tensor."""
+    PER_TOKEN_DYNAMIC = "per_token_dynamic"
+    """One scale per image and token, found at run time from that token's minimum and maximum."""
+    PER_TOKEN = "per_token"
+    """One static scale per token position (PTQ4VM section 4.1, "PTS"); binds the model to one token count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """How one tensor becomes integers."""
+
+    bits: int
+    scheme: Scheme
+
+    def __post_init__(self) -> None:
+        _check_bits("bits", self.bits)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The lowest and the highest code; codes are signed everywhere."""
+        half = 2 ** (self.bits - 1)
+        return (1 - half if self.scheme is Scheme.SYMMETRIC else -half), half - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3).
+
+    Scales are learned as logarithms, so they stay positive, and a rate is a relative change: with Adam,
+    `scale_rate=1e-2` moves a step size by at most about 1 % a step. The rates decay to zero along a cosine.
+    """
+
+    epochs: int
+    scale_rate: float = 1e-2
+    """Step size (relative, per optimizer step) of the activation and weight scales."""
+    smooth_rate: float = 1e-2
+    """Step size (relative, per optimizer step) of the smoothing scales."""
+    batch_size: int = 32
+    """Images in one optimizer step."""
+
+    def __post_init__(self) -> None:
+        _check("learning.epochs", self.epochs, int, self.epochs >= 1, "at least 1; for no learning use learning=None")
+        _check("learning.batch_size", self.batch_size, int, self.batch_size >= 1, "at least 1")
+        for name in ("scale_rate", "smooth_rate"):
+            rate = getattr(self, name)
+            _check(f"learning.{name}", rate, (int, float), 0 <= rate < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantConfig:
+    """One recipe: `prepare` reads the granularity and the bits, `calibrate` the rest."""
+
+    weight_bits: int = 8
+    activation_bits: int = 8
+    granularity: Granularity = Granularity.PER_TOKEN
+    smoothing: float | None = 0.5
+    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
+    range_search: bool = True
+    """Search truncated ranges with the least squared error; otherwise minimum to maximum."""
+    learning: Learning | None = None
+    seed: int = 0
+    """Decides the order of the images in learning. The caller's loader decides which images there are."""
+    exclude: tuple[str, ...] = ()
+    """Shell patterns of linears to keep in floating point, such as `layers.0.*` or `*.dt_proj*`."""
+
+    def __post_init__(self) -> None:
+        _check_bits("weight_bits", self.weight_bits)
+        _check_bits("activation_bits", self.activation_bits)
+        if not isinstance(self.granularity, Granularity):
+            try:
+                object.__setattr__(self, "granularity", Granularity(self.granularity))
+            except ValueError:
+                options = ", ".join(Granularity)
+                raise ValueError(f"granularity must be one of {options}; got {self.granularity!r}") from None
+        if self.smoothing is not None:
+            _check("smoothing", self.smoothing, (int, float), 0 <= self.smoothing <= 1, "None or in [0, 1]")
+        if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search:
+            raise ValueError("range_search needs static scales, but granularity is per_token_dynamic; turn one of them off")
+        if isinstance(self.learning, Mapping):
+            object.__setattr__(self, "learning", Learning(**_known("learning", Learning, self.learning)))
+        _check("seed", self.seed, int, self.seed >= 0, "a non-negative integer")
+        if isinstance(self.exclude, str):
+            raise ValueError(f"exclude must be a sequence of patterns, got the string {self.exclude!r}")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+
+    @property
+    def weight(self) -> QuantSpec:
+        return QuantSpec(bits=self.weight_bits, scheme=Scheme.SYMMETRIC)
+
+    @property
+    def activation(self) -> QuantSpec:
+        return QuantSpec(bits=self.activation_bits, scheme=Scheme.AFFINE)
+
+    @classmethod
+    def w8a8(cls, **changes: Any) -> Self:
+        """PTQ4VM at 8 bits: smoothing, per-token static scales, truncation, 10 epochs of JLSS."""
+        return cls(**{"weight_bits": 8, "activation_bits": 8, "learning": Learning(epochs=10)} | changes)
+
+    @classmethod
+    def w6a6(cls, **changes: Any) -> Self:
+        """PTQ4VM at 6 bits: as `w8a8`, with 50 epochs of JLSS."""
+        return cls(**{"weight_bits": 6, "activation_bits": 6, "learning": Learning(epochs=50)} | changes)
+
+    @classmethod
+    def w4a4(cls, **changes: Any) -> Self:
+        """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS."""
+        return cls(**{"weight_bits": 4, "activation_bits": 4, "learning": Learning(epochs=100)} | changes)
+
+    @classmethod
+    def minmax(cls, bits: int, **changes: Any) -> Self:
+        """The paper's MinMax baseline: one static minimum-to-maximum range per activation tensor, no smoothing."""
+        base = {"granularity": Granularity.PER_TENSOR, "smoothing": None, "range_search": False}
+        return cls(**{"weight_bits": bits, "activation_bits": bits} | base | changes)
+
+    @classmethod
+    def smoothquant(cls, bits: int, **changes: Any) -> Self:
+        """The paper's SmoothQuant baseline: `minmax` after smoothing with α = 0.5."""
+        return cls.minmax(bits, **{"smoothing": 0.5} | changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the same config back."""
+        return dataclasses.asdict(self) | {"granularity": str(self.granularity), "exclude": list(self.exclude)}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Refuses keys it does not know: a typo must not quietly give the default."""
+        return cls(**_known("config", cls, values))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        values = json.loads(text)
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a config is a JSON object, got {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: bool, wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds:
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _check_bits(name: str, bits: Any) -> None:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"{name} must be a whole number between 2 and 8, got {bits!r}")
+
+
+def _known(name: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{name} has no key {', '.join(map(repr, unknown))}; it knows {', '.join(fields)}")
+    return dict(values)

@@ -1,0 +1,391 @@
+"""One graph dialect: capture a model with torch.export, find its linears, cut it into blocks.
+
+Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.export import Dim, export
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+
+class CaptureError(RuntimeError):
+    """The model has no graph that torch.export can see."""
+
+
+def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
+    """The model, in evaluation mode, as an ATen graph with a dynamic batch; the caller's model is left alone.
+
+    The first axis of every example tensor is the batch. Raises `CaptureError`, which names the module that
+    torch.export could not follow, and ValueError for example inputs without tensors.
+    """
+    if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
+        raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
+    model = copy.deepcopy(model).eval()
+    # torch.export specializes a batch of one
+    inputs = tuple(_at_least_two(value) for value in example_inputs)
+    try:
+        gm = _export(model, inputs)
+    except Exception as error:
+        raise CaptureError(_capture_message(model, inputs, error)) from error
+    _clean(gm)
+    _reject_hidden_regions(gm)
+    _guard_inputs(gm, inputs)
+    return finish(fx.GraphModule(gm, gm.graph, type(model).__name__))
+
+
+def _at_least_two(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
+        return torch.cat((value, value))
+    return value
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
+    batch = Dim("batch")
+    shapes = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
+    with torch.no_grad():
+        return export(model, inputs, dynamic_shapes=_by_argument(model, shapes), strict=False).module()
+
+
+def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`forward(*args)` wants the shapes of its arguments as one nested tuple."""
+    code = getattr(type(model).forward, "__code__", None)
+    variadic = code is not None and code.co_argcount == 1 and code.co_flags & 0x04
+    return (shapes,) if variadic else shapes
+
+
+def _capture_message(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
+    """Runs the export again with hooks, to say in which module it stopped."""
+    running: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        path = f"{name} ({type(module).__name__})" if name else type(module).__name__
+        handles.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    try:
+        _export(model, inputs)
+    except Exception:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    where = running[-1] if running else type(model).__name__
+    reason = str(error).strip().split("\n", 1)[0][:300]
+    return (
+        f"torch.export cannot capture {where}: {type(error).__name__}: {reason}. "
+        "Rewrite its forward without branches on tensor values or on the batch size (torch.where, torch.cond), "
+        "or wrap that code in a torch.library.custom_op with a fake; then "
+        "`torch.export.export(model, example_inputs)` must succeed"
+    )
+
+
+def _clean(gm: GraphModule) -> None:
+    """Drops torch.export's guards and device asserts: they pin the device and the dtype."""
+    for node in list(gm.graph.nodes):
+        guard = node.op == "call_module" and node.target == "_guards_fn"
+        if guard or node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+
+
+def _reject_hidden_regions(gm: GraphModule) -> None:
+    """Regions under `torch.no_grad()` or autocast become subgraphs whose linears no pass can see."""
+    for node in gm.graph.nodes:
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(
+                f"{scope(node) or 'the model'} has a region torch.export keeps apart ({node.target.name()}), so its "
+                "linears would stay hidden; call the model without torch.no_grad(), autocast or control-flow "
+                "operators inside forward"
+            )
+
+
+def check_input(x: Tensor, name: str, shape: list[int]) -> Tensor:
+    """x itself, if all its axes but the batch are as captured."""
+    if list(x.shape[1:]) != shape:
+        have, want = "×".join(map(str, x.shape[1:])), "×".join(map(str, shape))
+        what = f"tokens were captured as {shape[0]}, the input has {x.shape[1]}" if x.dim() == 3 else "its resolution is fixed"
+        raise ValueError(
+            f"{name}: the model was captured for inputs of {want} and given {have} ({what}); per-token scales bind "
+            "a model to one token count: resize the input, or prepare and calibrate the model at this resolution"
+        )
+    return x
+
+
+def _guard_inputs(gm: GraphModule, inputs: tuple[Any, ...]) -> None:
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, value in zip(placeholders, inputs, strict=True):
+        if isinstance(value, Tensor) and value.dim():
+            with gm.graph.inserting_before(_first_after_placeholders(gm.graph)):
+                checked = gm.graph.call_function(check_input, (node, node.name, list(value.shape[1:])))
+            checked.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
+
+
+def _first_after_placeholders(graph: fx.Graph) -> Node:
+    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))
+
+
+def finish(gm: GraphModule) -> GraphModule:
+    """Clean up and verify: every pass ends here, so passes need not."""
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    gm.delete_all_unused_submodules()
+    return gm
+
+
+Pass = Callable[[GraphModule], GraphModule]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in a row; itself a pass."""
+
+    passes: tuple[Pass, ...]
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        for apply in self.passes:
+            gm = finish(apply(gm))
+        return gm
+
+
+def scope(node: Node) -> str:
+    """Path of the innermost module that called this node; empty where torch.export recorded none."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def parameter_of(node: Any) -> str | None:
+    """Name of the parameter or buffer that this node is, seen through views that only transpose."""
+    while isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS:
+        node = node.args[0]
+    return node.target if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+_VIEWS = {aten.t.default, aten.numpy_T.default, aten.alias.default, aten.detach.default}
+
+
+def attribute(gm: GraphModule, name: str) -> Any:
+    """The parameter, buffer or module at a dotted path."""
+    value: Any = gm
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_tensor(gm: GraphModule, name: str, value: Tensor) -> str:
+    """Registers a buffer at a dotted path, making containers as needed; returns the path."""
+    *path, leaf = name.split(".")
+    module: nn.Module = gm
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module._parameters.pop(leaf, None)
+    module.register_buffer(leaf, value)
+    return name
+
+
+class Insertion:
+    """Inserts nodes before one node, with the metadata that later passes read."""
+
+    def __init__(self, gm: GraphModule, before: Node) -> None:
+        self.gm, self.before = gm, before
+
+    def tensor(self, name: str, value: Tensor) -> Node:
+        set_tensor(self.gm, name, value)
+        with self.gm.graph.inserting_before(self.before):
+            node = self.gm.graph.get_attr(name)
+        node.meta["val"] = value
+        return self._tag(node)
+
+    def call(self, target: Any, *args: Any) -> Node:
+        with self.gm.graph.inserting_before(self.before):
+            node = self.gm.graph.call_function(target, args)
+        values = fx.map_arg(args, lambda arg: arg.meta.get("val"))
+        mode = _fake_mode(self.gm)
+        if mode is not None:
+            with mode, enable_python_dispatcher():
+                node.meta["val"] = target(*_to_fake(values, mode))
+        return self._tag(node)
+
+    def _tag(self, node: Node) -> Node:
+        if "nn_module_stack" in self.before.meta:
+            node.meta["nn_module_stack"] = self.before.meta["nn_module_stack"]
+        return node
+
+
+def _fake_mode(gm: GraphModule) -> Any:
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+
+
+def _to_fake(values: Any, mode: Any) -> Any:
+    def convert(value: Any) -> Any:
+        real = isinstance(value, Tensor) and not hasattr(value, "fake_mode")
+        return mode.from_tensor(value, static_shapes=True) if real else value
+
+    return torch.utils._pytree.tree_map(convert, values)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSite:
+    """One canonical linear: x (B, L, D) times a parameter (N, D)."""
+
+    name: str
+    """Module path of the weight, such as `layers.0.mixer.in_proj`; `name@1` at a second call of one weight."""
+    node: Node
+    weight: str
+    """Path of the weight parameter."""
+    tokens: int
+    in_features: int
+    out_features: int
+
+    @property
+    def block(self) -> str | None:
+        return block_path(self.node)
+
+
+def find_linears(gm: GraphModule) -> list[LinearSite]:
+    """Every `aten.linear` of a parameter on (B, L, D), in graph order."""
+    sites: list[LinearSite] = []
+    seen: dict[str, int] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        weight = parameter_of(node.args[1])
+        shape = node.args[0].meta["val"].shape
+        if weight is None or len(shape) != 3 or not isinstance(shape[1], int):
+            continue
+        out_features, in_features = attribute(gm, weight).shape
+        label = weight.removesuffix(".weight").replace(".parametrizations", "")
+        count = seen[label] = seen.get(label, -1) + 1
+        name = f"{label}@{count}" if count else label
+        sites.append(LinearSite(name, node, weight, shape[1], in_features, out_features))
+    return sites
+
+
+def block_path(node: Node) -> str | None:
+    """The innermost numbered module around a node (`layers.3`, `layers.0.blocks.1`): the unit of calibration."""
+    own = scope(node)
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    numbered = [path for path in paths if re.search(r"(^|\.)\d+$", path) and path != own]
+    return numbered[-1] if numbered else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a graph that shares parameters and modules with the whole."""
+
+    name: str
+    module: GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Runs the piece on named values; the batch is the first axis of every tensor."""
+        results = self.module(*(values[name] for name in self.inputs))
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
+    """Pieces whose composition is the graph: what precedes the blocks, each block, what follows.
+
+    `linears` are the nodes to quantize: a block is a numbered module that holds some. Without any numbered module
+    the graph is one piece. The last piece returns the graph's outputs under their node names.
+    """
+    order = list(dict.fromkeys(path for node in linears if (path := block_path(node)) is not None))
+    rank = {path: i + 1 for i, path in enumerate(order)}
+    places = _places(gm, rank)
+    count = max(places.values(), default=0) + 1
+    names = ["stem", *order, "head"] if order else ["model"]
+    output = gm.graph.output_node()
+    return [_part(gm, places, index, names[index], output) for index in range(count)]
+
+
+def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
+    """Which piece each node belongs to; no node precedes what it reads."""
+    body = [node for node in gm.graph.nodes if node.op in ("call_function", "call_module", "call_method")]
+    own = {node: _own_rank(node, rank) for node in body}
+    last = max((i for i, node in enumerate(body) if own[node]), default=-1)
+    places: dict[Node, int] = {}
+    data = set(gm.graph.find_nodes(op="placeholder"))
+    for i, node in enumerate(body):
+        sources = node.all_input_nodes
+        if not data.intersection(sources):
+            continue
+        data.add(node)
+        reached = max((places[source] for source in sources if source in places), default=0)
+        after = len(rank) + 1 if rank and i > last else reached
+        places[node] = max(own[node] or after, reached)
+    for node in reversed(body):
+        # parameters' own arithmetic, and observers, which carry no module path, go to their first user
+        users = [places[user] for user in node.users if user in places]
+        if node not in places:
+            places[node] = min(users, default=0)
+        elif not node.meta.get("nn_module_stack") and users:
+            places[node] = max(places[node], min(users))
+    return places
+
+
+def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
+    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return next((rank[path] for path in reversed(paths) if path in rank), None)
+
+
+def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Part:
+    body = [node for node in gm.graph.nodes if places.get(node) == index]
+    inside = set(body)
+    graph = fx.Graph()
+    copies: dict[Node, Node] = {}
+    inputs = [
+        node
+        for node in dict.fromkeys(source for node in body for source in node.all_input_nodes)
+        if node.op != "get_attr" and node not in inside
+    ]
+    tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
+    for node in tensors:
+        copies[node] = graph.node_copy(node) if node.op == "placeholder" else graph.placeholder(node.name)
+        copies[node].meta.update(node.meta)
+    for node in inputs:
+        if node not in copies:
+            copies[node] = graph.call_function(aten.sym_size.int, (copies[_batched(node, tensors)], 0))
+    for node in body:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                copies[source] = graph.node_copy(source)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = set(output.all_input_nodes)
+    outputs = [
+        node
+        for node in body
+        if (node in results or any(places.get(user, index) != index for user in node.users))
+        and isinstance(node.meta.get("val", torch.empty(0)), Tensor)
+    ]
+    graph.output(tuple(copies[node] for node in outputs))
+    graph.lint()
+    module = fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}")
+    return Part(name, module, tuple(node.name for node in tensors), tuple(node.name for node in outputs))
+
+
+def _batched(size: Node, tensors: Sequence[Node]) -> Node:
+    """A tensor whose first axis is the batch size that `size` holds, so that pieces run on any batch."""
+    for node in tensors:
+        shape = node.meta["val"].shape
+        if len(shape) and str(shape[0]) == str(size.meta.get("val")):
+            return node
+    raise CaptureError(f"{size.name} crosses a block boundary and is neither a tensor nor the batch size")
+
+
+def iterate_batches(values: dict[str, Any], batches: Sequence[slice | Tensor]) -> Iterator[dict[str, Any]]:
+    """The same values for one batch of images after another."""
+    for batch in batches:
+        yield {name: value[batch] for name, value in values.items()}

@@ -1,0 +1,197 @@
+"""Weights out of the checkpoint files that the authors of the models publish, without trusting the files.
+
+Training scripts pickle more than weights: arguments, a config, meters. Those must not stop the reading, and
+must not run: `torch.load(weights_only=True)` calls only what is allowed, and what is allowed here beyond
+tensors is a namespace, a dict, and stand-ins that hold nothing.
+"""
+
+import argparse
+import logging
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+CONTAINERS = ("model", "state_dict")
+EMA_CONTAINERS = ("model_ema", "ema_model", "state_dict_ema")
+WRAPPERS = ("module.", "_orig_mod.")  # nn.DataParallel, torch.compile
+BACKBONE = "backbone."  # of a detector or a segmenter
+
+
+class _Inert:
+    """Takes the place of a class or function in a pickle: accepts its arguments and state, and drops both."""
+
+    def __new__(cls, *args: object) -> Self:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+_INERT = (
+    # a NumPy scalar or array: the best accuracy, the log of a loss
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    # mmengine's message hub, whose history buffers name their own methods through getattr
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "builtins.getattr",
+    # an output folder among the arguments
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.WindowsPath",
+)
+_ALLOWED: tuple[Any, ...] = (
+    argparse.Namespace,
+    # torch sets the items of a plain or an ordered dict only, so a config is read as one
+    (OrderedDict, "yacs.config.CfgNode"),
+    *((_Inert, name) for name in _INERT),
+)
+
+
+def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a file by their names in the model, on the CPU; with `ema` the averaged ones."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint file")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    weights = _select(content, path, ema)
+    strangers = [
+        name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+    ]
+    if strangers:
+        raise ValueError(f"{path}: these entries among the weights are not tensors: {_listing(strangers)}")
+    return _bare(weights, path)
+
+
+def load_checkpoint(
+    model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False, strict: bool = True
+) -> None:
+    """Fill the model from a file, or raise and leave the model as it was.
+
+    Without `strict`, names that only one side has are logged; shapes must agree in any case.
+    """
+    state = read_checkpoint(path, ema=ema)
+    translate = getattr(model, "checkpoint_filter", None)
+    if translate is not None:
+        state = translate(state)
+
+    own = model.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    misshapen = [
+        f"{name} (file {tuple(state[name].shape)}, model {tuple(own[name].shape)})"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    differences = "".join(
+        f"\n  {kind}: {_listing(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
+        if names
+    )
+    strangers = bool(own) and len(missing) == len(own)
+    if misshapen or strangers or (strict and differences):
+        raise ValueError(
+            f"{path} does not fit {type(model).__name__}; was the model made with the same name, "
+            f"number of classes and image size?{differences}"
+        )
+    if differences:
+        logger.warning("%s: loaded what fits%s", path, differences)
+    model.load_state_dict(state, strict=strict)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
+
+
+def _read_pickle(path: Path) -> object:
+    # The context takes its names away again at its end: leave out what the process allows already.
+    ours = [entry for entry in _ALLOWED if entry not in torch.serialization.get_safe_globals()]
+    with torch.serialization.safe_globals(ours):
+        try:
+            return torch.load(path, weights_only=True, map_location="cpu")
+        # A damaged file makes the reader fail in its middle, with whatever that step raises.
+        except Exception as error:
+            if refused := _refused(path, error):
+                raise ValueError(
+                    f"{path}: reading it would have to call {_listing(refused)}, which could run any code; "
+                    "in an environment you trust, re-save the weights alone, with "
+                    "torch.save(ckpt['model'], ...) or as safetensors"
+                ) from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path}: truncated, or not a checkpoint of torch.save ({reason})") from error
+
+
+def _refused(path: Path, error: Exception) -> list[str]:
+    """The classes and functions in the file that are not allowed."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return []
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # not a zip archive, as files older than torch 1.6: the message names the first one
+        return re.findall(r"\bGLOBAL (\S+) w", str(error))
+
+
+def _select(content: object, path: Path, ema: bool) -> Mapping[str, object]:
+    """The mapping that holds the weights."""
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
+    held = [name for name in CONTAINERS + EMA_CONTAINERS if isinstance(content.get(name), Mapping)]
+    averaged = [name for name in held if name in EMA_CONTAINERS]
+    if ema and not averaged:
+        raise ValueError(
+            f"{path}: no averaged weights under {', '.join(EMA_CONTAINERS)}; read it without ema "
+            "(releases often hold the averaged weights as the model)"
+        )
+    if held:
+        return content[averaged[0] if ema else held[0]]
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    raise ValueError(
+        f"{path}: no weights under {', '.join(CONTAINERS + EMA_CONTAINERS)}; "
+        f"it holds {_listing(content) or 'nothing'}"
+    )
+
+
+def _bare(weights: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Names without what wrapped the model; of a detector the backbone alone."""
+    names = {name: _unwrapped(name) for name in weights}
+    if any(name.startswith(BACKBONE) for name in names.values()):
+        names = {old: new.removeprefix(BACKBONE) for old, new in names.items() if new.startswith(BACKBONE)}
+    if len(set(names.values())) != len(names):
+        twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
+        raise ValueError(
+            f"{path}: these weights are there twice, with and without a prefix: {_listing(twice)}"
+        )
+    return {new: weights[old] for old, new in names.items()}
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    return name
+
+
+def _listing(names: Iterable[object]) -> str:
+    shown = [str(name) for name in names]
+    more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
+    return ", ".join(shown[:8]) + more

@@ -1,0 +1,203 @@
+"""The `ptq4vm::` operators: schema, fake and gradient of each in one place; the default is the reference.
+
+A native kernel registers for its device and takes precedence. Every op returns new, contiguous tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptq4vm import reference
+
+_library = torch.library.Library("ptq4vm", "DEF")
+
+
+def _define(schema: str, default: Any, fake: Any) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ptq4vm::{name}", fake, lib=_library)
+
+
+def _check_qparams(x: Tensor, scale: Tensor) -> None:
+    """Token scales are per tensor (1,), per token (L,) or per image and token (B, L)."""
+    tokens = x.shape[-2] if x.dim() > 1 else 1
+    if scale.dim() == 1 and scale.shape[0] not in (1, tokens):
+        raise ValueError(
+            f"token scales were calibrated for {scale.shape[0]} tokens, the input has {tokens}; "
+            "calibrate at this resolution or use Granularity.PER_TENSOR"
+        )
+    if scale.dim() > 1 and scale.shape != x.shape[:-1]:
+        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit an input of shape {tuple(x.shape)}")
+
+
+def _quantize(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    _check_qparams(x, inv_scale)
+    return reference.quantize(x, inv_scale, zero_point, inv_smooth, bits).contiguous()
+
+
+def _quantize_fake(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    _check_qparams(x, inv_scale)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+_define(
+    "quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor",
+    _quantize,
+    _quantize_fake,
+)
+
+
+def _choose_qparams_fake(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.int32)
+
+
+_define(
+    "choose_qparams(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)",
+    reference.choose_qparams,
+    _choose_qparams_fake,
+)
+
+
+def _dequantize_fake(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    return x_q.new_empty(x_q.shape, dtype=torch.float32)
+
+
+_define(
+    "dequantize(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor",
+    lambda x_q, scale, zero_point: reference.dequantize(x_q, scale, zero_point).contiguous(),
+    _dequantize_fake,
+)
+
+
+def _check_weight(x_q: Tensor, weight: Tensor) -> None:
+    packed = weight.dtype == torch.uint8
+    wanted = (x_q.shape[-1] + 1) // 2 if packed else x_q.shape[-1]
+    if weight.shape[-1] != wanted:
+        kind = "packed 4-bit" if packed else "int8"
+        raise ValueError(
+            f"a {kind} weight for {x_q.shape[-1]} channels has {wanted} columns, this one {weight.shape[-1]}"
+        )
+
+
+def _linear(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_qparams(x, x_scale)
+    _check_weight(x, weight)
+    return reference.linear(x, x_scale, x_zero_point, weight, weight_scale, bias, out_dtype).contiguous()
+
+
+def _linear_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    _check_qparams(x, x_scale)
+    _check_weight(x, weight)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
+
+
+_define(
+    "linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "ScalarType out_dtype) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+
+
+def _empty_like(original: Tensor | None, default: Tensor) -> Tensor:
+    """A contiguous tensor for the gradient of `original`; empty where there is none."""
+    return default.new_empty(0) if original is None else original.new_empty(original.shape)
+
+
+def _selective_scan_fake(u: Tensor, *rest: Any) -> Tensor:
+    return u.new_empty(u.shape)
+
+
+def _selective_scan_backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    kind = torch.promote_types(grad.dtype, torch.float32)
+    default = grad.new_empty(0, dtype=kind)
+    return tuple(_empty_like(tensor, default) for tensor in inputs[:8])
+
+
+_SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+_define(f"selective_scan({_SCAN}) -> Tensor", reference.selective_scan, _selective_scan_fake)
+_define(
+    f"selective_scan_backward(Tensor grad, {_SCAN}) -> ({', '.join(['Tensor'] * 8)})",
+    reference.selective_scan_backward,
+    _selective_scan_backward_fake,
+)
+
+
+def _save_scan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.delta_softplus = inputs[8]
+
+
+def _scan_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    inputs = ctx.saved_tensors
+    grads = torch.ops.ptq4vm.selective_scan_backward(grad.contiguous(), *inputs, ctx.delta_softplus)
+    return *(None if tensor is None else g for tensor, g in zip(inputs, grads, strict=True)), None
+
+
+torch.library.register_autograd(
+    "ptq4vm::selective_scan", _scan_gradient, setup_context=_save_scan, lib=_library
+)
+
+
+def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _causal_conv1d_backward_fake(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_like(x, grad), _empty_like(weight, grad), _empty_like(bias, grad)
+
+
+_CONV = "Tensor x, Tensor weight, Tensor? bias, bool silu"
+_define(f"causal_conv1d({_CONV}) -> Tensor", reference.causal_conv1d, _causal_conv1d_fake)
+_define(
+    f"causal_conv1d_backward(Tensor grad, {_CONV}) -> (Tensor, Tensor, Tensor)",
+    reference.causal_conv1d_backward,
+    _causal_conv1d_backward_fake,
+)
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.silu = inputs[3]
+
+
+def _conv_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, bias = ctx.saved_tensors
+    grads = torch.ops.ptq4vm.causal_conv1d_backward(grad.contiguous(), x, weight, bias, ctx.silu)
+    return grads[0], grads[1], None if bias is None else grads[2], None
+
+
+torch.library.register_autograd("ptq4vm::causal_conv1d", _conv_gradient, setup_context=_save_conv, lib=_library)
+
+quantize = torch.ops.ptq4vm.quantize
+choose_qparams = torch.ops.ptq4vm.choose_qparams
+dequantize = torch.ops.ptq4vm.dequantize
+linear = torch.ops.ptq4vm.linear
+selective_scan = torch.ops.ptq4vm.selective_scan
+causal_conv1d = torch.ops.ptq4vm.causal_conv1d

@@ -1,0 +1,246 @@
+"""Calibration, block by block: smoothing from statistics, range search, learning.
+
+Two streams of activations run through the blocks: one in floating point, which gives the statistics and the targets,
+and one through the blocks quantized so far. Only these two and one block's inputs are held in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm import tqdm
+
+from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.fake_quantize import Mode, constant
+from ptq4vm.graph import Part, cut
+from ptq4vm.passes.learn import Values, learn_block
+from ptq4vm.passes.search import input_qparams, weight_scale
+from ptq4vm.passes.smooth import smoothing_scale
+from ptq4vm.quantizer import QuantizedLinear
+
+FORWARD_BATCH = 32
+"""Images that run through a block at once when nothing is learned."""
+
+
+def gather(loader: Iterable[Any], names: Sequence[str]) -> Values:
+    """All calibration inputs, by placeholder. A loader's item is a tensor, or a tuple that begins with the inputs."""
+    batches: list[tuple[Tensor, ...]] = []
+    for item in loader:
+        values = tuple(item) if isinstance(item, (tuple, list)) else (item,)
+        values = values[: len(names)]
+        if len(values) < len(names) or not all(isinstance(value, Tensor) for value in values):
+            kinds = ", ".join(type(value).__name__ for value in values)
+            raise ValueError(f"the model takes {len(names)} tensors ({', '.join(names)}); the loader gave ({kinds})")
+        for name, value in zip(names, values, strict=True):
+            if not torch.isfinite(value).all():
+                raise ValueError(f"calibration batch {len(batches)}: input {name!r} has values that are not finite")
+        batches.append(values)
+    if not batches or not any(len(batch[0]) for batch in batches):
+        raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
+    return {name: torch.cat([batch[i] for batch in batches]) for i, name in enumerate(names)}
+
+
+def calibrate_blocks(
+    prepared: GraphModule,
+    linears: Sequence[QuantizedLinear],
+    images: Values,
+    config: QuantConfig,
+    resume_dir: Path | None,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """Finds and sets all qparams and smoothing vectors; one report a block: its linears and the losses of learning."""
+    for linear in linears:
+        _reset(linear)
+    parts = cut(prepared, [linear.node for linear in linears])
+    saved = _Saved.open(resume_dir, prepared, images, config)
+    exact, rounded, reports = images, images, []
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(False)
+    epochs = config.learning.epochs if config.learning else 1
+    inside = [_linears_of(part, linears) for part in parts]
+    total = epochs * sum(1 for members in inside if members)
+    with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
+        for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
+            bar.set_postfix(block=part.name)
+            targets = _run(part, exact, members, Mode.CAPTURE)
+            if members:
+                stored = saved.read(index)
+                if stored is None:
+                    _set_ranges(members, config)
+                else:
+                    _restore(members, stored)
+                for linear in members:
+                    linear.input.captured.clear()
+                    linear.input.mode = linear.weight.mode = Mode.QUANTIZE
+                report = {"block": part.name, "linears": [linear.name for linear in members]}
+                if stored is not None:
+                    bar.update(epochs)
+                elif config.learning is not None:
+                    before, after = learn_block(
+                        part, members, rounded, targets, config.learning, config.seed + index, _reporter(bar, part)
+                    )
+                    report |= {"loss_before": before, "loss_after": after}
+                else:
+                    bar.update()
+                saved.write(index, members)
+                reports.append(report)
+            same = rounded is exact and not members
+            rounded_next = targets if same else _run(part, rounded, members, Mode.QUANTIZE)
+            needed = {name for later in parts[index + 1 :] for name in later.inputs}
+            exact = _keep(exact | targets, needed)
+            rounded = exact if same else _keep(rounded | rounded_next, needed)
+    return reports
+
+
+def _reporter(bar: tqdm, part: Part) -> Callable[[int, float], None]:  # type: ignore[type-arg]
+    def report(epoch: int, loss: float) -> None:
+        bar.set_postfix(block=part.name, epoch=epoch + 1, loss=f"{loss:.3e}")
+        bar.update()
+
+    return report
+
+
+def _keep(values: Values, names: set[str]) -> Values:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _reset(linear: QuantizedLinear) -> None:
+    linear.input.mode = linear.weight.mode = Mode.PASS
+    linear.input.captured.clear()
+    linear.input.scale = linear.input.zero_point = linear.weight.scale = None
+    linear.input.log_factor = linear.weight.log_factor = None
+    if linear.smooth is not None:
+        linear.smooth.data.zero_()
+
+
+def _linears_of(part: Part, linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
+    used = set(part.module.modules())
+    return [linear for linear in linears if linear.weight in used]
+
+
+@torch.no_grad()
+def _run(part: Part, values: Values, members: Sequence[QuantizedLinear], mode: Mode) -> Values:
+    for linear in members:
+        linear.input.mode = linear.weight.mode = mode
+    images = len(next(iter(values.values())))
+    pieces = [
+        part({name: values[name][start : start + FORWARD_BATCH] for name in part.inputs})
+        for start in range(0, images, FORWARD_BATCH)
+    ]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in part.outputs}
+
+
+@torch.no_grad()
+def _set_ranges(members: Sequence[QuantizedLinear], config: QuantConfig) -> None:
+    for linear in members:
+        x = torch.cat(linear.input.captured).float()
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+            raise ValueError(
+                f"{linear.name}: its input has values that are not finite for {bad} of {len(x)} calibration images; "
+                "check the checkpoint and the images, or exclude the layer"
+            )
+        if linear.smooth is not None:
+            assert config.smoothing is not None
+            scale = smoothing_scale(x.abs().amax((0, 1)), _weight(linear), config.smoothing)
+            linear.smooth.data.copy_(scale.log())
+            x = x * linear.smooth.exp().reciprocal()
+        if config.granularity is not Granularity.PER_TOKEN_DYNAMIC:
+            linear.input.set_qparams(
+                *input_qparams(x, config.activation, config.granularity, config.range_search)
+            )
+        linear.weight.scale = weight_scale(_weight(linear), config.weight, config.range_search)
+
+
+def _weight(linear: QuantizedLinear) -> Tensor:
+    """The weight (N, D) as its fake-quantizer sees it: smoothed."""
+    observer: Any = linear.node.args[1]
+    graph_module = linear.node.graph.owning_module
+    assert graph_module is not None
+    return constant(graph_module, observer.args[0]).detach().float()
+
+
+def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
+    found = {
+        "input_scale": linear.input.scale,
+        "input_zero_point": linear.input.zero_point,
+        "weight_scale": linear.weight.scale,
+        "log_smooth": linear.smooth,
+    }
+    return {f"{linear.name}.{key}": value.detach() for key, value in found.items() if value is not None}
+
+
+def _restore(members: Sequence[QuantizedLinear], stored: Values) -> None:
+    for linear in members:
+        linear.weight.scale = stored[f"{linear.name}.weight_scale"]
+        if not linear.input.dynamic:
+            linear.input.set_qparams(
+                stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"]
+            )
+        if linear.smooth is not None:
+            linear.smooth.data.copy_(stored[f"{linear.name}.log_smooth"])
+
+
+class _Saved:
+    """Finished blocks on disk, bound to one model, config and set of images by a fingerprint."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: Path | None, prepared: GraphModule, images: Values, config: QuantConfig) -> _Saved:
+        if folder is None:
+            return cls(None)
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = {"fingerprint": _fingerprint(prepared, images, config), "torch": torch.__version__}
+        path = folder / "calibration.json"
+        if path.exists() and json.loads(path.read_text()) != manifest:
+            raise ValueError(
+                f"{folder} holds a calibration of another model, config, set of images or torch version; "
+                "give resume_dir another folder or delete this one"
+            )
+        _replace_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
+        return cls(folder)
+
+    def _path(self, index: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"block_{index:03d}.safetensors"
+
+    def read(self, index: int) -> Values | None:
+        if self.folder is None or not self._path(index).exists():
+            return None
+        try:
+            return load_file(self._path(index))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._path(index)} cannot be read ({error}); delete it and calibrate again") from error
+
+    def write(self, index: int, members: Sequence[QuantizedLinear]) -> None:
+        if self.folder is not None and not self._path(index).exists():
+            tensors = {name: value for linear in members for name, value in _tensors(linear).items()}
+            _replace_file(self._path(index), lambda temporary: save_file(tensors, temporary))
+
+
+def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under a temporary name and renames, so that an interruption leaves no half file."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:
+    digest = hashlib.sha256(config.to_json().encode())
+    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith(".log_smooth")}
+    for name, value in sorted({**tensors, **images}.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""JLSS: joint learning of smoothing scales and step sizes, one block at a time (PTQ4VM section 4.3, stage 3).
+
+The loss is 1 - cosine similarity over channels, averaged over tokens, between the block's output in floating point
+on floating-point inputs, and the quantized block's output on the outputs of the quantized blocks before it. Weights
+are rounded again at every step with the scales of that step. Scales are learned as logarithms.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptq4vm.config import Learning
+from ptq4vm.graph import Part
+from ptq4vm.quantizer import QuantizedLinear
+
+Values = dict[str, Tensor]
+
+
+def block_loss(outputs: Values, targets: Values) -> Tensor:
+    """Mean over tokens of 1 - cos, summed over the outputs that the block's quantization changes."""
+    changed = [name for name, value in outputs.items() if value.requires_grad]
+    return torch.stack(
+        [(1 - F.cosine_similarity(outputs[name], targets[name], dim=-1)).mean() for name in changed]
+    ).sum()
+
+
+def learnables(linears: Sequence[QuantizedLinear]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Starts learning; the step sizes' and the smoothing vectors' parameters, each once."""
+    quantizers = dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight))
+    scales = [quantizer.start_learning() for quantizer in quantizers if quantizer.scale is not None]
+    smooth = [linear.smooth for linear in linears if linear.smooth is not None]
+    for parameter in smooth:
+        parameter.requires_grad_(True)
+    return scales, smooth
+
+
+def finish(linears: Sequence[QuantizedLinear]) -> None:
+    """Folds what was learned into the scales."""
+    for quantizer in dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight)):
+        if quantizer.log_factor is not None:
+            quantizer.finish_learning()
+    for linear in linears:
+        if linear.smooth is not None:
+            linear.smooth.requires_grad_(False)
+            linear.smooth.grad = None
+
+
+def learn_block(
+    part: Part,
+    linears: Sequence[QuantizedLinear],
+    inputs: Values,
+    targets: Values,
+    config: Learning,
+    seed: int,
+    report: Callable[[int, float], None],
+) -> tuple[float, float]:
+    """Learns in place; the loss over all images before and after. A block that got worse is put back.
+
+    `report(epoch, loss)` is called after every epoch with its mean loss.
+    """
+    scales, smooth = learnables(linears)
+    parameters = scales + smooth
+    start = [parameter.detach().clone() for parameter in parameters]
+    images = len(next(iter(targets.values())))
+    steps = config.epochs * math.ceil(images / config.batch_size)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "lr": rate}
+        for params, rate in ((scales, config.scale_rate), (smooth, config.smooth_rate))
+        if params
+    ]
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    before = _total_loss(part, inputs, targets, config.batch_size)
+    for epoch in range(config.epochs):
+        total = 0.0
+        for chosen in torch.randperm(images, generator=generator).split(config.batch_size):
+            outputs = part({name: value[chosen] for name, value in inputs.items()})
+            loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(chosen)
+        report(epoch, total / images)
+    after = _total_loss(part, inputs, targets, config.batch_size)
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        after = before
+    finish(linears)
+    return before, after
+
+
+def _total_loss(part: Part, inputs: Values, targets: Values, batch_size: int) -> float:
+    images = len(next(iter(targets.values())))
+    total = 0.0
+    for chosen in torch.arange(images).split(batch_size):
+        # gradients stay on: they tell which outputs the quantization changes
+        outputs = part({name: value[chosen] for name, value in inputs.items()})
+        loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()})
+        total += loss.item() * len(chosen)
+    return total / images

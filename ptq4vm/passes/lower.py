@@ -1,0 +1,92 @@
+"""Quantize, dequantize, linear ⇒ `ptq4vm::quantize` and `ptq4vm::linear`: the same integers, now really integers.
+
+The two stay two nodes, so that a later pass can fold the quantize into whatever produced its input.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4vm import ops, reference
+from ptq4vm.graph import Insertion, aten, attribute
+
+qdq = torch.ops.quantized_decomposed
+
+
+def lower(gm: GraphModule) -> GraphModule:
+    """Lowers every linear whose input and weight are dequantized; others stay as they are."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
+        x, weight, *bias = node.args
+        if _target(weight) is not qdq.dequantize_per_channel.default or _target(x) not in _INPUTS:
+            continue
+        name = str(weight.args[0].target).removesuffix(".weight_q")
+        insert = Insertion(gm, node)
+        codes, scale, zero_point = _INPUTS[_target(x)](insert, name, x)
+        integers, bits = attribute(gm, f"{name}.weight_q"), _bits(weight.args[5])
+        weight_q = insert.tensor(f"{name}.weight_q", reference.pack_int4(integers) if bits <= 4 else integers)
+        arguments = (weight_q, weight.args[1], bias[0] if bias else None)
+        dtype = node.meta["val"].dtype if "val" in node.meta else torch.float32
+        product = insert.call(ops.linear.default, codes, scale, zero_point, *arguments, dtype)
+        node.replace_all_uses_with(product)
+        gm.graph.erase_node(node)
+    return gm
+
+
+def _target(node: Any) -> Any:
+    return node.target if isinstance(node, Node) else None
+
+
+def _bits(high: int) -> int:
+    return (high + 1).bit_length()
+
+
+def _smoothed(codes: Node) -> tuple[Node, Node | None]:
+    """The quantized value and, where it is x · inv_smooth for this quantizer alone, x and inv_smooth."""
+    x: Any = codes.args[0]
+    if _target(x) is aten.mul.Tensor and isinstance(x.args[1], Node) and x.args[1].op == "get_attr":
+        if str(x.args[1].target).endswith(".inv_smooth"):
+            return x.args[0], x.args[1]
+    return x, None
+
+
+def _static(insert: Insertion, name: str, x: Node) -> tuple[Node, Node, Node]:
+    codes: Any = x.args[0]
+    per_tensor = x.target is qdq.dequantize_per_tensor.default
+    if per_tensor:
+        scale_value = torch.tensor([codes.args[1]], dtype=torch.float32)
+        zero_value = torch.tensor([codes.args[2]], dtype=torch.int32)
+        bits = _bits(codes.args[4])
+    else:
+        scale_value, zero_value = (attribute(insert.gm, str(codes.args[i].target)) for i in (1, 2))
+        bits = _bits(codes.args[5])
+    scale = insert.tensor(f"{name}.input_scale", scale_value)
+    zero_point = insert.tensor(f"{name}.input_zero_point", zero_value)
+    inverse = insert.tensor(f"{name}.input_inv_scale", 1.0 / scale_value)
+    source, inv_smooth = _smoothed(codes)
+    return insert.call(ops.quantize.default, source, inverse, zero_point, inv_smooth, bits), scale, zero_point
+
+
+def _dynamic(insert: Insertion, name: str, x: Node) -> tuple[Node, Node, Node]:
+    codes: Any = x.args[0]
+    source, inv_smooth = _smoothed(codes)
+    bits = codes.args[4]
+    pair = insert.call(ops.choose_qparams.default, source, inv_smooth, bits)
+    scale, zero_point = (insert.call(operator.getitem, pair, i) for i in (0, 1))
+    inverse = insert.call(aten.reciprocal.default, scale)
+    return insert.call(ops.quantize.default, source, inverse, zero_point, inv_smooth, bits), scale, zero_point
+
+
+_INPUTS = {
+    qdq.dequantize_per_channel.default: _static,
+    qdq.dequantize_per_tensor.default: _static,
+    ops.dequantize.default: _dynamic,
+}
+
+
+def is_lowered(gm: GraphModule) -> bool:
+    """Whether the graph computes with integers."""
+    return bool(gm.graph.find_nodes(op="call_function", target=ops.linear.default))

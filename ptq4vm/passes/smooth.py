@@ -1,0 +1,58 @@
+"""Smoothing: x / s and W · s around each linear (SmoothQuant eq. 3 and 4; PTQ4VM section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4vm.graph import Insertion, LinearSite, aten, set_tensor
+
+SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
+"""Floors of max|X|, max|W| and s, as in the paper's code."""
+
+
+def insert_smoothing(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule:
+    """`linear(x, W)` → `linear(x · (1 / s), W · s)` with s = exp(log s) = 1, log s a parameter."""
+    for site in sites:
+        insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
+        log_scale = insert.tensor(f"{site.name}.log_smooth", torch.zeros(site.in_features))
+        make_parameter(gm, f"{site.name}.log_smooth")
+        scale = insert.call(aten.exp.default, log_scale)
+        smoothed = insert.call(aten.mul.Tensor, x, insert.call(aten.reciprocal.default, scale))
+        site.node.args = (smoothed, insert.call(aten.mul.Tensor, weight, scale), *bias)
+    return gm
+
+
+def make_parameter(gm: GraphModule, name: str) -> None:
+    """Turns a buffer into a parameter that does not ask for a gradient yet."""
+    path, _, leaf = name.rpartition(".")
+    module = gm.get_submodule(path)
+    module.register_parameter(leaf, nn.Parameter(module._buffers.pop(leaf), requires_grad=False))
+
+
+def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """s_d = max|X_d|^α / max_n|W_nd|^(1-α) for x_max (D,) = max|X_d| and weight (N, D) (SmoothQuant eq. 4)."""
+    x_max = x_max.clamp(min=SMALLEST_ACTIVATION)
+    w_max = weight.abs().amax(0).clamp(min=SMALLEST_WEIGHT)
+    return (x_max.pow(alpha) / w_max.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
+
+
+def fold_smoothing(gm: GraphModule) -> GraphModule:
+    """1 / exp(log s) → a constant `inv_smooth`, computed once."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.reciprocal.default):
+        scale = node.args[0]
+        if scale.target is not aten.exp.default or scale.args[0].op != "get_attr":
+            continue
+        name = str(scale.args[0].target)
+        if not name.endswith(".log_smooth"):
+            continue
+        with torch.no_grad():
+            value = gm.get_parameter(name).exp().reciprocal()
+        with gm.graph.inserting_before(node):
+            folded = gm.graph.get_attr(set_tensor(gm, f"{name.removesuffix('.log_smooth')}.inv_smooth", value))
+        folded.meta["val"] = value
+        node.replace_all_uses_with(folded)
+    return gm

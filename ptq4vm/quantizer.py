@@ -1,0 +1,142 @@
+"""From a QuantConfig to torchao's annotations. Only this module and `api.py` know that pt2e inserts the observers."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4vm.config import QuantConfig
+from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
+from ptq4vm.graph import LinearSite, find_linears
+
+with quiet_import():
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+
+def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
+    """The linears that the config quantizes: those inside the model's blocks, less its exclusions.
+
+    In a model without numbered blocks all linears count. Raises ValueError where nothing is left, where a pattern
+    matches nothing, and where an accumulator could overflow int32.
+    """
+    sites = find_linears(gm)
+    in_blocks = [site for site in sites if site.block is not None] or sites
+    for pattern in config.exclude:
+        if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
+            known = ", ".join(site.name for site in sites[:6])
+            raise ValueError(f"exclude pattern {pattern!r} matches no linear; there are {known}, …")
+    chosen = [site for site in in_blocks if not any(fnmatch.fnmatchcase(site.name, p) for p in config.exclude)]
+    if not chosen:
+        raise ValueError(
+            "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
+            f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
+        )
+    for site in chosen:
+        bound = site.in_features * 2**config.activation_bits * 2 ** (config.weight_bits - 1)
+        if bound >= 2**31:
+            raise ValueError(
+                f"{site.name}: {site.in_features} channels at W{config.weight_bits}A{config.activation_bits} can "
+                "overflow an int32 accumulator; use fewer bits or exclude this linear"
+            )
+    return chosen
+
+
+class TokenQuantizer(Quantizer):
+    """Annotates linears with our fake-quantizers: activations at the config's granularity, weights per channel."""
+
+    def __init__(self, config: QuantConfig, sites: Sequence[LinearSite]) -> None:
+        super().__init__()
+        self.config = config
+        self.nodes = {site.node.name for site in sites}
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        config, nodes = self.config, [node for node in model.graph.nodes if node.name in self.nodes]
+        low, high = config.activation.bounds
+        activation = QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
+                spec=config.activation, granularity=config.granularity
+            ),
+            quant_min=low,
+            quant_max=high,
+        )
+        low, high = config.weight.bounds
+        weight = QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=WeightFakeQuantize.with_args(spec=config.weight),
+            quant_min=low,
+            quant_max=high,
+        )
+        for node in nodes:
+            specs = {node.args[0]: activation, node.args[1]: weight}
+            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedLinear:
+    """One linear of a prepared graph with its two fake-quantizers and, if there is one, its smoothing vector."""
+
+    name: str
+    node: Node
+    input: ActivationFakeQuantize
+    weight: WeightFakeQuantize
+    smooth: torch.nn.Parameter | None
+    """log s (D,)"""
+
+
+def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sequence[LinearSite]) -> GraphModule:
+    """torchao's `prepare_pt2e` with our quantizer."""
+    return _quietly(prepare_pt2e, gm, TokenQuantizer(config, sites))
+
+
+def insert_integers(gm: GraphModule) -> GraphModule:
+    """torchao's `convert_pt2e`: fake-quantizers become quantize and dequantize nodes."""
+    return _quietly(convert_pt2e, gm)
+
+
+def _quietly(function: Callable[..., GraphModule], *args: Any) -> GraphModule:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(*args)
+
+
+def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[QuantizedLinear]:
+    """The linears of a prepared graph, in graph order, under the names that `prepare` gave them."""
+    found: list[QuantizedLinear] = []
+    for node in prepared.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        quantizers = [_module(prepared, arg) for arg in node.args[:2]]
+        x, w = quantizers
+        if isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize):
+            found.append(QuantizedLinear(names[len(found)], node, x, w, _smoothing(prepared, node)))
+    assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
+    return found
+
+
+def _module(gm: GraphModule, node: object) -> object:
+    return gm.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
+
+
+def _smoothing(gm: GraphModule, linear: Node) -> torch.nn.Parameter | None:
+    """x → mul(x, reciprocal(exp(log s))) → fake-quantizer → linear."""
+    observer = linear.args[0]
+    assert isinstance(observer, Node)
+    product = observer.args[0]
+    if not (isinstance(product, Node) and product.target is torch.ops.aten.mul.Tensor):
+        return None
+    inverse = product.args[1]
+    if not (isinstance(inverse, Node) and inverse.target is torch.ops.aten.reciprocal.default):
+        return None
+    scale = inverse.args[0]
+    assert isinstance(scale, Node) and isinstance(scale.args[0], Node)
+    return gm.get_parameter(str(scale.args[0].target))

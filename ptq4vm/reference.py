@@ -1,0 +1,293 @@
+"""The meaning of every kernel, in plain PyTorch, and the default implementation of every op.
+
+Shapes: B images, L tokens, D channels in, N channels out; in scans and convolutions E channels, S states, K taps.
+An activation x is (B, L, D). Its qparams are one per token (L,), one per tensor (1,), or one per image and token
+(B, L): they broadcast against x without its last axis. Weights are (N, D) with one scale per output channel (N,).
+Codes are signed: [-2^(b-1), 2^(b-1) - 1] for activations, [1 - 2^(b-1), 2^(b-1) - 1] for weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptq4vm.config import QuantSpec, Scheme
+
+EPSILON = torch.finfo(torch.float32).tiny
+"""The smallest scale whose reciprocal is finite: a tensor of zeros still has one."""
+
+EXACT_CHANNELS = 1024
+"""So many products of two int8 codes sum exactly in float32: 1024 · 128 · 128 = 2^24."""
+
+SCAN_CHUNK = 2**19
+"""States (B · S · E · tokens) that a scan holds at once: 2 MiB, so that they stay in cache."""
+
+
+def quantize(
+    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    """Smooth, multiply by the reciprocal, round half to even, shift, clamp; int8 codes in x's shape."""
+    low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    v = x.float()
+    if inv_smooth is not None:
+        v = v * inv_smooth
+    return (torch.round(v * inv_scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)).clamp(low, high).to(torch.int8)
+
+
+def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(q - z) · scale in float32."""
+    return (x_q.float() - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Symmetric int8 codes (N, D) of an already smoothed weight (N, D), one scale per output channel (N,)."""
+    low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC).bounds
+    return torch.round(weight.float() / scale.unsqueeze(-1)).clamp(low, high).to(torch.int8)
+
+
+def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale (float32) and zero point (int32) of the range [min(low, 0), max(high, 0)], elementwise."""
+    code_low, code_high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    scale = ((high - low) / (code_high - code_low)).clamp(min=EPSILON)
+    return scale, (code_low - torch.round(low / scale)).clamp(code_low, code_high).to(torch.int32)
+
+
+def choose_qparams(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (B, L) of every token of x (B, L, D) from its own minimum and maximum."""
+    v = x.float() if inv_smooth is None else x.float() * inv_smooth
+    return affine_qparams(v.amin(-1), v.amax(-1), bits)
+
+
+def accumulate(x_q: Tensor, x_zero_point: Tensor, w_q: Tensor) -> Tensor:
+    """Σ q · w - z · Σ w as int32 (…, N) from int8 codes. A kernel that differs here by one is wrong.
+
+    The products run through a float32 matmul in pieces of `EXACT_CHANNELS`, which is exact in any order of
+    summation, and fast everywhere; int32 matmul has no kernel on CPUs.
+    """
+    acc = torch.zeros(*x_q.shape[:-1], w_q.shape[0], dtype=torch.int32, device=x_q.device)
+    for x, w in zip(x_q.split(EXACT_CHANNELS, -1), w_q.split(EXACT_CHANNELS, -1), strict=True):
+        acc += F.linear(x.float(), w.float()).to(torch.int32)
+    return acc - x_zero_point.to(torch.int32).unsqueeze(-1) * w_q.sum(-1, dtype=torch.int32)
+
+
+def rescale(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(float32(acc) · scale_x[t]) · scale_w[n] + bias[n], then one cast."""
+    y = (acc.float() * x_scale.unsqueeze(-1)) * w_scale
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def linear(
+    x_q: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The integer linear: int8 codes (…, D), weight int8 (N, D) or packed 4-bit uint8 (N, ceil(D / 2))."""
+    w_q = unpack_int4(weight, x_q.shape[-1]) if weight.dtype == torch.uint8 else weight
+    return rescale(accumulate(x_q, x_zero_point, w_q), x_scale, weight_scale, bias, dtype)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Two codes a byte along the last axis, low nibble first; an odd axis is padded with a zero code."""
+    codes = F.pad(codes, (0, codes.shape[-1] % 2))
+    return ((codes[..., 1::2] << 4) | (codes[..., 0::2] & 15)).to(torch.uint8)
+
+
+def unpack_int4(packed: Tensor, channels: int) -> Tensor:
+    """int8 codes (…, channels): the inverse of `pack_int4`."""
+    low, high = (packed & 15).to(torch.int8), (packed >> 4).to(torch.int8)
+    codes = torch.stack((low, high), -1).flatten(-2)[..., :channels]
+    return torch.where(codes > 7, codes - 16, codes)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """Depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, zeros before t = 0; x (B, L, E), weight (E, K), bias (E,)."""
+    y = _causal_taps(x, weight, bias)
+    return (F.silu(y) if silu else y).contiguous()
+
+
+def _causal_taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    taps, tokens = weight.shape[1], x.shape[1]
+    padded = F.pad(x, (0, 0, taps - 1, 0))
+    y = padded[:, :tokens] * weight[:, 0]
+    for k in range(1, taps):
+        y = torch.addcmul(y, padded[:, k : k + tokens], weight[:, k])
+    return y if bias is None else y + bias
+
+
+def causal_conv1d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (empty without a bias): the adjoint of `causal_conv1d`."""
+    taps, tokens = weight.shape[1], x.shape[1]
+    if silu:
+        grad = grad * _silu_slope(_causal_taps(x, weight, bias))
+    x_padded, grad_padded = F.pad(x, (0, 0, taps - 1, 0)), F.pad(grad, (0, 0, 0, taps - 1))
+    grad_x = grad_padded[:, taps - 1 : taps - 1 + tokens] * weight[:, 0]
+    for k in range(1, taps):
+        grad_x = torch.addcmul(grad_x, grad_padded[:, taps - 1 - k : taps - 1 - k + tokens], weight[:, k])
+    grad_weight = torch.stack([(grad * x_padded[:, k : k + tokens]).sum((0, 1)) for k in range(taps)], -1)
+    grad_bias = grad.new_empty(0) if bias is None else grad.sum((0, 1))
+    return grad_x.contiguous(), grad_weight, grad_bias
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """Mamba's selective scan, tokens before channels (Gu and Dao 2023, algorithm 2, with B̄ = Δ · B).
+
+    u, delta, z (B, L, E); A (E, S) negative; B, C (B, L, S); D, delta_bias (E,); the result is (B, L, E):
+
+        Δ_t = softplus(delta_t + delta_bias)
+        h_t = exp(Δ_t · A) · h_{t-1} + Δ_t · B_t · u_t,   h_0 = 0
+        y_t = (Σ_s C_t · h_t + D · u_t) · silu(z_t)
+
+    Computed in float32 (float64 for float64 inputs) and returned in u's dtype. Within a chunk of tokens everything
+    but the recurrence is one vector operation; the recurrence is one fused multiply-add a token.
+    """
+    step, dt_u, _ = _scan_steps(u, delta, delta_bias, delta_softplus)
+    a, b, c = A.to(step.dtype).t(), B.to(step.dtype).transpose(0, 1), C.to(step.dtype).transpose(0, 1)
+    h = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])
+    y = torch.empty_like(step)
+    for chunk in _scan_chunks(u, A):
+        _, states = _scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], h)
+        h = states[-1]
+        y[chunk] = _sum_states(c[chunk], states)
+    y = _skip(y.transpose(0, 1), u, D)
+    return (y if z is None else y * F.silu(z.to(y.dtype))).to(u.dtype).contiguous()
+
+
+def selective_scan_backward(
+    grad: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias (empty where absent): the adjoint of `selective_scan`.
+
+    With λ_t the gradient of h_t: λ_t = C_t · g_t + exp(Δ_{t+1} A) · λ_{t+1}, backwards. The states are computed
+    again, chunk by chunk, from those at the chunks' starts.
+    """
+    step, dt_u, raw = _scan_steps(u, delta, delta_bias, delta_softplus)
+    kind = step.dtype
+    a, b, c = A.to(kind).t(), B.to(kind).transpose(0, 1), C.to(kind).transpose(0, 1)
+    u_t, g = u.to(kind).transpose(0, 1), grad.to(kind)
+    if z is not None:
+        g = g * F.silu(z.to(kind))
+    g_t = g.transpose(0, 1).contiguous()
+
+    chunks = _scan_chunks(u, A)
+    starts = [step.new_zeros(u.shape[0], A.shape[1], A.shape[0])]
+    for chunk in chunks[:-1]:
+        starts.append(_scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], starts[-1])[1][-1])
+
+    y, grad_step, grad_dt_u = torch.empty_like(step), torch.empty_like(step), torch.empty_like(step)
+    grad_a, grad_b, grad_c = torch.zeros_like(a), torch.empty_like(b), torch.empty_like(c)
+    carry = torch.zeros_like(starts[0])
+    for chunk, start in zip(reversed(chunks), reversed(starts), strict=True):
+        decay, states = _scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], start)
+        y[chunk] = _sum_states(c[chunk], states)
+        grad_c[chunk] = _sum_channels(states, g_t[chunk])
+        adjoint = c[chunk].unsqueeze(-1) * g_t[chunk].unsqueeze(-2)
+        adjoint[-1] += carry
+        for now, later, factor in zip(
+            reversed(adjoint.unbind(0)[:-1]), reversed(adjoint.unbind(0)), reversed(decay.unbind(0)), strict=False
+        ):
+            now.addcmul_(factor, later)
+        carry = adjoint[0] * decay[0]
+        grad_b[chunk] = _sum_channels(adjoint, dt_u[chunk])
+        grad_dt_u[chunk] = _sum_states(b[chunk], adjoint)
+        adjoint[1:] *= states[:-1]
+        adjoint[0] *= start
+        grad_log_decay = adjoint.mul_(decay)
+        grad_step[chunk] = (grad_log_decay * a).sum(-2)
+        grad_a += (grad_log_decay * step[chunk].unsqueeze(-2)).sum((0, 1))
+
+    grad_step += grad_dt_u * u_t
+    grad_delta = (grad_step * torch.sigmoid(raw) if delta_softplus else grad_step).transpose(0, 1)
+    grad_u = (grad_dt_u * step).transpose(0, 1)
+    none = g.new_empty(0)
+    grad_z = none if z is None else grad.to(kind) * _skip(y.transpose(0, 1), u, D) * _silu_slope(z.to(kind))
+    grad_D = none if D is None else (g * u.to(kind)).sum((0, 1))
+    if D is not None:
+        grad_u = grad_u + g * D.to(kind)
+
+    def like(value: Tensor, original: Tensor | None) -> Tensor:
+        return value if original is None else value.to(original.dtype).contiguous()
+
+    return (
+        like(grad_u, u),
+        like(grad_delta, delta),
+        like(grad_a.t(), A),
+        like(grad_b.transpose(0, 1), B),
+        like(grad_c.transpose(0, 1), C),
+        like(grad_D, D),
+        like(grad_z, z),
+        none if delta_bias is None else like(grad_delta.sum((0, 1)), delta_bias),
+    )
+
+
+def _scan_steps(
+    u: Tensor, delta: Tensor, delta_bias: Tensor | None, softplus: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Δ, Δ · u and Δ before softplus, each (L, B, E), in the dtype to compute in."""
+    kind = torch.promote_types(u.dtype, torch.float32)
+    raw = delta.to(kind) if delta_bias is None else delta.to(kind) + delta_bias.to(kind)
+    raw = raw.transpose(0, 1).contiguous()
+    step = F.softplus(raw) if softplus else raw.clone()
+    return step, step * u.to(kind).transpose(0, 1), raw
+
+
+def _scan_chunks(u: Tensor, A: Tensor) -> list[slice]:
+    tokens = u.shape[1]
+    length = max(1, SCAN_CHUNK // max(1, u.shape[0] * A.numel()))
+    return [slice(start, min(start + length, tokens)) for start in range(0, tokens, length)]
+
+
+def _scan_chunk(step: Tensor, dt_u: Tensor, a: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays and states (T, B, S, E) of T tokens that follow the state h (B, S, E)."""
+    decay = torch.exp_(step.unsqueeze(-2) * a)
+    states = dt_u.unsqueeze(-2) * b.unsqueeze(-1)
+    for state, factor in zip(states.unbind(0), decay.unbind(0), strict=True):
+        h = state.addcmul_(factor, h)
+    return decay, states
+
+
+def _sum_states(weights: Tensor, states: Tensor) -> Tensor:
+    """(T, B, S), (T, B, S, E) → (T, B, E)."""
+    return torch.matmul(weights.unsqueeze(-2), states).squeeze(-2)
+
+
+def _sum_channels(states: Tensor, values: Tensor) -> Tensor:
+    """(T, B, S, E), (T, B, E) → (T, B, S)."""
+    return torch.matmul(states, values.unsqueeze(-1)).squeeze(-1)
+
+
+def _skip(y: Tensor, u: Tensor, D: Tensor | None) -> Tensor:
+    return y if D is None else y + u.to(y.dtype) * D.to(y.dtype)

@@ -16,9 +16,7 @@ from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of, update_record
 
 
-def prepare(
-    model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None
-) -> GraphModule:
+def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None) -> GraphModule:
     """Captures a model and puts smoothing and fake-quantizers around its linears.
 
     The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is

@@ -105,8 +105,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> GraphModule:
     config, record = read_record(folder)
     if _digest(folder / WEIGHTS) != config.get("weights_sha256"):
         raise CheckpointError(
-            f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs from {CONFIG}'s): it was truncated "
-            "or edited; copy the folder again or quantize the model again"
+            f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs from {CONFIG}'s): it was "
+            "truncated or edited; copy the folder again or quantize the model again"
         )
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -182,4 +182,6 @@ def _build(record: Record, folder: Path) -> nn.Module:
     try:
         return timm.create_model(record.architecture["name"], **record.architecture["arguments"])
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{folder}: timm cannot build the model ({error}); load(folder, model=your_model)") from error
+        raise CheckpointError(
+            f"{folder}: timm cannot build the model ({error}); load(folder, model=your_model)"
+        ) from error

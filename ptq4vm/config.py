@@ -62,7 +62,13 @@ class Learning:
     """Images in one optimizer step."""
 
     def __post_init__(self) -> None:
-        _check("learning.epochs", self.epochs, int, self.epochs >= 1, "at least 1; for no learning use learning=None")
+        _check(
+            "learning.epochs",
+            self.epochs,
+            int,
+            self.epochs >= 1,
+            "at least 1; for no learning use learning=None",
+        )
         _check("learning.batch_size", self.batch_size, int, self.batch_size >= 1, "at least 1")
         for name in ("scale_rate", "smooth_rate"):
             rate = getattr(self, name)
@@ -98,7 +104,9 @@ class QuantConfig:
         if self.smoothing is not None:
             _check("smoothing", self.smoothing, (int, float), 0 <= self.smoothing <= 1, "None or in [0, 1]")
         if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search:
-            raise ValueError("range_search needs static scales, but granularity is per_token_dynamic; turn one of them off")
+            raise ValueError(
+                "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
+            )
         if isinstance(self.learning, Mapping):
             object.__setattr__(self, "learning", Learning(**_known("learning", Learning, self.learning)))
         _check("seed", self.seed, int, self.seed >= 0, "a non-negative integer")
@@ -117,17 +125,17 @@ class QuantConfig:
     @classmethod
     def w8a8(cls, **changes: Any) -> Self:
         """PTQ4VM at 8 bits: smoothing, per-token static scales, truncation, 10 epochs of JLSS."""
-        return cls(**{"weight_bits": 8, "activation_bits": 8, "learning": Learning(epochs=10)} | changes)
+        return cls(**_paper(8, 10) | changes)
 
     @classmethod
     def w6a6(cls, **changes: Any) -> Self:
         """PTQ4VM at 6 bits: as `w8a8`, with 50 epochs of JLSS."""
-        return cls(**{"weight_bits": 6, "activation_bits": 6, "learning": Learning(epochs=50)} | changes)
+        return cls(**_paper(6, 50) | changes)
 
     @classmethod
     def w4a4(cls, **changes: Any) -> Self:
         """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS."""
-        return cls(**{"weight_bits": 4, "activation_bits": 4, "learning": Learning(epochs=100)} | changes)
+        return cls(**_paper(4, 100) | changes)
 
     @classmethod
     def minmax(cls, bits: int, **changes: Any) -> Self:
@@ -142,7 +150,10 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""
-        return dataclasses.asdict(self) | {"granularity": str(self.granularity), "exclude": list(self.exclude)}
+        return dataclasses.asdict(self) | {
+            "granularity": str(self.granularity),
+            "exclude": list(self.exclude),
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -158,6 +169,11 @@ class QuantConfig:
         if not isinstance(values, Mapping):
             raise ValueError(f"a config is a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def _paper(bits: int, epochs: int) -> dict[str, Any]:
+    """PTQ4VM table 7: the epochs of JLSS at each number of bits."""
+    return {"weight_bits": bits, "activation_bits": bits, "learning": Learning(epochs=epochs)}
 
 
 def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: bool, wanted: str) -> None:

@@ -36,9 +36,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
             raise ImportError("the digits are part of scikit-learn: pip install ptq4vm[demo]") from error
 
         digits = load_digits()
-        train, test = train_test_split(
-            range(len(digits.target)), test_size=450, random_state=0, stratify=digits.target
-        )
+        train, test = train_test_split(range(len(digits.target)), test_size=450, random_state=0, stratify=digits.target)
         chosen = sorted(train if _names_of(split) == _TRAIN else test)
         self.images = (digits.images[chosen] * (255 / 16)).round().astype("uint8")
         self.targets: list[int] = digits.target[chosen].tolist()
@@ -72,9 +70,7 @@ def open_dataset(source: str, split: str, transform: Transform, *, num_classes: 
         raise FileNotFoundError(f"{root}: no images in its class folders; {_layout(source, split)}")
     index = _imagenet_index(num_classes)
     if index.keys() >= set(folder.classes):
-        folder.samples = folder.imgs = [
-            (path, index[folder.classes[place]]) for path, place in folder.samples
-        ]
+        folder.samples = folder.imgs = [(path, index[folder.classes[place]]) for path, place in folder.samples]
         folder.targets = [target for _, target in folder.samples]
         folder.class_to_idx = {name: index[name] for name in folder.classes}
     return folder
@@ -92,9 +88,7 @@ def calibration_batches(dataset: ImageDataset, images: int, batch_size: int, see
     if images < 1 or batch_size < 1:
         raise ValueError(f"images and batch_size must be at least 1, got {images} and {batch_size}")
     if images > len(dataset):
-        raise ValueError(
-            f"calibration asks for {images} images, the dataset has {len(dataset)}; ask for fewer"
-        )
+        raise ValueError(f"calibration asks for {images} images, the dataset has {len(dataset)}; ask for fewer")
     shuffled = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = _dealt(shuffled, getattr(dataset, "targets", None))[:images]
     return [

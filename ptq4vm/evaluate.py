@@ -81,15 +81,11 @@ def predictions(model: nn.Module, loader: Batches) -> Tensor:
     return torch.cat([logits.cpu() for logits, _ in _run(model, loader, progress=False, description="")])
 
 
-def _run(
-    model: nn.Module, loader: Batches, progress: bool, description: str
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _run(model: nn.Module, loader: Batches, progress: bool, description: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Float32 logits and classes of every batch, where the model is."""
     from tqdm import tqdm
 
-    device = next(
-        (tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu")
-    )
+    device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     empty = True
     # None: no bar where the output is not a terminal. The bar is closed whatever ends the loop.
     with tqdm(loader, desc=description, disable=None if progress else True, unit="batch") as batches:
@@ -97,9 +93,7 @@ def _run(
             with torch.inference_mode():
                 logits = model(images.to(device))
             if logits.ndim != 2:
-                raise ValueError(
-                    f"a classifier gives (images, classes), this model gave {tuple(logits.shape)}"
-                )
+                raise ValueError(f"a classifier gives (images, classes), this model gave {tuple(logits.shape)}")
             empty = False
             yield logits.float(), target.to(device)
     if empty:

@@ -22,7 +22,6 @@ from ptq4vm.config import Granularity, QuantSpec
 from ptq4vm.graph import attribute, set_tensor
 
 
-
 @contextlib.contextmanager
 def quiet_import() -> Iterator[None]:
     """torchao's import warns about itself, through `warnings` and through torch's log."""
@@ -139,9 +138,9 @@ class ActivationFakeQuantize(_FakeQuantize):
                 result = graph.call_function(ops.dequantize.default, (codes, scale, zero_point))
             elif self.granularity is Granularity.PER_TENSOR:
                 step, zero = (tensor.item() for tensor in self.calculate_qparams())
-                rest = (step, zero, low, high, torch.int8)
-                codes = graph.call_function(quantized_decomposed.quantize_per_tensor.default, (x, *rest))
-                result = graph.call_function(quantized_decomposed.dequantize_per_tensor.default, (codes, *rest))
+                numbers = (step, zero, low, high, torch.int8)
+                codes = graph.call_function(quantized_decomposed.quantize_per_tensor.default, (x, *numbers))
+                result = graph.call_function(quantized_decomposed.dequantize_per_tensor.default, (codes, *numbers))
             else:
                 scale_value, zero_value = self.calculate_qparams()
                 scale = graph.get_attr(set_tensor(model, f"{self.name}.input_scale", scale_value))

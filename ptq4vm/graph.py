@@ -113,7 +113,11 @@ def check_input(x: Tensor, name: str, shape: list[int]) -> Tensor:
     """x itself, if all its axes but the batch are as captured."""
     if list(x.shape[1:]) != shape:
         have, want = "×".join(map(str, x.shape[1:])), "×".join(map(str, shape))
-        what = f"tokens were captured as {shape[0]}, the input has {x.shape[1]}" if x.dim() == 3 else "its resolution is fixed"
+        what = (
+            f"tokens were captured as {shape[0]}, the input has {x.shape[1]}"
+            if x.dim() == 3
+            else "its resolution is fixed"
+        )
         raise ValueError(
             f"{name}: the model was captured for inputs of {want} and given {have} ({what}); per-token scales bind "
             "a model to one token count: resize the input, or prepare and calibrate the model at this resolution"
@@ -169,7 +173,7 @@ def parameter_of(node: Any) -> str | None:
     """Name of the parameter or buffer that this node is, seen through views that only transpose."""
     while isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS:
         node = node.args[0]
-    return node.target if isinstance(node, Node) and node.op == "get_attr" else None
+    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
 _VIEWS = {aten.t.default, aten.numpy_T.default, aten.alias.default, aten.detach.default}

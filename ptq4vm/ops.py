@@ -34,16 +34,12 @@ def _check_qparams(x: Tensor, scale: Tensor) -> None:
         raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit an input of shape {tuple(x.shape)}")
 
 
-def _quantize(
-    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
-) -> Tensor:
+def _quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     _check_qparams(x, inv_scale)
     return reference.quantize(x, inv_scale, zero_point, inv_smooth, bits).contiguous()
 
 
-def _quantize_fake(
-    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
-) -> Tensor:
+def _quantize_fake(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     _check_qparams(x, inv_scale)
     return x.new_empty(x.shape, dtype=torch.int8)
 
@@ -138,7 +134,10 @@ def _selective_scan_backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, .
     return tuple(_empty_like(tensor, default) for tensor in inputs[:8])
 
 
-_SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus"
+_SCAN = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
+    "bool delta_softplus"
+)
 _define(f"selective_scan({_SCAN}) -> Tensor", reference.selective_scan, _selective_scan_fake)
 _define(
     f"selective_scan_backward(Tensor grad, {_SCAN}) -> ({', '.join(['Tensor'] * 8)})",
@@ -158,9 +157,7 @@ def _scan_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(None if tensor is None else g for tensor, g in zip(inputs, grads, strict=True)), None
 
 
-torch.library.register_autograd(
-    "ptq4vm::selective_scan", _scan_gradient, setup_context=_save_scan, lib=_library
-)
+torch.library.register_autograd("ptq4vm::selective_scan", _scan_gradient, setup_context=_save_scan, lib=_library)
 
 
 def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:

@@ -32,9 +32,7 @@ def prepared_graph(model: nn.Module, example_inputs: tuple[Any, ...], config: Qu
     gm = Pipeline(CANONICALIZE)(capture(model, example_inputs))
     sites = selected_linears(gm, config)
     linears = tuple(
-        LinearRecord(
-            name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features
-        )
+        LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites
     )
     if config.smoothing is not None:
@@ -44,9 +42,7 @@ def prepared_graph(model: nn.Module, example_inputs: tuple[Any, ...], config: Qu
         linear.weight.name = linear.name
         linear.input.name = linear.input.name or linear.name  # one input may feed several linears
     shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
-    record = Record(
-        config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes)
-    )
+    record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
     return set_record(gm, record)
 
 

@@ -24,9 +24,7 @@ SCAN_CHUNK = 2**19
 """States (B · S · E · tokens) that a scan holds at once: 2 MiB, so that they stay in cache."""
 
 
-def quantize(
-    x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
-) -> Tensor:
+def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     """Smooth, multiply by the reciprocal, round half to even, shift, clamp; int8 codes in x's shape."""
     low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
     v = x.float()
@@ -217,7 +215,10 @@ def selective_scan_backward(
         adjoint = c[chunk].unsqueeze(-1) * g_t[chunk].unsqueeze(-2)
         adjoint[-1] += carry
         for now, later, factor in zip(
-            reversed(adjoint.unbind(0)[:-1]), reversed(adjoint.unbind(0)), reversed(decay.unbind(0)), strict=False
+            reversed(adjoint.unbind(0)[:-1]),
+            reversed(adjoint.unbind(0)),
+            reversed(decay.unbind(0)),
+            strict=False,
         ):
             now.addcmul_(factor, later)
         carry = adjoint[0] * decay[0]
@@ -253,9 +254,7 @@ def selective_scan_backward(
     )
 
 
-def _scan_steps(
-    u: Tensor, delta: Tensor, delta_bias: Tensor | None, softplus: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_steps(u: Tensor, delta: Tensor, delta_bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Δ, Δ · u and Δ before softplus, each (L, B, E), in the dtype to compute in."""
     kind = torch.promote_types(u.dtype, torch.float32)
     raw = delta.to(kind) if delta_bias is None else delta.to(kind) + delta_bias.to(kind)

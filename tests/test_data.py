@@ -75,9 +75,7 @@ def test_an_unknown_split_is_named(source):
 @pytest.mark.parametrize("folder", ["val", "validation", "test"])
 @pytest.mark.parametrize("split", ["val", "validation", "test"])
 def test_a_split_is_found_under_each_of_its_names(tmp_path, folder, split):
-    source = tree(
-        tmp_path, f"{folder}/cat/0.png", f"{folder}/dog/1.png", "train/cat/2.png", "train/dog/3.png"
-    )
+    source = tree(tmp_path, f"{folder}/cat/0.png", f"{folder}/dog/1.png", "train/cat/2.png", "train/dog/3.png")
     assert levels(open_dataset(source, split, pixels)) == [(0, 0), (1, 1)]
     assert levels(open_dataset(source, "train", pixels)) == [(2, 0), (3, 1)]
 
@@ -116,9 +114,7 @@ def test_other_names_are_numbered_in_their_order(tmp_path, stranger):
     ],
 )
 def test_a_split_without_class_folders_is_not_guessed(tmp_path, images, split):
-    with pytest.raises(
-        FileNotFoundError, match=r"no class folders for the split 'val'; expected .*/val/<class>"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no class folders for the split 'val'; expected .*/val/<class>"):
         open_dataset(tree(tmp_path, *images), split, pixels)
 
 

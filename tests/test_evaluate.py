@@ -46,9 +46,7 @@ def test_the_figures_are_those_of_the_definition(task):
     assert result.images == len(target)
     assert result.top1 == 100 * (place < 1).sum().item() / len(target)
     assert result.top5 == (100 * (place < 5).sum().item() / len(target) if logits.shape[1] > 5 else None)
-    assert math.isclose(
-        result.loss, nn.functional.cross_entropy(logits, target).item(), rel_tol=1e-5, abs_tol=1e-6
-    )
+    assert math.isclose(result.loss, nn.functional.cross_entropy(logits, target).item(), rel_tol=1e-5, abs_tol=1e-6)
 
 
 @given(tasks())

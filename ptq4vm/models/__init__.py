@@ -1,7 +1,7 @@
 """Visual Mamba models with their public parameter names. Importing this package adds them to timm's registry.
 
-    import timm, ptq4vm.models
-    model = timm.create_model("vim_tiny_patch16_224", checkpoint_path="vim_t_midclstok_76p1acc.pth")
+import timm, ptq4vm.models
+model = timm.create_model("vim_tiny_patch16_224", checkpoint_path="vim_t_midclstok_76p1acc.pth")
 """
 
 from ptq4vm.models.vim import Vim

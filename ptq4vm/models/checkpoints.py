@@ -69,17 +69,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> dict[
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     weights = _select(content, path, ema)
-    strangers = [
-        name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))
-    ]
+    strangers = [name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if strangers:
         raise ValueError(f"{path}: these entries among the weights are not tensors: {_listing(strangers)}")
     return _bare(weights, path)
 
 
-def load_checkpoint(
-    model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False, strict: bool = True
-) -> None:
+def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False, strict: bool = True) -> None:
     """Fill the model from a file, or raise and leave the model as it was.
 
     Without `strict`, names that only one side has are logged; shapes must agree in any case.
@@ -167,8 +163,7 @@ def _select(content: object, path: Path, ema: bool) -> Mapping[str, object]:
     if any(isinstance(value, Tensor) for value in content.values()):
         return content
     raise ValueError(
-        f"{path}: no weights under {', '.join(CONTAINERS + EMA_CONTAINERS)}; "
-        f"it holds {_listing(content) or 'nothing'}"
+        f"{path}: no weights under {', '.join(CONTAINERS + EMA_CONTAINERS)}; it holds {_listing(content) or 'nothing'}"
     )
 
 
@@ -179,9 +174,7 @@ def _bare(weights: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         names = {old: new.removeprefix(BACKBONE) for old, new in names.items() if new.startswith(BACKBONE)}
     if len(set(names.values())) != len(names):
         twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
-        raise ValueError(
-            f"{path}: these weights are there twice, with and without a prefix: {_listing(twice)}"
-        )
+        raise ValueError(f"{path}: these weights are there twice, with and without a prefix: {_listing(twice)}")
     return {new: weights[old] for old, new in names.items()}
 
 

@@ -25,6 +25,15 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 class VimMixer(nn.Module):
     """The bidirectional Mamba mixer ("bimamba v2"): (B, L, D) → (B, L, D)."""
 
+    conv1d: nn.Conv1d
+    conv1d_b: nn.Conv1d
+    x_proj: nn.Linear
+    x_proj_b: nn.Linear
+    dt_proj: nn.Linear
+    dt_proj_b: nn.Linear
+    A_log: nn.Parameter
+    A_b_log: nn.Parameter
+
     def __init__(self, dim: int, state: int = 16, expand: int = 2, taps: int = 4) -> None:
         super().__init__()
         self.inner, self.state, self.rank = expand * dim, state, math.ceil(dim / 16)
@@ -48,12 +57,8 @@ class VimMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)
-        forward = self._scan(
-            xz, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D
-        )
-        backward = self._scan(
-            xz.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b
-        )
+        forward = self._scan(xz, self.conv1d, self.x_proj, self.dt_proj, self.A_log, self.D)
+        backward = self._scan(xz.flip(1), self.conv1d_b, self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b)
         return self.out_proj((forward + backward.flip(1)) / 2)
 
     def _scan(
@@ -117,10 +122,11 @@ class Vim(nn.Module):
         """As the official training code: truncated normal, residual projections scaled down by depth."""
         trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.layers:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+        for module in self.modules():
+            if isinstance(module, VimMixer):
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    module.out_proj.weight /= math.sqrt(len(self.layers))
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
@@ -171,9 +177,7 @@ def _cfg(**changes: Any) -> dict[str, Any]:
 
 def _digits(name: str) -> dict[str, Any]:
     grey = (0.5, 0.5, 0.5)
-    return _cfg(
-        num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, mean=grey, std=grey, file=str(PRETRAINED / name)
-    )
+    return _cfg(num_classes=10, input_size=(3, 32, 32), crop_pct=1.0, mean=grey, std=grey, file=str(PRETRAINED / name))
 
 
 default_cfgs = generate_default_cfgs(

@@ -82,12 +82,18 @@ def calibrate_blocks(
                 for linear in members:
                     linear.input.captured.clear()
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
-                report = {"block": part.name, "linears": [linear.name for linear in members]}
+                report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is not None:
                     bar.update(epochs)
                 elif config.learning is not None:
                     before, after = learn_block(
-                        part, members, rounded, targets, config.learning, config.seed + index, _reporter(bar, part)
+                        part,
+                        members,
+                        rounded,
+                        targets,
+                        config.learning,
+                        config.seed + index,
+                        _reporter(bar, part),
                     )
                     report |= {"loss_before": before, "loss_after": after}
                 else:
@@ -102,7 +108,7 @@ def calibrate_blocks(
     return reports
 
 
-def _reporter(bar: tqdm, part: Part) -> Callable[[int, float], None]:  # type: ignore[type-arg]
+def _reporter(bar: Any, part: Part) -> Callable[[int, float], None]:
     def report(epoch: int, loss: float) -> None:
         bar.set_postfix(block=part.name, epoch=epoch + 1, loss=f"{loss:.3e}")
         bar.update()
@@ -156,9 +162,7 @@ def _set_ranges(members: Sequence[QuantizedLinear], config: QuantConfig) -> None
             linear.smooth.data.copy_(scale.log())
             x = x * linear.smooth.exp().reciprocal()
         if config.granularity is not Granularity.PER_TOKEN_DYNAMIC:
-            linear.input.set_qparams(
-                *input_qparams(x, config.activation, config.granularity, config.range_search)
-            )
+            linear.input.set_qparams(*input_qparams(x, config.activation, config.granularity, config.range_search))
         linear.weight.scale = weight_scale(_weight(linear), config.weight, config.range_search)
 
 
@@ -184,9 +188,7 @@ def _restore(members: Sequence[QuantizedLinear], stored: Values) -> None:
     for linear in members:
         linear.weight.scale = stored[f"{linear.name}.weight_scale"]
         if not linear.input.dynamic:
-            linear.input.set_qparams(
-                stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"]
-            )
+            linear.input.set_qparams(stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"])
         if linear.smooth is not None:
             linear.smooth.data.copy_(stored[f"{linear.name}.log_smooth"])
 

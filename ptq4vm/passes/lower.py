@@ -47,9 +47,9 @@ def _bits(high: int) -> int:
 def _smoothed(codes: Node) -> tuple[Node, Node | None]:
     """The quantized value and, where it is x · inv_smooth for this quantizer alone, x and inv_smooth."""
     x: Any = codes.args[0]
-    if _target(x) is aten.mul.Tensor and isinstance(x.args[1], Node) and x.args[1].op == "get_attr":
-        if str(x.args[1].target).endswith(".inv_smooth"):
-            return x.args[0], x.args[1]
+    factor = x.args[1] if _target(x) is aten.mul.Tensor else None
+    if str(_target(factor)).endswith(".inv_smooth"):
+        return x.args[0], factor
     return x, None
 
 

@@ -30,7 +30,9 @@ def make_parameter(gm: GraphModule, name: str) -> None:
     """Turns a buffer into a parameter that does not ask for a gradient yet."""
     path, _, leaf = name.rpartition(".")
     module = gm.get_submodule(path)
-    module.register_parameter(leaf, nn.Parameter(module._buffers.pop(leaf), requires_grad=False))
+    value = module.get_buffer(leaf)
+    delattr(module, leaf)
+    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:

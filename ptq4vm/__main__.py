@@ -1,0 +1,5 @@
+import sys
+
+from ptq4vm.cli import main
+
+sys.exit(main())

@@ -1,0 +1,429 @@
+"""The command line: quantize, evaluate, benchmark, inspect, doctor.
+
+A command returns what it found as a dictionary and as text; `main` prints one of the two. Whatever is printed on the
+way goes to standard error. What a command needs is imported inside it, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptq4vm import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ptq4vm.config import QuantConfig
+    from ptq4vm.data import ImageDataset
+
+RANDOM = "random"
+PRESETS = "w8a8, w6a6, w4a4, minmaxN, smoothquantN (N bits)"
+INTERRUPTED = 130
+"""128 + SIGINT, as shells report it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a command found, for programs and for people."""
+
+    result: dict[str, Any]
+    text: str
+    code: int = 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; wrong usage exits with 2 as argparse does."""
+    args = _parser().parse_args(argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = args.command(args)
+    except KeyboardInterrupt:
+        print(f"ptq4vm: {_interrupted(args)}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        print(f"ptq4vm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 1
+    try:
+        print(json.dumps(outcome.result, indent=2) if args.json else outcome.text, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; Python must not try to flush again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return outcome.code
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message says all there is to say; anything else is our mistake and keeps its traceback."""
+    if isinstance(error, RuntimeError):
+        from ptq4vm.graph import CaptureError
+
+        return isinstance(error, CaptureError)
+    return isinstance(error, (ValueError, OSError, ImportError))
+
+
+def _interrupted(args: argparse.Namespace) -> str:
+    if "resume_dir" not in args:
+        return "interrupted"
+    if args.resume_dir is None:
+        return "interrupted; nothing is kept (with --resume-dir finished blocks would be)"
+    return f"interrupted; finished blocks are kept in {args.resume_dir}: the same command continues there"
+
+
+def quantize(args: argparse.Namespace) -> Outcome:
+    """Calibrate on images of the train split, convert, save."""
+    import ptq4vm
+    from ptq4vm.data import calibration_batches
+    from ptq4vm.record import record_of
+    from ptq4vm.report import model_bytes, table
+
+    output, config = _free(args.output), _config(args.config, args.seed)
+    seconds: dict[str, float] = {}
+    with _stage("load", seconds):
+        model = _named_model(args.model, args.checkpoint)
+        dataset = _dataset(args.data_dir, "train", model)
+        batches = calibration_batches(dataset, args.images, args.batch_size, args.seed)
+    with _stage("prepare", seconds):
+        prepared = ptq4vm.prepare(model, (batches[0],), config)
+    with _stage("calibrate", seconds):
+        ptq4vm.calibrate(prepared, batches, resume_dir=args.resume_dir, progress=sys.stderr.isatty())
+    with _stage("convert", seconds):
+        quantized = ptq4vm.convert(prepared)
+    with _stage("save", seconds):
+        ptq4vm.save(quantized, output)
+
+    record = record_of(quantized)
+    before, after, memory = model_bytes(model), model_bytes(quantized), _peak_memory()
+    result = {
+        "model": args.model,
+        "output": str(output),
+        "config": config.to_dict(),
+        "images": args.images,
+        "linears": len(record.linears),
+        "bytes_before": before,
+        "bytes_after": after,
+        "seconds": seconds,
+        "peak_memory_bytes": memory,
+        "blocks": list(record.blocks),
+    }
+    lines = [
+        *_losses(record.blocks),
+        f"{len(record.linears)} linears, {_mebibytes(before)} → {_mebibytes(after)} ({before / after:.2f}× smaller)",
+        table([seconds | {"total": sum(seconds.values())}]) + "  (seconds)",
+        f"peak memory {_mebibytes(memory)}",
+        f"saved in {output}",
+    ]
+    return Outcome(result=result, text="\n".join(lines))
+
+
+def evaluate(args: argparse.Namespace) -> Outcome:
+    """Accuracy on a split, and agreement with another model."""
+    from ptq4vm import evaluate as evaluation
+    from ptq4vm.report import table
+
+    names = [args.model] if args.against is None else [args.model, args.against]
+    if args.checkpoint is not None and all(map(_is_saved, names)):
+        raise ValueError(f"--checkpoint is for a model given by name; {' and '.join(names)} has its own weights")
+    models = [_model(name, args.checkpoint) for name in names]
+    loaders = [_loader(model, args) for model in models]
+    reference = None if args.against is None else evaluation.predictions(models[1], loaders[1])
+    found = evaluation.evaluate(models[0], loaders[0], reference_predictions=reference)
+    result = {"model": args.model, "against": args.against, "split": args.split, **found.to_dict()}
+    columns = {"model": "model", "images": "images", "top1": "top-1 %", "top5": "top-5 %"}
+    if args.against is not None:
+        columns["agreement"] = f"% as {args.against}"
+    return Outcome(result=result, text=table([result], columns | {"loss": "loss", "seconds": "seconds"}))
+
+
+def benchmark(args: argparse.Namespace) -> Outcome:
+    """Time models in turn on random images; models given by name get random weights."""
+    import torch
+
+    from ptq4vm.benchmark import compare, machine
+    from ptq4vm.report import table, write_csv
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    names = [args.model, *args.others]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; a model is compared with other ones")
+    models = {name: _model(name, RANDOM) for name in names}
+    shapes = {name: _input_shape(model) for name, model in models.items()}
+    if len(set(shapes.values())) > 1:
+        sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
+        raise ValueError(f"models are compared on the same images, but these take different ones: {sizes}")
+    images = torch.randn(args.batch_size, *shapes[args.model], generator=torch.Generator().manual_seed(0))
+    timings = [timing.to_dict() for timing in compare(models, images, repeats=args.repeats)]
+    facts = machine()
+    if args.csv is not None:
+        write_csv(args.csv, [timing | facts for timing in timings])
+    shown = [timing | {"median": 1000 * timing["median"], "spread": 1000 * timing["spread"]} for timing in timings]
+    columns = {
+        "name": "model",
+        "median": "median ms",
+        "spread": "spread ms",
+        "images_per_second": "images/s",
+        "ratio": f"times {args.model}",
+    }
+    about = f"batch {args.batch_size}, {args.repeats} rounds; " + ", ".join(
+        f"{key} {value}" for key, value in facts.items()
+    )
+    return Outcome(result={"machine": facts, "timings": timings}, text=f"{table(shown, columns)}\n{about}")
+
+
+def inspect(args: argparse.Namespace) -> Outcome:
+    """What is in the folder of a quantized model."""
+    import ptq4vm
+    from ptq4vm.record import record_of
+    from ptq4vm.report import linear_rows, model_bytes, table
+
+    quantized = ptq4vm.load(args.folder)
+    record, rows, size = record_of(quantized), linear_rows(quantized), model_bytes(quantized)
+    integers = sum(row["weight_bytes"] for row in rows)
+    result = {
+        "architecture": record.architecture,
+        "input_shapes": [list(shape) for shape in record.input_shapes],
+        "config": record.config.to_dict(),
+        "linears": rows,
+        "bytes": size,
+        "weight_bytes": integers,
+        "blocks": list(record.blocks),
+    }
+    name = record.architecture["name"] if record.architecture else "a model timm does not know"
+    said = result["config"].keys()
+    lines = [
+        f"{name}, {_mebibytes(size)}, of which {_mebibytes(integers)} integer weights",
+        *(f"  {key}: {json.dumps(value)}" for key, value in result["config"].items()),
+        table(rows, {key: key.replace("_", " ") for key in rows[0] if key not in said}),
+        *_losses(record.blocks),
+    ]
+    return Outcome(result=result, text="\n".join(lines))
+
+
+def doctor(args: argparse.Namespace) -> Outcome:
+    """What is installed, which kernels run, and whether they compute what they should."""
+    from ptq4vm.doctor import diagnose, wrong_bits
+
+    wrong = wrong_bits()
+    verdict = f"quantize and linear are wrong at {wrong} bits" if wrong else "ok"
+    result = diagnose() | {"self_check": verdict}
+    lines = [f"{package} {number or 'is missing'}" for package, number in result["versions"].items()]
+    lines += [f"{key}: {result['machine'][key]}" for key in ("platform", "cpu_capability", "threads")]
+    lines += [f"CUDA: {'available' if result['cuda'] else 'not available'}"]
+    lines += [f"{name}: {implementation}" for name, implementation in result["operators"].items()]
+    lines += [f"self-check against int64: {verdict}"]
+    return Outcome(result=result, text="\n".join(lines), code=1 if wrong else 0)
+
+
+def _config(text: str, seed: int) -> QuantConfig:
+    """A preset by name, or a JSON file, which has its own seed."""
+    from ptq4vm.config import QuantConfig
+
+    if text in ("w8a8", "w6a6", "w4a4"):
+        preset: Callable[..., QuantConfig] = getattr(QuantConfig, text)
+        return preset(seed=seed)
+    if match := re.fullmatch(r"(minmax|smoothquant)(\d+)", text):
+        return getattr(QuantConfig, match[1])(int(match[2]), seed=seed)
+    if not text.endswith(".json"):
+        raise ValueError(f"{text!r} is no config: give {PRESETS}, or a .json file")
+    try:
+        return QuantConfig.from_json(Path(text).read_text(encoding="utf-8"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{text}: {error}") from error
+
+
+def _free(folder: str) -> Path:
+    """Where a model may be saved: said before the work, not after it."""
+    from ptq4vm.checkpoint import CONFIG
+
+    path = Path(folder).resolve()
+    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise FileExistsError(f"{path} exists and holds no quantized model; choose another --output")
+    return path
+
+
+def _is_saved(name: str) -> bool:
+    from ptq4vm.checkpoint import CONFIG
+
+    return (Path(name) / CONFIG).exists()
+
+
+def _model(name: str, checkpoint: str | None) -> nn.Module:
+    """A quantized model from its folder, or a floating-point one by its name in timm."""
+    if not _is_saved(name):
+        return _named_model(name, checkpoint)
+
+    import ptq4vm
+    from ptq4vm.record import record_of
+
+    quantized = ptq4vm.load(name)
+    architecture = record_of(quantized).architecture
+    assert architecture is not None  # else `load` could not have built the model
+    # as timm's own models say it
+    quantized.pretrained_cfg = architecture["preprocessing"]
+    quantized.num_classes = architecture["arguments"]["num_classes"]
+    return quantized
+
+
+def _named_model(name: str, checkpoint: str | None) -> nn.Module:
+    """A model by its name in timm, with the weights of a file, random ones, or those timm knows of."""
+    import timm
+    import torch
+
+    import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+    from ptq4vm.models.checkpoints import load_checkpoint
+
+    try:
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    except RuntimeError:  # an unknown tag after the dot
+        cfg = None
+    if cfg is None:
+        family = timm.list_models(f"{name.split('_')[0]}_*", include_tags=True)[:8]
+        known = f"it knows {', '.join(family)}" if family else "timm.list_models() names them"
+        raise ValueError(f"{name} is neither a quantized model's folder nor a name that timm knows; {known}")
+    published = cfg.url or cfg.hf_hub_id or (cfg.file and Path(cfg.file).is_file())
+    if checkpoint is None and not published:
+        raise ValueError(
+            f"timm has no weights for {name}: give --checkpoint FILE, or --checkpoint {RANDOM} to try without"
+        )
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=checkpoint is None).eval()
+    if checkpoint not in (None, RANDOM):
+        load_checkpoint(model, checkpoint)
+    return model
+
+
+def _input_shape(model: nn.Module) -> tuple[int, ...]:
+    from timm.data import resolve_model_data_config
+
+    return tuple(resolve_model_data_config(model)["input_size"])
+
+
+def _dataset(source: str, split: str, model: nn.Module) -> ImageDataset:
+    from ptq4vm.data import open_dataset, transform_for
+
+    classes: Any = getattr(model, "num_classes", 1000)
+    return open_dataset(source, split, transform_for(model), num_classes=classes)
+
+
+def _loader(model: nn.Module, args: argparse.Namespace) -> Any:
+    """Batches of the split; a limit takes images from all over it, since folders are sorted by class."""
+    from torch.utils.data import Subset
+
+    from ptq4vm.data import loader
+
+    dataset: Any = _dataset(args.data_dir, args.split, model)
+    if args.limit is not None and args.limit < len(dataset):
+        dataset = Subset(dataset, [i * len(dataset) // args.limit for i in range(args.limit)])
+    return loader(dataset, args.batch_size)
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"{name} …", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _peak_memory() -> int | None:
+    """The most bytes this process has held in memory, where the system counts them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
+
+
+def _losses(blocks: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of the losses of learning; nothing where nothing was learned."""
+    from ptq4vm.report import table
+
+    rows = [block for block in blocks if "loss_after" in block]
+    columns = {"block": "block", "loss_before": "loss before", "loss_after": "loss after"}
+    return [table(rows, columns)] if rows else []
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ptq4vm", description="Post-training quantization of Visual Mamba.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ptq4vm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(command: Callable[[argparse.Namespace], Outcome]) -> argparse.ArgumentParser:
+        text = command.__doc__
+        made = commands.add_parser(
+            command.__name__, help=text, description=text, formatter_class=_Help, allow_abbrev=False
+        )
+        made.set_defaults(command=command)
+        made.add_argument("--json", action="store_true", help="print one JSON object")
+        return made
+
+    either = "folder of a quantized model, or a timm name"
+    data = "digits (part of scikit-learn), or a folder DIR/<split>/<class>/*"
+    weights = f"file of weights, or '{RANDOM}'; else the weights timm knows of"
+
+    made = add(quantize)
+    made.add_argument("model", metavar="MODEL", help="timm name, such as vim_tiny_patch16_224")
+    made.add_argument("--data-dir", required=True, metavar="DIR", help=data)
+    made.add_argument("--output", required=True, metavar="DIR", help="folder to save the quantized model in")
+    made.add_argument("--checkpoint", metavar="FILE", help=weights)
+    made.add_argument("--config", default="w8a8", help=f"{PRESETS}, or a .json file")
+    made.add_argument("--images", type=_count, default=256, metavar="N", help="images to calibrate with")
+    made.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images read at once")
+    made.add_argument("--seed", type=int, default=0, help="chooses the images, and their order in a preset's learning")
+    made.add_argument("--resume-dir", metavar="DIR", help="keep finished blocks here, and continue from them")
+
+    made = add(evaluate)
+    made.add_argument("model", metavar="MODEL", help=either)
+    made.add_argument("--data-dir", required=True, metavar="DIR", help=data)
+    made.add_argument("--checkpoint", metavar="FILE", help=f"for models given by name: {weights}")
+    made.add_argument("--split", default="test", help="train, or one of test, val, validation")
+    made.add_argument("--batch-size", type=_count, default=64, metavar="N", help="images at once")
+    made.add_argument("--limit", type=_count, metavar="N", help="take only N images, spread over the split")
+    made.add_argument("--against", metavar="MODEL", help="count the images on which both models say the same")
+
+    made = add(benchmark)
+    made.add_argument("model", metavar="MODEL", help=f"the baseline: {either}")
+    made.add_argument("others", nargs="*", metavar="OTHER", help="models to compare with it")
+    made.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images at once")
+    made.add_argument("--threads", type=_count, metavar="N", help="CPU threads; else as many as torch takes")
+    made.add_argument("--repeats", type=_count, default=20, metavar="N", help="rounds to time, after 3 to warm up")
+    made.add_argument("--csv", metavar="FILE", help="write the timings and the machine here")
+
+    made = add(inspect)
+    made.add_argument("folder", metavar="DIR", help="folder of a quantized model")
+
+    add(doctor)
+    return parser

@@ -1,0 +1,62 @@
+"""What is installed, which implementation each operator has, and whether the operators compute what they should."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ptq4vm import __version__, ops, reference
+from ptq4vm.benchmark import machine
+
+PACKAGES = ("torch", "torchao", "timm", "safetensors")
+
+
+def diagnose() -> dict[str, Any]:
+    """Versions (None where a package is missing), the machine, and who computes each operator."""
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ptq4vm::"))
+    return {
+        "versions": {
+            "ptq4vm": __version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "machine": machine(),
+        "cuda": torch.cuda.is_available(),
+        "operators": {name: _implementation(name) for name in names},
+    }
+
+
+def wrong_bits() -> list[int]:
+    """The bits at which quantize and linear differ from int64; scales are powers of two, so equality is exact."""
+    random = torch.Generator().manual_seed(0)
+    return [bits for bits in (4, 8) if not _is_exact(bits, random)]
+
+
+def _is_exact(bits: int, random: torch.Generator) -> bool:
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (2, 5, 33), generator=random)
+    zero_point = torch.randint(-half, half, (5,), generator=random)
+    weight = torch.randint(1 - half, half, (7, 33), generator=random)
+    scale, weight_scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]), torch.full((7,), 0.5)
+    centred = codes - zero_point[:, None]
+    stored = reference.pack_int4(weight.to(torch.int8)) if bits <= 4 else weight.to(torch.int8)
+    zero = zero_point.to(torch.int32)
+    x_q = ops.quantize(centred * scale[:, None], 1 / scale, zero, None, bits)
+    y = ops.linear(x_q, scale, zero, stored, weight_scale, None, torch.float32)
+    return torch.equal(x_q.long(), codes) and torch.equal(y, (centred @ weight.t()) * scale[:, None] * 0.5)
+
+
+def _implementation(operator: str) -> str:
+    keys = ("CPU", "CUDA")
+    native = [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
+    return f"native for {' and '.join(native)}" if native else "PyTorch reference"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,118 @@
+"""Results as aligned text, JSON and CSV, and what a lowered graph has to tell about itself."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from numbers import Real
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ptq4vm import ops
+from ptq4vm.graph import attribute
+from ptq4vm.record import record_of
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
+    """Aligned text, numbers to the right; `columns` gives the keys to show and their headings, else all are shown."""
+    columns = columns or {key: key for key in _keys(rows)}
+    cells = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(isinstance(row.get(key), Real | None) for row in rows) for key in columns]
+    lines = (
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(line, widths, numeric, strict=True)
+        )
+        for line in [cells[0], ["-" * width for width in widths], *cells[1:]]
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """A file that exists is replaced only once the new one is complete."""
+    _replace(Path(path), lambda file: file.write(json.dumps(value, indent=2) + "\n"))
+
+
+def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
+    """One line a row under the keys of all rows; as careful as `write_json`."""
+
+    def write(file: TextIO) -> None:
+        writer = csv.DictWriter(file, _keys(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+    _replace(Path(path), write)
+
+
+def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
+    """What each integer linear of a lowered graph became; scales and smoothing are None where there are none."""
+    record = record_of(quantized)
+    facts = {linear.name: linear for linear in record.linears}
+    rows = []
+    for node in quantized.graph.find_nodes(op="call_function", target=ops.linear.default):
+        codes, scale, _, weight = node.args[:4]
+        name = str(weight.target).removesuffix(".weight_q")
+        integers = attribute(quantized, weight.target)
+        input_scale, inv_smooth = _constant(quantized, scale), _constant(quantized, codes.args[3])
+        smooth = None if inv_smooth is None else inv_smooth.reciprocal()
+        rows.append(
+            {
+                "name": name,
+                "tokens": facts[name].tokens,
+                "in": facts[name].in_features,
+                "out": facts[name].out_features,
+                "weight_bits": record.config.weight_bits,
+                "activation_bits": record.config.activation_bits,
+                "granularity": str(record.config.granularity),
+                "weight_bytes": integers.numel() * integers.element_size(),
+                "input_scale_min": None if input_scale is None else input_scale.min().item(),
+                "input_scale_max": None if input_scale is None else input_scale.max().item(),
+                "smooth_min": None if smooth is None else smooth.min().item(),
+                "smooth_max": None if smooth is None else smooth.max().item(),
+            }
+        )
+    return rows
+
+
+def model_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers, each counted once."""
+    tensors = chain(module.parameters(), module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _constant(gm: GraphModule, node: Any) -> Tensor | None:
+    constant = isinstance(node, Node) and node.op == "get_attr"
+    return attribute(gm, str(node.target)) if constant else None
+
+
+def _keys(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return str(value)
+    large = isinstance(value, int) or abs(value) >= 1000  # type: ignore[operator]
+    return f"{value:,.0f}" if large else f"{value:.4g}"
+
+
+def _replace(path: Path, write: Callable[[TextIO], Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

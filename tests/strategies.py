@@ -1,0 +1,66 @@
+"""What the laws are tried on: empty, single and odd sizes, all numbers of bits, tensors in any layout."""
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ptq4vm.config import Granularity, Learning, QuantConfig
+
+bits = st.integers(2, 8)
+seeds = st.integers(0, 2**31 - 1)
+sizes = st.sampled_from([0, 1, 2, 3, 5, 8, 17])
+positive_sizes = st.sampled_from([1, 2, 3, 5, 8, 17])
+
+
+def _transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def _every_other(x: Tensor) -> Tensor:
+    return torch.stack((x, torch.zeros_like(x)), -1)[..., 0]
+
+
+def _part_of_more(x: Tensor) -> Tensor:
+    return torch.cat((torch.zeros_like(x), x), -1)[..., x.shape[-1] :]
+
+
+layouts = st.sampled_from([Tensor.contiguous, _transposed, _every_other, _part_of_more])
+"""Functions that give a tensor's values back in other memory."""
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
+    """int8 codes in [low, high]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high + 1, shape, generator=generator).to(torch.int8)
+
+
+def powers_of_two(*shape: int, seed: int = 0, low: int = -6, high: int = 3) -> Tensor:
+    """Factors whose product with a float32 is exact."""
+    return 2.0 ** integers(low, high, *shape, seed=seed).float()
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> QuantConfig:
+    granularity = draw(st.sampled_from(Granularity))
+    rates = st.floats(0, 1, exclude_max=True)
+    learning = st.builds(
+        Learning,
+        epochs=st.integers(1, 1000),
+        scale_rate=rates,
+        smooth_rate=rates,
+        batch_size=st.integers(1, 512),
+    )
+    return QuantConfig(
+        weight_bits=draw(bits),
+        activation_bits=draw(bits),
+        granularity=granularity,
+        smoothing=draw(st.none() | st.floats(0, 1)),
+        range_search=granularity is not Granularity.PER_TOKEN_DYNAMIC and draw(st.booleans()),
+        learning=draw(st.none() | learning),
+        seed=draw(seeds),
+        exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),
+    )

@@ -1,0 +1,286 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ptq4vm
+from ptq4vm import doctor
+from ptq4vm.cli import main
+
+MODEL = "vim_nano_patch4_32"
+WEIGHTS = ("--checkpoint", "random")
+CONFIG = {"weight_bits": 4, "activation_bits": 8, "range_search": False}
+COMMANDS = ("quantize", "evaluate", "benchmark", "inspect", "doctor")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> str:
+    """Ten classes of two images, wider than high and larger than the model's."""
+    root, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(20):
+            path = root / split / f"class_{number % 10}" / f"{number}.jpeg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(path)
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    path.write_text(json.dumps(CONFIG))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, photos, config) -> str:
+    """A quantized model, made by the command."""
+    folder = str(tmp_path_factory.mktemp("models") / "quantized")
+    assert main(calibration(folder, photos, config)) == 0
+    return folder
+
+
+def calibration(output, data="digits", config="w8a8", *more) -> list[str]:
+    command = ["quantize", MODEL, "--data-dir", str(data), "--output", str(output), *WEIGHTS]
+    return [*command, "--config", str(config), "--images", "4", "--batch-size", "2", *more]
+
+
+@pytest.fixture
+def run(capsys):
+    """Code, standard output and standard error of a command."""
+
+    def call(*argv) -> tuple[int, str, str]:
+        code = main([str(argument) for argument in argv])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_quantize_says_what_it_did_and_only_that(run, tmp_path, photos, config):
+    resume = tmp_path / "blocks"
+    argv = calibration(tmp_path / "out", photos, config, "--resume-dir", resume, "--json")
+    code, out, err = run(*argv)
+    result = json.loads(out)
+    assert code == 0 and [line.split()[0] for line in err.splitlines()] == list(result["seconds"])
+    assert result["images"] == 4 and result["linears"] == 36 and len(result["blocks"]) == 6
+    assert result["config"] == ptq4vm.QuantConfig(**CONFIG).to_dict()
+    assert result["bytes_after"] < result["bytes_before"] < result["peak_memory_bytes"]
+    assert len(list(resume.glob("block_*"))) == 6
+
+    saved = (tmp_path / "out" / "model.safetensors").read_bytes()
+    code, out, _ = run(*argv[:-1])  # over the same folder, from the finished blocks
+    assert code == 0 and "36 linears" in out and "smaller" in out and str(tmp_path / "out") in out
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == saved
+
+
+@pytest.mark.parametrize("source", ["photos", "digits"])
+def test_evaluate_measures_and_compares(run, saved, photos, source):
+    data = photos if source == "photos" else source
+    argv = ("evaluate", saved, "--data-dir", data, "--limit", 10, "--against", MODEL, *WEIGHTS)
+    code, out, _ = run(*argv, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["images"] == 10 and result["split"] == "test"
+    assert 0 <= result["top1"] <= result["top5"] <= 100 and result["agreement"] >= 50
+    assert run(*argv)[1].splitlines()[0].split()[:3] == ["model", "images", "top-1"]
+
+
+def test_a_model_agrees_with_itself_whatever_the_batch(run, saved, photos):
+    argv = ("evaluate", saved, "--data-dir", photos, "--split", "train", "--against", saved, "--json")
+    one, other = (json.loads(run(*argv, "--batch-size", size)[1]) for size in (3, 20))
+    assert one["agreement"] == other["agreement"] == 100 and one["images"] == 20
+    assert one["top1"] == other["top1"] and one["loss"] == pytest.approx(other["loss"])
+
+
+def test_inspect_shows_what_was_saved(run, saved):
+    code, out, err = run("inspect", saved, "--json")
+    result = json.loads(out)
+    assert code == 0 and not err
+    assert result["architecture"]["name"] == MODEL and result["input_shapes"] == [[3, 32, 32]]
+    assert result["config"] == ptq4vm.QuantConfig(**CONFIG).to_dict()
+    assert [row["name"] for row in result["linears"]] == [
+        name for block in result["blocks"] for name in block["linears"]
+    ]
+    assert result["weight_bytes"] == sum(row["weight_bytes"] for row in result["linears"]) < result["bytes"]
+    assert "layers.5.mixer.out_proj" in run("inspect", saved)[1]
+
+
+def test_benchmark_compares_with_the_first(run, saved, tmp_path):
+    threads = torch.get_num_threads()
+    options = ("--batch-size", 2, "--repeats", 2, "--threads", threads, "--csv", tmp_path / "times.csv")
+    code, out, _ = run("benchmark", MODEL, saved, *options, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["machine"]["threads"] == threads
+    assert [timing["name"] for timing in result["timings"]] == [MODEL, saved]
+    assert result["timings"][0]["ratio"] == 1
+    heading, *lines = (tmp_path / "times.csv").read_text().splitlines()
+    assert len(lines) == 2 and {"median", "ratio", "threads", "torch"} <= set(heading.split(","))
+    assert f"times {MODEL}" in run("benchmark", MODEL, *options)[1]
+
+
+def test_doctor_finds_the_reference_and_checks_it(run, monkeypatch):
+    code, out, err = run("doctor", "--json")
+    result = json.loads(out)
+    assert code == 0 and not err and result["self_check"] == "ok"
+    assert result["versions"]["ptq4vm"] == ptq4vm.__version__ and result["versions"]["torchao"]
+    assert {"ptq4vm::quantize", "ptq4vm::linear", "ptq4vm::selective_scan"} <= result["operators"].keys()
+    assert set(result["operators"].values()) == {"PyTorch reference"}
+
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    monkeypatch.setattr(doctor.reference, "unpack_int4", lambda packed, channels: packed.new_zeros(7, 33))
+    code, out, _ = run("doctor")
+    assert code == 1 and "no-such-package is missing" in out and "wrong at [4] bits" in out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (("inspect", "nowhere"), "nowhere is not a saved model"),
+        (("evaluate", "vim_huge", "--data-dir", "digits"), "vim_huge is neither .* it knows vim_base"),
+        (("evaluate", "other", "--data-dir", "digits"), r"other is neither .*; timm.list_models\(\)"),
+        (("evaluate", f"{MODEL}.roman", "--data-dir", "digits"), f"neither .* {MODEL}.digits"),
+        (("evaluate", "vim_tiny_patch16_224", "--data-dir", "digits"), "no weights .* --checkpoint FILE"),
+        (("evaluate", MODEL, "--data-dir", "nowhere", *WEIGHTS), "nowhere: no such folder"),
+        (("evaluate", MODEL, "--data-dir", "digits", "--split", "eval", *WEIGHTS), "split must be one of"),
+        (("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", "no.pth"), "no.pth: no such checkpoint"),
+        (("quantize", "resnet18", "--data-dir", "digits", "--output", "x", *WEIGHTS), "no linear to quantize"),
+        (("benchmark", MODEL, MODEL), f"{MODEL} is given twice"),
+        (("benchmark", MODEL, "resnet18"), f"different ones: {MODEL} 3×32×32, resnet18 3×224×224"),
+        (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
+        (calibration("x", config="minmax9"), "weight_bits must be .* between 2 and 8, got 9"),
+        (calibration("x", config="no.json"), "No such file .*no.json"),
+        (calibration("x", "digits", "w8a8", "--seed", "-1"), "seed must be a non-negative integer; got -1"),
+        (calibration("x", "digits", "w8a8", "--images", "2000"), "asks for 2000 images, the dataset has 1347"),
+    ],
+)
+def test_an_expected_error_is_one_line(run, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*argv)
+    *progress, last = err.splitlines()
+    assert code == 1 and not out and all(line.endswith(" …") for line in progress)
+    assert last.startswith("ptq4vm: error: ") and re.search(message, last)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"weigth_bits": 4}', "config has no key 'weigth_bits'; it knows weight_bits"),
+        ('{"learning": {"epoch": 4}}', "learning has no key 'epoch'; it knows epochs"),
+        ("[4]", "a config is a JSON object, got list"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_a_wrong_config_is_refused_before_any_work(run, tmp_path, text, message):
+    path = tmp_path / "wrong.json"
+    path.write_text(text)
+    code, _, err = run(*calibration(tmp_path / "out", "digits", path))
+    assert code == 1 and err.startswith(f"ptq4vm: error: {path}: ") and message in err
+
+
+def test_a_folder_of_something_else_is_refused_before_any_work(run, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    code, _, err = run(*calibration(tmp_path))
+    assert code == 1 and err.startswith(f"ptq4vm: error: {tmp_path} exists and holds no quantized model")
+
+
+def test_a_damaged_model_is_named(run, saved, tmp_path):
+    copy = shutil.copytree(saved, tmp_path / "copy")
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:-1])
+    code, _, err = run("inspect", copy)
+    assert code == 1 and "truncated or edited" in err and err.count("\n") == 1
+
+
+def test_a_checkpoint_nobody_reads_is_an_error(run, saved):
+    code, _, err = run("evaluate", saved, "--data-dir", "digits", *WEIGHTS)
+    assert code == 1 and f"--checkpoint is for a model given by name; {saved} has its own weights" in err
+
+
+def test_a_checkpoint_of_another_model_is_one_line(run, saved):
+    weights = Path(saved) / "model.safetensors"
+    code, _, err = run("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", weights)
+    assert code == 1 and "does not fit Vim" in err and err.count("\n") == 1
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(doctor, "diagnose", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [((), "nothing is kept"), (("--resume-dir", "blocks"), "finished blocks are kept in blocks")],
+)
+def test_an_interrupt_is_one_line_and_130(run, tmp_path, monkeypatch, config, more, message):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptq4vm, "prepare", interrupted)
+    code, out, err = run(*calibration(tmp_path / "out", "digits", config, *more))
+    assert code == 130 and not out and message in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_of_another_command_is_just_that(run, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "diagnose", interrupted)
+    assert run("doctor") == (130, "", "ptq4vm: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("export",),
+        ("inspect",),
+        ("quantize", MODEL),
+        ("benchmark", MODEL, "--repeats", "0"),
+        ("benchmark", MODEL, "--repeat", "2"),  # no abbreviations: they break when options are added
+        ("evaluate", MODEL, "--data-dir", "digits", "--limit", "few"),
+    ],
+)
+def test_wrong_usage_is_code_2(capsys, argv):
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2 and "usage: ptq4vm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_short_and_shows_defaults(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    options = re.findall(r"^  (--[a-z-]+)(.*)", text, re.MULTILINE)
+    assert stop.value.code == 0 and len(options) <= 10 and "--json" in dict(options)
+    assert "None" not in text and "False" not in text
+    defaults = {"quantize": "w8a8 256 32 0", "evaluate": "test 64", "benchmark": "8 20"}
+    shown = re.findall(r"\(default:\s+(\S+)\)", text)
+    assert shown == defaults.get(command, "").split()
+
+
+def test_help_and_version_come_without_torch():
+    program = (
+        "import sys; from ptq4vm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    )
+    for option in ("--help", "--version"):
+        done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True)
+        assert done.returncode == 0 and "ptq4vm" in done.stdout and not done.stderr
+
+
+def test_a_saved_model_is_read_by_a_new_process(saved):
+    command = [sys.executable, "-m", "ptq4vm", "inspect", saved, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["architecture"]["name"] == MODEL

@@ -1,0 +1,133 @@
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import bits, configs
+
+from ptq4vm.config import Granularity, Learning, QuantConfig, QuantSpec, Scheme
+
+
+@given(bits)
+def test_affine_codes_fill_the_range_and_symmetric_codes_mirror(count):
+    low, high = QuantSpec(bits=count, scheme=Scheme.AFFINE).bounds
+    assert high - low + 1 == 2**count and low == -high - 1
+    assert QuantSpec(bits=count, scheme=Scheme.SYMMETRIC).bounds == (-high, high)
+
+
+@pytest.mark.parametrize("value", [1, 9, 0, -4, 4.0, "4", None, True])
+@pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
+def test_bits_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number between 2 and 8, got {value!r}"):
+        QuantConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, 9, 4.0])
+def test_a_spec_refuses_them_too(value):
+    with pytest.raises(ValueError, match=f"bits must be a whole number between 2 and 8, got {value!r}"):
+        QuantSpec(bits=value, scheme=Scheme.AFFINE)
+
+
+@given(configs())
+def test_a_config_survives_dict_and_json(config):
+    assert QuantConfig.from_dict(config.to_dict()) == config
+    assert QuantConfig.from_json(config.to_json()) == config
+
+
+@given(configs())
+def test_a_dict_holds_only_what_json_knows(config):
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+
+
+@given(configs())
+def test_learning_may_be_a_dict(config):
+    if config.learning is not None:
+        assert dataclasses.replace(config, learning=dataclasses.asdict(config.learning)) == config
+
+
+def test_a_config_is_frozen_and_hashable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        QuantConfig().seed = 1
+    assert len({QuantConfig.w4a4(), QuantConfig.w4a4(), QuantConfig.w4a4(seed=1)}) == 2
+
+
+def test_unknown_keys_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"config has no key 'weight_bit'; it knows weight_bits, .*exclude"):
+        QuantConfig.from_dict({"weight_bit": 4})
+    with pytest.raises(ValueError, match=r"learning has no key 'epoch'; it knows epochs, .*batch_size"):
+        QuantConfig.from_dict({"learning": {"epochs": 1, "epoch": 2}})
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"w4a4"', "null"])
+def test_json_of_another_kind_is_refused(text):
+    with pytest.raises(ValueError, match="a config is a JSON object"):
+        QuantConfig.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"smoothing": 1.5}, r"smoothing must be None or in \[0, 1\]; got 1.5"),
+        ({"smoothing": -0.1}, "smoothing must be"),
+        ({"smoothing": float("nan")}, "smoothing must be"),
+        ({"smoothing": "0.5"}, "smoothing must be"),
+        ({"smoothing": True}, "smoothing must be"),
+        ({"granularity": "per_channel"}, "granularity must be one of per_tensor, .*; got 'per_channel'"),
+        ({"granularity": "per_token_dynamic"}, "range_search needs static scales"),
+        ({"seed": -1}, "seed must be a non-negative integer; got -1"),
+        ({"seed": 0.5}, "seed must be"),
+        ({"seed": None}, "seed must be"),
+        ({"exclude": "layers.*"}, "exclude must be a sequence of patterns, got the string"),
+        ({"exclude": (3,)}, "exclude"),
+        ({"exclude": None}, "exclude"),
+        ({"range_search": "off"}, "range_search"),
+        ({"learning": "on"}, "learning"),
+        ({"learning": {}}, "learning"),
+        ({"learning": {"epochs": 0}}, "learning.epochs must be at least 1; for no learning use learning=None"),
+        ({"learning": {"epochs": 1.5}}, "learning.epochs must be"),
+        ({"learning": {"epochs": None}}, "learning.epochs must be"),
+        ({"learning": {"epochs": 1, "batch_size": 0}}, "learning.batch_size must be at least 1; got 0"),
+        ({"learning": {"epochs": 1, "scale_rate": 1}}, r"learning.scale_rate must be in \[0, 1\); got 1"),
+        ({"learning": {"epochs": 1, "smooth_rate": -0.1}}, "learning.smooth_rate must be"),
+        ({"learning": {"epochs": 1, "smooth_rate": "fast"}}, "learning.smooth_rate must be"),
+    ],
+    ids=repr,
+)
+def test_what_makes_no_sense_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        QuantConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "count", "epochs"),
+    [(QuantConfig.w8a8(), 8, 10), (QuantConfig.w6a6(), 6, 50), (QuantConfig.w4a4(), 4, 100)],
+)
+def test_presets_are_the_papers(config, count, epochs):
+    assert (config.weight.bits, config.activation.bits) == (count, count)
+    assert (config.weight.scheme, config.activation.scheme) == (Scheme.SYMMETRIC, Scheme.AFFINE)
+    assert config.granularity is Granularity.PER_TOKEN
+    assert config.smoothing == 0.5 and config.range_search
+    assert config.learning == Learning(epochs=epochs)
+
+
+@given(bits)
+def test_baselines_differ_by_smoothing_alone(count):
+    minmax, smoothquant = QuantConfig.minmax(count), QuantConfig.smoothquant(count)
+    assert (minmax.weight_bits, minmax.activation_bits) == (count, count)
+    assert minmax.granularity is Granularity.PER_TENSOR
+    assert not minmax.range_search and minmax.learning is None and minmax.smoothing is None
+    assert smoothquant == dataclasses.replace(minmax, smoothing=0.5)
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "w6a6", "w4a4"])
+def test_a_preset_can_be_changed(preset):
+    make = getattr(QuantConfig, preset)
+    assert make(learning=None, seed=3) == dataclasses.replace(make(), learning=None, seed=3)
+    assert QuantConfig.minmax(4, seed=3) == dataclasses.replace(QuantConfig.minmax(4), seed=3)
+
+
+@given(st.sampled_from(Granularity))
+def test_a_granularity_may_be_its_name(granularity):
+    config = QuantConfig(granularity=str(granularity), range_search=False)
+    assert config.granularity is granularity

@@ -40,11 +40,9 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
 
     Raises ValueError for a graph that is not lowered, and FileExistsError for a folder that holds something else.
     """
-    record, folder = record_of(quantized), Path(folder)
+    record, folder = record_of(quantized), free_folder(folder)
     if not is_lowered(quantized):
         raise ValueError("only lowered models are saved: call ptq4vm.convert(prepared) without lower=False")
-    if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise FileExistsError(f"{folder} exists and holds no quantized model; choose another folder")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -56,6 +54,16 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def free_folder(folder: str | Path) -> Path:
+    """The folder's real path, if a model may be saved there: new, empty, or a saved model to replace."""
+    path = Path(folder).resolve()
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose another folder")
+    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
+        raise FileExistsError(f"{folder} exists and holds no quantized model; choose another folder")
+    return path
 
 
 def _move(temporary: Path, folder: Path) -> None:

@@ -82,11 +82,12 @@ def _interrupted(args: argparse.Namespace) -> str:
 def quantize(args: argparse.Namespace) -> Outcome:
     """Calibrate on images of the train split, convert, save."""
     import ptq4vm
+    from ptq4vm.checkpoint import free_folder
     from ptq4vm.data import calibration_batches
     from ptq4vm.record import record_of
     from ptq4vm.report import model_bytes, table
 
-    output, config = _free(args.output), _config(args.config, args.seed)
+    output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
     seconds: dict[str, float] = {}
     with _stage("load", seconds):
         model = _named_model(args.model, args.checkpoint)
@@ -140,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     result = {"model": args.model, "against": args.against, "split": args.split, **found.to_dict()}
     columns = {"model": "model", "images": "images", "top1": "top-1 %", "top5": "top-5 %"}
     if args.against is not None:
-        columns["agreement"] = f"% as {args.against}"
+        columns |= {"agreement": f"% as {args.against}", "divergence": "KL"}
     return Outcome(result=result, text=table([result], columns | {"loss": "loss", "seconds": "seconds"}))
 
 
@@ -240,16 +241,6 @@ def _config(text: str, seed: int) -> QuantConfig:
         return QuantConfig.from_json(Path(text).read_text(encoding="utf-8"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{text}: {error}") from error
-
-
-def _free(folder: str) -> Path:
-    """Where a model may be saved: said before the work, not after it."""
-    from ptq4vm.checkpoint import CONFIG
-
-    path = Path(folder).resolve()
-    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
-        raise FileExistsError(f"{path} exists and holds no quantized model; choose another --output")
-    return path
 
 
 def _is_saved(name: str) -> bool:

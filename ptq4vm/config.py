@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -50,13 +50,13 @@ class Learning:
     """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3).
 
     Scales are learned as logarithms, so they stay positive, and a rate is a relative change: with Adam,
-    `scale_rate=1e-2` moves a step size by at most about 1 % a step. The rates decay to zero along a cosine.
+    `scale_rate=2e-2` moves a step size by at most about 2 % a step. The rates decay to zero along a cosine.
     """
 
     epochs: int
-    scale_rate: float = 1e-2
+    scale_rate: float = 2e-2
     """Step size (relative, per optimizer step) of the activation and weight scales."""
-    smooth_rate: float = 1e-2
+    smooth_rate: float = 2e-2
     """Step size (relative, per optimizer step) of the smoothing scales."""
     batch_size: int = 32
     """Images in one optimizer step."""
@@ -103,15 +103,23 @@ class QuantConfig:
                 raise ValueError(f"granularity must be one of {options}; got {self.granularity!r}") from None
         if self.smoothing is not None:
             _check("smoothing", self.smoothing, (int, float), 0 <= self.smoothing <= 1, "None or in [0, 1]")
+        if not isinstance(self.range_search, bool):
+            raise ValueError(f"range_search must be true or false, got {self.range_search!r}")
         if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search:
             raise ValueError(
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
         if isinstance(self.learning, Mapping):
+            if "epochs" not in self.learning:
+                raise ValueError("learning needs the key 'epochs'; for no learning use null")
             object.__setattr__(self, "learning", Learning(**_known("learning", Learning, self.learning)))
+        if not isinstance(self.learning, Learning | None):
+            raise ValueError(f"learning must be a Learning, its keys, or None; got {self.learning!r}")
         _check("seed", self.seed, int, self.seed >= 0, "a non-negative integer")
-        if isinstance(self.exclude, str):
-            raise ValueError(f"exclude must be a sequence of patterns, got the string {self.exclude!r}")
+        if not isinstance(self.exclude, Sequence) or isinstance(self.exclude, str):
+            raise ValueError(f"exclude must be a sequence of patterns, got {self.exclude!r}")
+        if not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ValueError(f"exclude must hold patterns of linears' names, got {list(self.exclude)!r}")
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
     @property

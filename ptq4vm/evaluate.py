@@ -20,6 +20,7 @@ class Evaluation:
     top1: float
     top5: float | None  # None below six classes, where it says nothing
     agreement: float | None  # images whose first class is also that of the reference
+    divergence: float | None  # mean KL divergence of the predicted classes from the reference's, in nats
     loss: float  # mean cross-entropy
     seconds: float  # reading and preprocessing included
 
@@ -40,7 +41,7 @@ def evaluate(
     `reference_predictions` are the logits of another model for the same images in the same order.
     """
     images = correct = among_five = agreeing = 0
-    loss = 0.0
+    loss = divergence = 0.0
     start = time.perf_counter()
     for logits, target in _run(model, loader, progress, description):
         count, classes = logits.shape
@@ -54,9 +55,10 @@ def evaluate(
         if classes > 5:
             among_five += int((logits.topk(5, dim=1).indices == target[:, None]).sum())
         if reference_predictions is not None:
-            expected = reference_predictions[images : images + count].argmax(dim=1).to(first.device)
+            expected = reference_predictions[images : images + count].to(logits)
             if len(expected) == count:  # else the totals differ, which is said at the end
-                agreeing += int((first == expected).sum())
+                agreeing += int((first == expected.argmax(dim=1)).sum())
+                divergence += _divergence(expected, logits)
         loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
         images += count
     seconds = time.perf_counter() - start
@@ -71,9 +73,16 @@ def evaluate(
         top1=100 * correct / images,
         top5=100 * among_five / images if classes > 5 else None,
         agreement=None if reference_predictions is None else 100 * agreeing / images,
+        divergence=None if reference_predictions is None else divergence / images,
         loss=loss / images,
         seconds=seconds,
     )
+
+
+def _divergence(expected: Tensor, logits: Tensor) -> float:
+    """Summed over the images, never below the zero that equal logits have."""
+    pair = nn.functional.log_softmax(logits.double(), 1), nn.functional.log_softmax(expected.double(), 1)
+    return max(0.0, float(nn.functional.kl_div(*pair, reduction="sum", log_target=True)))
 
 
 def predictions(model: nn.Module, loader: Batches) -> Tensor:

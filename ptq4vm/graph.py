@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -316,26 +316,23 @@ def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
 
 
 def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
-    """Which piece each node belongs to; no node precedes what it reads."""
+    """Which piece each node that depends on the input belongs to; no node precedes what it reads."""
     body = [node for node in gm.graph.nodes if node.op in ("call_function", "call_module", "call_method")]
     own = {node: _own_rank(node, rank) for node in body}
     last = max((i for i, node in enumerate(body) if own[node]), default=-1)
     places: dict[Node, int] = {}
     data = set(gm.graph.find_nodes(op="placeholder"))
     for i, node in enumerate(body):
-        sources = node.all_input_nodes
-        if not data.intersection(sources):
+        if data.isdisjoint(node.all_input_nodes):
             continue
         data.add(node)
-        reached = max((places[source] for source in sources if source in places), default=0)
+        reached = max((places[source] for source in node.all_input_nodes if source in places), default=0)
         after = len(rank) + 1 if rank and i > last else reached
         places[node] = max(own[node] or after, reached)
     for node in reversed(body):
-        # parameters' own arithmetic, and observers, which carry no module path, go to their first user
+        # observers carry no module path: they go to their first user
         users = [places[user] for user in node.users if user in places]
-        if node not in places:
-            places[node] = min(users, default=0)
-        elif not node.meta.get("nn_module_stack") and users:
+        if node in places and users and not node.meta.get("nn_module_stack"):
             places[node] = max(places[node], min(users))
     return places
 
@@ -350,23 +347,24 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
     inside = set(body)
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
-    inputs = [
-        node
-        for node in dict.fromkeys(source for node in body for source in node.all_input_nodes)
-        if node.op != "get_attr" and node not in inside
-    ]
+    sources = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
+    inputs = [node for node in sources if node.op == "placeholder" or node in places]
     tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
     for node in tensors:
-        copies[node] = graph.node_copy(node) if node.op == "placeholder" else graph.placeholder(node.name)
+        copies[node] = graph.placeholder(node.name)
         copies[node].meta.update(node.meta)
     for node in inputs:
         if node not in copies:
             copies[node] = graph.call_function(aten.sym_size.int, (copies[_batched(node, tensors)], 0))
+
+    def copied(node: Node) -> Node:
+        # what depends on parameters alone is computed in every piece that reads it
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copied)
+        return copies[node]
+
     for node in body:
-        for source in node.all_input_nodes:
-            if source.op == "get_attr" and source not in copies:
-                copies[source] = graph.node_copy(source)
-        copies[node] = graph.node_copy(node, copies.__getitem__)
+        copied(node)
     results = set(output.all_input_nodes)
     outputs = [
         node
@@ -387,9 +385,3 @@ def _batched(size: Node, tensors: Sequence[Node]) -> Node:
         if len(shape) and str(shape[0]) == str(size.meta.get("val")):
             return node
     raise CaptureError(f"{size.name} crosses a block boundary and is neither a tensor nor the batch size")
-
-
-def iterate_batches(values: dict[str, Any], batches: Sequence[slice | Tensor]) -> Iterator[dict[str, Any]]:
-    """The same values for one batch of images after another."""
-    for batch in batches:
-        yield {name: value[batch] for name, value in values.items()}

@@ -1,11 +1,16 @@
+import copy
 import os
+import warnings
 
 import pytest
 import torch
 from hypothesis import settings
 from strategies import normal
 from torch import Tensor
+from torch.fx import GraphModule
 
+from ptq4vm.api import calibrate, prepare
+from ptq4vm.config import QuantConfig
 from ptq4vm.models import Vim
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
@@ -37,3 +42,35 @@ def small_vim() -> Vim:
 def images() -> Tensor:
     """Twelve for `small_vim`."""
     return normal(12, 3, 16, 16, seed=4)
+
+
+class Roads:
+    """`small_vim` prepared and calibrated, made once for each config and copied for each caller."""
+
+    def __init__(self, model: Vim, images: Tensor) -> None:
+        self.model, self.images = model, images
+        self._made: dict[tuple[QuantConfig, bool], GraphModule] = {}
+
+    def prepared(self, config: QuantConfig) -> GraphModule:
+        return self._copy(config, False)
+
+    def calibrated(self, config: QuantConfig) -> GraphModule:
+        return self._copy(config, True)
+
+    def _copy(self, config: QuantConfig, calibrated: bool) -> GraphModule:
+        key = config, calibrated
+        if key not in self._made:
+            if calibrated:
+                made = calibrate(self.prepared(config), self.images.split(5), progress=False)
+            else:
+                made = prepare(self.model, (self.images[:2],), config)
+            self._made[key] = made
+        with warnings.catch_warnings():
+            # torch 2.11 warns about its own classes when a graph is copied
+            warnings.simplefilter("ignore", FutureWarning)
+            return copy.deepcopy(self._made[key])
+
+
+@pytest.fixture(scope="session")
+def roads(small_vim: Vim, images: Tensor) -> Roads:
+    return Roads(small_vim, images)

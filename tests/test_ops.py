@@ -242,7 +242,9 @@ class AllOps(nn.Module):
         x = ops.causal_conv1d(x, *self.conv_inputs)
         _, delta, A, B, C, D, z, bias = self.scan_inputs
         batch = (x.shape[0], -1, -1)
-        x = ops.selective_scan(x, delta.expand(batch), A, B.expand(batch), C.expand(batch), D, z.expand(batch), bias, True)
+        x = ops.selective_scan(
+            x, delta.expand(batch), A, B.expand(batch), C.expand(batch), D, z.expand(batch), bias, True
+        )
         inv_scale, zero_point, inv_smooth, count = self.quantize_inputs
         codes = ops.quantize(x, inv_scale, zero_point, inv_smooth, count)
         y = ops.linear(codes, 1 / inv_scale, zero_point, *self.linear_inputs)

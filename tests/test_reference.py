@@ -230,7 +230,9 @@ def plain_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
 def scan_inputs(images, tokens, channels, states, *, D=True, z=True, bias=True, softplus=True, dtype=torch.float32):
     """A realistic scan: decays from almost 1 to almost 0."""
     u, delta = (normal(images, tokens, channels, seed=i, dtype=dtype) for i in (0, 1))
-    A = -torch.arange(1, states + 1, dtype=dtype).repeat(channels, 1) * (1 + 0.1 * normal(channels, 1, seed=2)).to(dtype)
+    A = -torch.arange(1, states + 1, dtype=dtype).repeat(channels, 1) * (1 + 0.1 * normal(channels, 1, seed=2)).to(
+        dtype
+    )
     B, C = (normal(images, tokens, states, seed=i, dtype=dtype) for i in (3, 4))
     return (
         u,
@@ -293,7 +295,9 @@ def test_the_scans_gradient_is_that_of_the_definition(shape, options, chunk):
     present = [value for value, original in zip(ours, inputs[:-1], strict=True) if original is not None]
     absent = [value for value, original in zip(ours, inputs[:-1], strict=True) if original is None]
     assert all(value.numel() == 0 for value in absent)
-    names = [name for name, value in zip("u delta A B C D z bias".split(), inputs[:-1], strict=True) if value is not None]
+    names = [
+        name for name, value in zip("u delta A B C D z bias".split(), inputs[:-1], strict=True) if value is not None
+    ]
     wrong = [name for name, a, b in zip(names, present, theirs, strict=True) if not close(a, b, 1e-10)]
     assert not wrong
 
@@ -365,7 +369,10 @@ def test_the_convolution_is_torchs(shape, has_bias, silu):
 @pytest.mark.parametrize("shape", CONV_SHAPES, ids=str)
 def test_the_convolutions_gradient_is_torchs(shape, has_bias, silu):
     images, tokens, channels, taps = shape
-    x, weight = normal(images, tokens, channels, dtype=torch.float64), normal(channels, taps, seed=1, dtype=torch.float64)
+    x, weight = (
+        normal(images, tokens, channels, dtype=torch.float64),
+        normal(channels, taps, seed=1, dtype=torch.float64),
+    )
     bias = normal(channels, seed=2, dtype=torch.float64) if has_bias else None
     leaves = [value.clone().requires_grad_() for value in (x, weight, bias) if value is not None]
     y = plain_conv(*leaves, *(() if has_bias else (None,)), silu)

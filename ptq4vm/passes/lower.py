@@ -12,9 +12,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops, reference
+from ptq4vm.fake_quantize import quantized_decomposed as qdq
 from ptq4vm.graph import Insertion, aten, attribute
-
-qdq = torch.ops.quantized_decomposed
 
 
 def lower(gm: GraphModule) -> GraphModule:

@@ -18,21 +18,21 @@ FRACTIONS = torch.arange(31, 1, -1) / 32
 WEIGHT_FRACTIONS = torch.arange(99, 19, -1) / 100
 """Candidate step sizes of a weight, as fractions of the one that reaches max|W|."""
 
-SAMPLES = 4096
-"""Values of one token that are scored; more are thinned out evenly. The full range is always measured on all."""
+SAMPLES = 8192
+"""Values of one token that are scored; of more, evenly spaced images are taken. The full range is that of all."""
 
 
 def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: bool) -> tuple[Tensor, Tensor]:
     """Static scale and zero point of x: (L,) per token, (1,) per tensor."""
-    values = x.transpose(0, 1).flatten(1) if granularity is Granularity.PER_TOKEN else x.reshape(1, -1)
-    low, high = values.amin(-1), values.amax(-1)
+    per_token = granularity is Granularity.PER_TOKEN
+    low, high = x.amin((0, 2)), x.amax((0, 2))
+    if not per_token:
+        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     if not search:
         return reference.affine_qparams(low, high, spec.bits)
-    if granularity is Granularity.PER_TOKEN:
-        values = values[:, :: -(-values.shape[1] // SAMPLES)]
-    else:
-        values = values[:, :: -(-values.shape[1] // (64 * SAMPLES))]
-    return _search_affine(values.contiguous(), low, high, spec.bits)
+    images = x[:: max(1, x.shape[0] * x.shape[2] // SAMPLES)]
+    values = images.transpose(0, 1).flatten(1) if per_token else images.reshape(1, -1)
+    return _search_affine(values, low, high, spec.bits)
 
 
 def _search_affine(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _affine_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tenso
     """Squared error of each row, as it would be stored."""
     scale, zero_point = reference.affine_qparams(low, high, bits)
     codes = reference.quantize(values, 1.0 / scale, zero_point, None, bits)
-    return (reference.dequantize(codes, scale, zero_point) - values).square().sum(-1)
+    return (reference.dequantize(codes, scale, zero_point) - values).square_().sum(-1)
 
 
 def weight_scale(weight: Tensor, spec: QuantSpec, search: bool) -> Tensor:

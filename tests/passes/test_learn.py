@@ -1,0 +1,180 @@
+import dataclasses
+
+import pytest
+import torch
+from strategies import normal
+
+from ptq4vm import QuantConfig
+from ptq4vm.config import Granularity, Learning
+from ptq4vm.fake_quantize import Mode
+from ptq4vm.graph import cut
+from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables
+from ptq4vm.quantizer import quantized_linears
+from ptq4vm.record import record_of
+
+UNLEARNED = QuantConfig.w4a4(learning=None)
+LEARNING = Learning(epochs=3, batch_size=4)
+
+
+@pytest.fixture(params=[0, 1])
+def block(request, roads, images):
+    """A calibrated block that has not learned yet, its linears, and its inputs and targets in floating point."""
+    gm = roads.calibrated(UNLEARNED)
+    return prepare_block(gm, images, request.param)
+
+
+def prepare_block(gm, images, index):
+    linears = quantized_linears(gm, [linear.name for linear in record_of(gm).linears])
+    values = {"x": images}
+    for linear in linears:
+        linear.input.mode = linear.weight.mode = Mode.PASS
+    part = next(p for p in cut(gm, [linear.node for linear in linears]) if p.name == f"layers.{index}")
+    for earlier in cut(gm, [linear.node for linear in linears]):
+        if earlier.name == part.name:
+            break
+        with torch.no_grad():
+            values |= earlier({name: values[name] for name in earlier.inputs})
+    inputs = {name: values[name] for name in part.inputs}
+    with torch.no_grad():
+        targets = part(inputs)
+    members = [linear for linear in linears if linear.name.startswith(f"layers.{index}.")]
+    assert len(members) == 6
+    for linear in members:
+        linear.input.mode = linear.weight.mode = Mode.QUANTIZE
+    return part, members, inputs, targets
+
+
+def state(members):
+    tensors = [t for m in members for t in (m.input.scale, m.weight.scale, m.smooth)]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def learn(block, config=LEARNING, seed=0, report=lambda epoch, loss: None):
+    return learn_block(*block, config, seed, report)
+
+
+def test_every_learnable_receives_a_gradient(block):
+    part, members, inputs, targets = block
+    learnables(members)
+    block_loss(part(inputs), targets).backward()
+    idle = [
+        f"{member.name}.{kind}"
+        for member in members
+        for kind, parameter in (
+            ("input", member.input.log_factor),
+            ("weight", member.weight.log_factor),
+            ("smooth", member.smooth),
+        )
+        if parameter.grad is None or not parameter.grad.any() or not torch.isfinite(parameter.grad).all()
+    ]
+    assert not idle
+
+
+def test_learning_lowers_the_loss(block):
+    before, after = learn(block)
+    assert 0 < after < before
+
+
+def test_every_learnable_moves(block):
+    before = state(block[1])
+    learn(block)
+    unmoved = [i for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if torch.equal(a, b)]
+    assert not unmoved
+
+
+def test_the_loss_afterwards_is_what_the_block_then_has(block):
+    _, after = learn(block)
+    part, _, inputs, targets = block
+    with torch.no_grad():
+        outputs = part(inputs)
+    name = next(name for name, value in outputs.items() if not torch.equal(value, targets[name]))
+    loss = 1 - torch.cosine_similarity(outputs[name], targets[name], dim=-1)
+    assert loss.mean().item() == pytest.approx(after, rel=1e-5)
+
+
+def test_a_block_that_got_worse_is_put_back(block):
+    part, members, inputs, targets = block
+    before = state(members)
+    wild = dataclasses.replace(LEARNING, scale_rate=0.9, smooth_rate=0.9)
+    first, last = learn(block, wild)
+    assert first == last
+    assert all(torch.equal(a, b) for a, b in zip(state(members), before, strict=True))
+
+
+def test_without_rates_nothing_changes(block):
+    before = state(block[1])
+    first, last = learn(block, dataclasses.replace(LEARNING, scale_rate=0.0, smooth_rate=0.0))
+    assert first == last
+    assert all(torch.equal(a, b) for a, b in zip(state(block[1]), before, strict=True))
+
+
+@pytest.mark.parametrize(("rate", "kinds"), [("scale_rate", {2}), ("smooth_rate", {0, 1})])
+def test_each_rate_has_its_own_parameters(block, rate, kinds):
+    before = state(block[1])
+    learn(block, dataclasses.replace(LEARNING, **{rate: 0.0}))
+    moved = {i % 3 for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if not torch.equal(a, b)}
+    assert moved == {0, 1, 2} - ({0, 1} if rate == "scale_rate" else {2}) == kinds
+
+
+def test_afterwards_nothing_learns_any_more(block):
+    learn(block)
+    part, members, *_ = block
+    assert all(m.input.log_factor is None and m.weight.log_factor is None for m in members)
+    assert not any(parameter.requires_grad for parameter in part.module.parameters())
+
+
+def test_scales_stay_positive_and_finite(block):
+    learn(block, dataclasses.replace(LEARNING, scale_rate=0.5))
+    for member in block[1]:
+        for scale in (member.input.scale, member.weight.scale):
+            assert (scale > 0).all() and torch.isfinite(1 / scale).all()
+
+
+def test_progress_is_reported_every_epoch(block):
+    seen = []
+    learn(block, report=lambda epoch, loss: seen.append((epoch, loss)))
+    assert [epoch for epoch, _ in seen] == [0, 1, 2]
+    assert all(0 < loss < 2 for _, loss in seen)
+
+
+def test_the_seed_decides_the_order(roads, images):
+    def result(seed):
+        block = prepare_block(roads.calibrated(UNLEARNED), images, 0)
+        learn(block, seed=seed)
+        return state(block[1])
+
+    one, same, other = result(1), result(1), result(2)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_callers_random_numbers_are_not_touched(block):
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    learn(block)
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_the_loss_is_zero_for_equal_and_two_for_opposite_outputs():
+    target = normal(2, 3, 4).sign()  # of length 2: the cosine is exact
+    output = target.clone().requires_grad_()
+    assert block_loss({"y": output}, {"y": target}).item() == 0
+    assert block_loss({"y": output}, {"y": -target}).item() == 2
+
+
+def test_outputs_that_quantization_does_not_change_do_not_count():
+    target = normal(2, 3, 4).sign()
+    outputs = {"y": target.clone().requires_grad_(), "residual": -target}
+    assert block_loss(outputs, {"y": -target, "residual": target}).item() == 2
+
+
+def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
+    config = QuantConfig.w4a4(learning=None, granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    part, members, inputs, targets = prepare_block(roads.calibrated(config), images, 0)
+    scales, smooth = learnables(members)
+    assert (len(scales), len(smooth)) == (6, 6)
+    block_loss(part(inputs), targets).backward()
+    assert all(parameter.grad.any() for parameter in scales + smooth)
+    finish(members)
+    assert all(member.input.scale is None for member in members)

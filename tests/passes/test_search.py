@@ -1,0 +1,136 @@
+"""x (images, L, D), W (N, D)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import bits, normal, positive_sizes, seeds
+
+from ptq4vm import reference
+from ptq4vm.config import Granularity, QuantSpec, Scheme
+from ptq4vm.passes.search import input_qparams, weight_scale
+
+STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
+
+
+def affine(count: int) -> QuantSpec:
+    return QuantSpec(bits=count, scheme=Scheme.AFFINE)
+
+
+def symmetric(count: int) -> QuantSpec:
+    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+
+
+def input_error(x, qparams, count: int) -> torch.Tensor:
+    """Squared error of each token, or of everything, with the pair as it is stored."""
+    scale, zero_point = qparams
+    codes = reference.quantize(x, 1 / scale, zero_point, None, count)
+    error = (reference.dequantize(codes, scale, zero_point) - x).double().square().sum((0, 2))
+    return error if len(scale) > 1 else error.sum()
+
+
+def weight_error(weight, scale, count: int) -> torch.Tensor:
+    codes = reference.quantize_weight(weight, scale, count)
+    return (codes * scale.unsqueeze(-1) - weight).double().square().sum(-1)
+
+
+def silu_like(*shape: int, seed: int = 0) -> torch.Tensor:
+    """x · sigmoid(x) of normals, one value in a hundred ten times as large: the input of Vim's x_proj."""
+    x = normal(*shape, seed=seed)
+    x = torch.where(normal(*shape, seed=seed + 1) > 2.3, 10 * x, x)
+    return x * torch.sigmoid(x)
+
+
+KINDS = {
+    "normal": lambda *shape, seed: normal(*shape, seed=seed),
+    "silu": silu_like,
+    "positive": lambda *shape, seed: normal(*shape, seed=seed).abs() + 3,
+    "negative": lambda *shape, seed: -normal(*shape, seed=seed).exp(),
+    "tiny": lambda *shape, seed: normal(*shape, seed=seed) * 1e-30,
+    "zero": lambda *shape, seed: torch.zeros(shape),
+}
+NOT_WORSE = 1 + 1e-6  # the search adds its squares in float32
+
+
+@given(
+    st.sampled_from(sorted(KINDS)), st.sampled_from(STATIC), bits, positive_sizes, positive_sizes, positive_sizes, seeds
+)
+def test_the_search_is_never_worse_than_minimum_to_maximum(kind, granularity, count, images, tokens, channels, seed):
+    x = KINDS[kind](images, tokens, channels, seed=seed)
+    full = input_qparams(x, affine(count), granularity, False)
+    found = input_qparams(x, affine(count), granularity, True)
+    assert (input_error(x, found, count) <= NOT_WORSE * input_error(x, full, count)).all()
+
+
+@given(st.sampled_from(sorted(KINDS)), bits, positive_sizes, positive_sizes, seeds)
+def test_the_weights_search_is_never_worse_either(kind, count, outputs, channels, seed):
+    weight = KINDS[kind](outputs, channels, seed=seed)
+    full, found = (weight_scale(weight, symmetric(count), search) for search in (False, True))
+    assert (weight_error(weight, found, count) <= NOT_WORSE * weight_error(weight, full, count)).all()
+
+
+@pytest.mark.parametrize("granularity", STATIC)
+def test_a_long_tail_is_cut_at_four_bits(granularity):
+    x = silu_like(64, 5, 128)
+    full = input_error(x, input_qparams(x, affine(4), granularity, False), 4)
+    found = input_error(x, input_qparams(x, affine(4), granularity, True), 4)
+    assert (found < 0.8 * full).all()
+
+
+def test_a_weights_outlier_is_cut_at_four_bits():
+    weight = silu_like(5, 4096)
+    full, found = (weight_error(weight, weight_scale(weight, symmetric(4), search), 4) for search in (False, True))
+    assert (found < 0.8 * full).all()
+
+
+@given(bits, st.sampled_from(STATIC), seeds, st.booleans())
+def test_qparams_have_the_shape_of_their_granularity_and_are_finite(count, granularity, seed, search):
+    x = silu_like(3, 5, 7, seed=seed)
+    scale, zero_point = input_qparams(x, affine(count), granularity, search)
+    assert scale.shape == zero_point.shape == ((5,) if granularity is Granularity.PER_TOKEN else (1,))
+    assert scale.dtype == torch.float32 and zero_point.dtype == torch.int32
+    assert torch.isfinite(1 / scale).all() and (scale > 0).all()
+
+
+@given(bits, seeds)
+def test_without_a_search_the_range_is_minimum_to_maximum(count, seed):
+    x = normal(3, 5, 7, seed=seed)
+    found = input_qparams(x, affine(count), Granularity.PER_TOKEN, False)
+    want = reference.affine_qparams(x.amin((0, 2)), x.amax((0, 2)), count)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+    weight = normal(5, 7, seed=seed)
+    largest = reference.quantize_weight(weight, weight_scale(weight, symmetric(count), False), count)
+    assert (largest.abs().amax(-1) == 2 ** (count - 1) - 1).all()
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(STATIC), bits, seeds, st.booleans(), st.integers(-8, 8))
+def test_a_power_of_two_goes_through_the_search(granularity, count, seed, search, exponent):
+    x, factor = silu_like(3, 5, 7, seed=seed), 2.0**exponent
+    scale, zero_point = input_qparams(x, affine(count), granularity, search)
+    scaled = input_qparams(x * factor, affine(count), granularity, search)
+    assert torch.equal(scaled[0], scale * factor) and torch.equal(scaled[1], zero_point)
+    weight = x[0]
+    found = weight_scale(weight, symmetric(count), search)
+    assert torch.equal(weight_scale(weight * factor, symmetric(count), search), found * factor)
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_tokens_are_searched_one_by_one(seed):
+    x = silu_like(4, 5, 9, seed=seed)
+    together = input_qparams(x, affine(4), Granularity.PER_TOKEN, True)
+    alone = [input_qparams(x[:, t : t + 1], affine(4), Granularity.PER_TOKEN, True) for t in range(5)]
+    for i in (0, 1):
+        assert torch.equal(together[i], torch.cat([pair[i] for pair in alone]))
+
+
+def test_thinned_out_samples_still_see_the_whole_range(monkeypatch):
+    """More values than are scored: the ends of the range are those of all of them."""
+    monkeypatch.setattr("ptq4vm.passes.search.SAMPLES", 64)
+    x = normal(40, 3, 17).clamp(-1, 1)
+    x[7, :, 5], x[11, :, 3] = 8, -8
+    for granularity in STATIC:
+        full = input_qparams(x, affine(8), granularity, False)
+        found = input_qparams(x, affine(8), granularity, True)
+        assert (found[0] <= full[0]).all() and found[0].shape == full[0].shape

@@ -1,0 +1,107 @@
+"""x (B, L, D), W (N, D)."""
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import bits, integers, normal, positive_sizes, seeds
+
+from ptq4vm import reference
+from ptq4vm.config import Granularity, QuantSpec, Scheme
+from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode, WeightFakeQuantize
+
+STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
+
+
+def activation(count: int, granularity: Granularity, tokens: int, seed: int = 0) -> ActivationFakeQuantize:
+    fake = ActivationFakeQuantize(QuantSpec(bits=count, scheme=Scheme.AFFINE), granularity)
+    fake.mode = Mode.QUANTIZE
+    if not fake.dynamic:
+        size = tokens if granularity is Granularity.PER_TOKEN else 1
+        zero_point = integers(*fake.spec.bounds, size, seed=seed).int()
+        fake.set_qparams(normal(size, seed=seed).exp() / 4, zero_point)
+    return fake
+
+
+def weight(count: int, outputs: int, seed: int = 0) -> WeightFakeQuantize:
+    fake = WeightFakeQuantize(QuantSpec(bits=count, scheme=Scheme.SYMMETRIC))
+    fake.mode, fake.scale = Mode.QUANTIZE, normal(outputs, seed=seed).exp() / 4
+    return fake
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+@given(count=bits, tokens=positive_sizes, channels=positive_sizes, seed=seeds)
+def test_inputs_are_what_the_reference_gives(granularity, count, tokens, channels, seed):
+    x = normal(2, tokens, channels, seed=seed)
+    fake = activation(count, granularity, tokens, seed)
+    pair = reference.choose_qparams(x, None, count) if fake.dynamic else fake.calculate_qparams()
+    codes = reference.quantize(x, 1 / pair[0], pair[1], None, count)
+    assert torch.equal(fake(x), reference.dequantize(codes, *pair))
+
+
+@given(bits, positive_sizes, positive_sizes, seeds)
+def test_weights_are_what_the_reference_gives(count, outputs, channels, seed):
+    w, fake = normal(outputs, channels, seed=seed), weight(count, outputs, seed)
+    codes = reference.quantize_weight(w, fake.scale, count)
+    assert torch.equal(fake(w), codes * fake.scale.view(-1, 1))
+
+
+@pytest.mark.parametrize("mode", [Mode.PASS, Mode.CAPTURE])
+def test_until_it_is_calibrated_a_tensor_passes(mode):
+    x = normal(2, 3, 4)
+    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN)
+    fake.mode = mode
+    assert fake(x) is x
+    assert len(fake.captured) == (mode is Mode.CAPTURE)
+    assert WeightFakeQuantize(QuantSpec(bits=4, scheme=Scheme.SYMMETRIC))(x) is x
+
+
+def test_it_is_calibrated_once_it_has_a_scale():
+    spec = QuantSpec(bits=4, scheme=Scheme.AFFINE)
+    fake = ActivationFakeQuantize(spec, Granularity.PER_TOKEN)
+    assert not fake.calibrated
+    fake.set_qparams(torch.ones(3), torch.zeros(3, dtype=torch.int32))
+    assert fake.calibrated
+    assert ActivationFakeQuantize(spec, Granularity.PER_TOKEN_DYNAMIC).calibrated
+
+
+@pytest.mark.parametrize("granularity", STATIC)
+def test_values_in_range_pass_their_gradient_and_clamped_ones_do_not(granularity):
+    fake = activation(4, granularity, 3)
+    fake.set_qparams(torch.ones_like(fake.scale), torch.zeros_like(fake.zero_point))
+    x = torch.tensor([[[-20.0, -7.3, 0.2, 6.9, 20.0]] * 3], requires_grad=True)
+    fake(x).sum().backward()
+    assert torch.equal(x.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]).expand(1, 3, 5))
+
+
+def test_the_gradient_of_a_step_size_is_that_of_lsq():
+    """d(round(x / s) · s)/ds is round(x / s) - x / s in range and the code itself outside (Esser et al. 2020)."""
+    fake = activation(4, Granularity.PER_TENSOR, 1)
+    fake.set_qparams(torch.tensor([0.5]), torch.tensor([1], dtype=torch.int32))
+    log_factor = fake.start_learning()
+    x = torch.tensor([[[-20.0, -1.4, 0.3, 2.1, 20.0]]])
+    fake(x).sum().backward()
+    v = x / 0.5
+    slope = torch.where(v < -9, -9.0, torch.where(v > 6, 6.0, v.round() - v))
+    assert torch.allclose(log_factor.grad, 0.5 * slope.sum().view(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: activation(4, Granularity.PER_TOKEN, 3), lambda: weight(4, 3)])
+def test_learning_starts_where_it_was_and_ends_folded_in(make):
+    fake, x = make(), normal(3, 5) if isinstance(make(), WeightFakeQuantize) else normal(2, 3, 5)
+    before, scale = fake(x), fake.scale.clone()
+    log_factor = fake.start_learning()
+    assert torch.equal(fake(x), before)
+    with torch.no_grad():
+        log_factor.add_(0.3)
+    learned = fake(x).detach()
+    fake.finish_learning()
+    assert fake.log_factor is None and not fake.scale.requires_grad
+    assert torch.equal(fake(x), learned)
+    assert torch.equal(fake.scale, scale * torch.exp(torch.full((3,), 0.3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_quantized_in_float32_and_stays_half(dtype):
+    x = normal(2, 3, 5).to(dtype)
+    fake = activation(8, Granularity.PER_TOKEN, 3)
+    assert torch.equal(fake(x), fake(x.float()).to(dtype))

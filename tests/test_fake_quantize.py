@@ -73,6 +73,15 @@ def test_values_in_range_pass_their_gradient_and_clamped_ones_do_not(granularity
     assert torch.equal(x.grad, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0]).expand(1, 3, 5))
 
 
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_a_weight_that_rounds_to_the_last_code_still_passes_its_gradient(count):
+    fake = weight(count, 1)
+    fake.scale, last = torch.ones(1), 2.0 ** (count - 1) - 1
+    w = torch.tensor([[-last - 9, -last - 0.1, -last, 0.2, last, last + 0.1, last + 9]], requires_grad=True)
+    fake(w).sum().backward()
+    assert w.grad.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
+
+
 def test_the_gradient_of_a_step_size_is_that_of_lsq():
     """d(round(x / s) · s)/ds is round(x / s) - x / s in range and the code itself outside (Esser et al. 2020)."""
     fake = activation(4, Granularity.PER_TENSOR, 1)

@@ -1,0 +1,279 @@
+import json
+import logging
+
+import pytest
+import torch
+from strategies import normal
+from torch import nn
+
+from ptq4vm import QuantConfig, calibrate, convert, prepare, save
+from ptq4vm.config import Granularity, Learning
+from ptq4vm.fake_quantize import Mode
+from ptq4vm.passes import calibrate as module
+from ptq4vm.passes.calibrate import gather
+from ptq4vm.quantizer import quantized_linears
+from ptq4vm.record import record_of
+from ptq4vm.reference import affine_qparams
+
+LEARNED = QuantConfig.w4a4(learning=Learning(epochs=2, batch_size=5))
+UNLEARNED = QuantConfig.w4a4(learning=None)
+
+
+def linears_of(gm):
+    return quantized_linears(gm, [linear.name for linear in record_of(gm).linears])
+
+
+def saved(gm, folder) -> list[bytes]:
+    """The files of the saved model."""
+    save(convert(gm), folder)
+    return [(folder / name).read_bytes() for name in ("model.safetensors", "config.json")]
+
+
+# --- what it finds ---
+
+
+def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images):
+    gm = roads.prepared(QuantConfig.minmax(8, granularity=Granularity.PER_TOKEN))
+    linear = linears_of(gm)[0]
+    linear.input.mode = Mode.CAPTURE
+    gm(images)
+    x = linear.input.captured[0]
+    calibrate(gm, images.split(5), progress=False)
+    linear = linears_of(gm)[0]
+    want = affine_qparams(x.amin((0, 2)), x.amax((0, 2)), 8)
+    assert torch.equal(linear.input.scale, want[0]) and torch.equal(linear.input.zero_point, want[1])
+
+
+@pytest.mark.parametrize("granularity", Granularity)
+def test_every_linear_gets_its_qparams(roads, granularity):
+    config = QuantConfig(granularity=granularity, range_search=False)
+    for linear, fact in zip(
+        linears_of(roads.calibrated(config)), record_of(roads.prepared(config)).linears, strict=True
+    ):
+        tokens = {"per_token": (17,), "per_tensor": (1,)}.get(granularity)
+        assert (None if linear.input.scale is None else tuple(linear.input.scale.shape)) == tokens
+        assert linear.weight.scale.shape == (fact.out_features,)
+        assert linear.smooth is not None and linear.smooth.any()
+        assert linear.input.mode is linear.weight.mode is Mode.QUANTIZE
+        assert not linear.input.captured
+
+
+def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
+    one, other = roads.prepared(UNLEARNED), roads.prepared(UNLEARNED)
+    calibrate(one, [images], progress=False)
+    calibrate(other, images.split(1), progress=False)
+    assert saved(one, tmp_path / "a") == saved(other, tmp_path / "b")
+
+
+def test_more_images_than_run_at_once(roads, images, monkeypatch):
+    gm, again = roads.prepared(UNLEARNED), roads.prepared(UNLEARNED)
+    calibrate(gm, [images], progress=False)
+    monkeypatch.setattr(module, "FORWARD_BATCH", 5)
+    calibrate(again, [images], progress=False)
+    for a, b in zip(linears_of(gm), linears_of(again), strict=True):
+        assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)
+
+
+def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path):
+    once = calibrate(roads.prepared(LEARNED), [images], progress=False)
+    again = calibrate(roads.prepared(LEARNED), [images[:3] * 10], progress=False)
+    calibrate(again, [images], progress=False)
+    assert saved(once, tmp_path / "a") == saved(again, tmp_path / "b")
+
+
+def test_the_report_says_what_learning_did(roads):
+    blocks = record_of(roads.calibrated(LEARNED)).blocks
+    assert [block["block"] for block in blocks] == ["layers.0", "layers.1"]
+    assert all(block["loss_after"] <= block["loss_before"] for block in blocks)
+    names = [linear.name for linear in record_of(roads.calibrated(LEARNED)).linears]
+    assert [name for block in blocks for name in block["linears"]] == names
+
+
+def test_learning_helps(roads, small_vim, images):
+    """Within the blocks it is held to in test_learn; here over the whole model."""
+    want = small_vim(images)
+
+    def error(config):
+        return (convert(roads.calibrated(config))(images) - want).square().mean()
+
+    longer = QuantConfig.w4a4(learning=Learning(epochs=20, batch_size=6))
+    assert error(longer) < error(UNLEARNED) < error(QuantConfig.minmax(4))
+
+
+# --- one seed, the same bytes ---
+
+
+def test_one_seed_gives_the_same_bytes_and_another_others(roads, images, tmp_path):
+    def run(seed: int, name: str) -> list[bytes]:
+        config = QuantConfig.w4a4(learning=LEARNED.learning, seed=seed)
+        torch.manual_seed(len(name))  # must not matter
+        return saved(calibrate(roads.prepared(config), [images], progress=False), tmp_path / name)
+
+    one = run(1, "one")
+    assert run(1, "again") == one
+    assert run(2, "other")[0] != one[0]
+
+
+# --- an interrupted run ---
+
+
+@pytest.fixture
+def uninterrupted(roads, images, tmp_path):
+    gm = calibrate(roads.prepared(LEARNED), [images], progress=False)
+    return saved(gm, tmp_path / "uninterrupted")
+
+
+def interrupt(monkeypatch, gm, images, folder, block: int) -> None:
+    """Ctrl-C while the given block learns."""
+    learn, seen = module.learn_block, []
+
+    def learn_block(part, *rest):
+        seen.append(part.name)
+        if len(seen) > block:
+            raise KeyboardInterrupt
+        return learn(part, *rest)
+
+    monkeypatch.setattr(module, "learn_block", learn_block)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(gm, [images], resume_dir=folder, progress=False)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(
+    monkeypatch, roads, images, tmp_path, uninterrupted, block
+):
+    folder = tmp_path / "resume"
+    interrupt(monkeypatch, roads.prepared(LEARNED), images, folder, block)
+    done = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(done) == block
+
+    learned = []
+    learn = module.learn_block
+    monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.append(part.name) or learn(part, *rest))
+    gm = calibrate(roads.prepared(LEARNED), [images], resume_dir=folder, progress=False)
+    assert learned == ["layers.0", "layers.1"][block:]
+    weights, config = saved(gm, tmp_path / "resumed")
+    assert weights == uninterrupted[0]
+    assert config == uninterrupted[1]
+
+
+def test_the_model_that_was_interrupted_can_go_on_itself(monkeypatch, roads, images, tmp_path, uninterrupted):
+    gm = roads.prepared(LEARNED)
+    interrupt(monkeypatch, gm, images, tmp_path / "resume", 1)
+    calibrate(gm, [images], resume_dir=tmp_path / "resume", progress=False)
+    assert saved(gm, tmp_path / "resumed")[0] == uninterrupted[0]
+
+
+def test_an_interrupted_model_is_not_calibrated(monkeypatch, roads, images, tmp_path):
+    gm = roads.calibrated(LEARNED)
+    interrupt(monkeypatch, gm, images, tmp_path / "resume", 1)
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        convert(gm)
+
+
+@pytest.fixture
+def finished(roads, images, tmp_path):
+    calibrate(roads.prepared(LEARNED), [images], resume_dir=tmp_path / "resume", progress=False)
+    return tmp_path / "resume"
+
+
+@pytest.mark.parametrize("change", ["config", "seed", "images", "model"])
+def test_a_run_of_something_else_is_refused(roads, images, finished, change):
+    config, calibration = LEARNED, images
+    if change == "config":
+        config = QuantConfig.w4a4(learning=LEARNED.learning, smoothing=0.25)
+    if change == "seed":
+        config = QuantConfig.w4a4(learning=LEARNED.learning, seed=1)
+    if change == "images":
+        calibration = images.flip(0)
+    gm = roads.prepared(config)
+    if change == "model":
+        gm.get_parameter("head.weight").data[0, 0] += 1
+    with pytest.raises(ValueError, match=r"another model, config, set of images or torch version.*delete this one"):
+        calibrate(gm, [calibration], resume_dir=finished, progress=False)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:100], lambda data: b"", lambda data: b"\xff" * 64])
+def test_a_damaged_block_is_an_error_that_names_it(roads, images, finished, damage):
+    path = sorted(finished.glob("*.safetensors"))[1]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read.*delete it and calibrate again"):
+        calibrate(roads.prepared(LEARNED), [images], resume_dir=finished, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_damaged_manifest_is_an_error_that_says_so(roads, images, finished, text):
+    (finished / "calibration.json").write_text(text)
+    with pytest.raises(ValueError, match="delete"):
+        calibrate(roads.prepared(LEARNED), [images], resume_dir=finished, progress=False)
+
+
+def test_no_half_files_are_left(finished):
+    assert sorted(path.suffix for path in finished.iterdir()) == [".json", ".safetensors", ".safetensors"]
+    assert json.loads((finished / "calibration.json").read_text())["torch"] == torch.__version__
+
+
+# --- bad data ---
+
+
+class Poisoned(nn.Module):
+    """A constant that is not finite, between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 6)) for _ in range(3))
+
+    def forward(self, x):
+        x = self.layers[1](torch.log(self.layers[0](x).abs().detach() - 1e9))
+        return self.layers[2](x)
+
+
+def test_activations_that_are_not_finite_name_the_layer():
+    x = normal(4, 5, 6)
+    prepared = prepare(Poisoned(), (x,), UNLEARNED)
+    message = r"layers\.1\.0: its input has values that are not finite for 4 of 4 calibration images; .*exclude"
+    with pytest.raises(ValueError, match=message):
+        calibrate(prepared, [x], progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_not_finite_name_the_batch(roads, images, value):
+    bad = images.clone()
+    bad[7, 0, 0, 0] = value
+    with pytest.raises(ValueError, match="calibration batch 1: input 'x' has values that are not finite"):
+        calibrate(roads.prepared(UNLEARNED), bad.split(5), progress=False)
+
+
+@pytest.mark.parametrize("loader", [[], [torch.zeros(0, 3, 16, 16)], iter(())], ids=["list", "no images", "iterator"])
+def test_an_empty_loader_is_an_error(roads, loader):
+    with pytest.raises(ValueError, match="the calibration loader is empty; give it at least one image"):
+        calibrate(roads.prepared(UNLEARNED), loader, progress=False)
+
+
+def test_a_loader_may_give_images_alone_or_with_anything_after_them(images):
+    for items in ([images], [(images, 3)], [[images, torch.zeros(12)]]):
+        assert torch.equal(gather(items, ["x"])["x"], images)
+    both = gather([(images, images + 1, 5)], ["x", "y"])
+    assert torch.equal(both["y"], images + 1)
+
+
+@pytest.mark.parametrize(("items", "names"), [([3], ["x"]), ([("cat", 1)], ["x"]), ([torch.zeros(1)], ["x", "y"])])
+def test_a_loader_of_something_else_is_an_error(items, names):
+    with pytest.raises(ValueError, match=rf"the model takes {len(names)} tensors \({', '.join(names)}\); the loader gave"):
+        gather(items, names)
+
+
+# --- progress ---
+
+
+def test_progress_shows_block_epoch_and_loss(roads, images, capsys):
+    calibrate(roads.prepared(LEARNED), [images])
+    error = capsys.readouterr().err
+    assert "4/4" in error and "block=layers.1" in error and "epoch=2" in error and "loss=" in error
+
+
+def test_without_progress_nothing_is_printed(roads, images, capsys, caplog):
+    with caplog.at_level(logging.INFO, logger="ptq4vm"):
+        calibrate(roads.prepared(LEARNED), [images], progress=False)
+    assert capsys.readouterr() == ("", "")

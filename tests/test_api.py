@@ -1,0 +1,182 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import bits, normal
+from torch import nn
+from torch.fx import GraphModule
+
+import ptq4vm
+from ptq4vm import Granularity, Learning, QuantConfig, calibrate, convert, prepare
+from ptq4vm.graph import CaptureError
+from ptq4vm.record import record_of
+
+CONFIGS = {
+    "w8a8": QuantConfig.w8a8(learning=Learning(epochs=1)),
+    "w4a4": QuantConfig.w4a4(learning=Learning(epochs=1)),
+    "w2a3": QuantConfig(weight_bits=2, activation_bits=3),
+    "w6a5 unsmoothed": QuantConfig(weight_bits=6, activation_bits=5, smoothing=None),
+    "per tensor": QuantConfig.smoothquant(8),
+    "per tensor unsmoothed": QuantConfig.minmax(4),
+    "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
+    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, granularity=Granularity.PER_TOKEN_DYNAMIC),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request):
+    return CONFIGS[request.param]
+
+
+def test_until_it_is_calibrated_the_model_computes_what_it_did(roads, small_vim, config):
+    prepared = roads.prepared(config)
+    for count in (1, 2, 5):
+        assert torch.equal(prepared(roads.images[:count]), small_vim(roads.images[:count]))
+
+
+def test_preparing_leaves_the_callers_model_alone(images):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Dropout())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibrate(prepare(model, (normal(2, 5, 6),), CONFIGS["w4a4"]), [normal(4, 5, 6)], progress=False)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_the_converted_graph_is_the_calibrated_one(roads, config):
+    calibrated = roads.calibrated(config)
+    converted = convert(calibrated, lower=False)
+    for count in (1, 2, 5):
+        assert torch.equal(converted(roads.images[:count]), calibrated(roads.images[:count]))
+
+
+def test_converting_leaves_the_calibrated_graph_alone(roads, config):
+    calibrated = roads.calibrated(config)
+    before, code = calibrated(roads.images), calibrated.code
+    first, again = convert(calibrated), convert(calibrated)
+    assert calibrated.code == code and torch.equal(calibrated(roads.images), before)
+    assert torch.equal(first(roads.images), again(roads.images))
+
+
+def test_a_quantized_model_is_quantized_and_still_a_model(roads, small_vim, config):
+    quantized = convert(roads.calibrated(config))
+    assert isinstance(quantized, GraphModule)
+    want, got = small_vim(roads.images), quantized(roads.images)
+    assert not torch.equal(want, got)
+    assert quantized(roads.images[:0]).shape == (0, 10)
+    assert not any(value.requires_grad for value in quantized.state_dict().values())
+
+
+def test_eight_bits_stay_close_and_more_bits_are_better(roads, small_vim):
+    want = small_vim(roads.images)
+
+    def error(config):
+        return ((convert(roads.calibrated(config))(roads.images) - want).square().mean() / want.var()).item()
+
+    errors = [error(QuantConfig(weight_bits=count, activation_bits=count)) for count in (3, 4, 6, 8)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3
+
+
+@settings(max_examples=6)
+@given(weight_bits=bits, activation_bits=bits)
+def test_any_bits_convert_exactly(weight_bits, activation_bits):
+    torch.manual_seed(0)
+    x = normal(3, 5, 7)
+    config = QuantConfig(weight_bits=weight_bits, activation_bits=activation_bits)
+    prepared = prepare(nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)), (x,), config)
+    assert torch.equal(convert(calibrate(prepared, [x], progress=False), lower=False)(x), prepared(x))
+
+
+def test_quantize_is_all_three(small_vim, images):
+    config = CONFIGS["w4a4"]
+    batches = [(batch, torch.zeros(len(batch))) for batch in images.split(5)]
+    prepared = calibrate(prepare(small_vim, (images[:5],), config), batches, progress=False)
+    quantized = ptq4vm.quantize(small_vim, iter(batches), config, progress=False)
+    assert torch.equal(quantized(images), convert(prepared)(images))
+
+
+def test_the_default_is_eight_bits(small_vim, images):
+    assert record_of(prepare(small_vim, (images,))).config == QuantConfig.w8a8()
+
+
+def test_what_is_excluded_stays_in_floating_point(small_vim, images):
+    config = QuantConfig(exclude=("layers.0.*", "*.dt_proj*"))
+    names = [linear.name for linear in record_of(prepare(small_vim, (images,), config)).linears]
+    assert names == [f"layers.1.mixer.{name}" for name in ("in_proj", "x_proj", "x_proj_b", "out_proj")]
+
+
+def test_linears_outside_the_blocks_stay_in_floating_point():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6))])
+
+        def forward(self, x):
+            return self.head(self.layers[0](self.stem(x)))
+
+    (linear,) = record_of(prepare(Model(), (normal(2, 5, 6),))).linears
+    assert linear.name == "layers.0.0"
+
+
+# --- errors ---
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(small_vim, images):
+    with pytest.raises(ValueError, match=r"exclude pattern 'layers\.9\.\*' matches no linear; there are layers\.0"):
+        prepare(small_vim, (images,), QuantConfig(exclude=("layers.9.*",)))
+
+
+def test_nothing_left_to_quantize_is_an_error(small_vim, images):
+    with pytest.raises(ValueError, match="no linear to quantize.*exclude="):
+        prepare(small_vim, (images,), QuantConfig(exclude=("*",)))
+    with pytest.raises(ValueError, match="no linear to quantize.*found 0"):
+        prepare(nn.Conv2d(3, 4, 3), (images,))
+
+
+def test_an_accumulator_that_could_overflow_is_an_error():
+    model, x = nn.Linear(65536, 1, bias=False), torch.zeros(2, 1, 65536)
+    with pytest.raises(ValueError, match="65536 channels at W8A8 can overflow an int32 accumulator; use fewer bits"):
+        prepare(model, (x,))
+    assert len(record_of(prepare(model, (x,), QuantConfig.w8a8(weight_bits=7))).linears) == 1
+
+
+def test_converting_before_calibrating_is_an_error(roads):
+    with pytest.raises(RuntimeError, match=r"not calibrated: call ptq4vm\.calibrate\(prepared, loader\) before"):
+        convert(roads.prepared(QuantConfig()))
+
+
+@pytest.mark.parametrize("verb", [convert, lambda gm: calibrate(gm, [])])
+def test_a_graph_of_another_origin_is_an_error(verb):
+    with pytest.raises(TypeError, match=r"expected a graph from ptq4vm\.prepare or ptq4vm\.convert, got Linear"):
+        verb(nn.Linear(2, 2))
+
+
+def test_a_bare_tensor_for_the_examples_is_an_error(small_vim, images):
+    with pytest.raises(TypeError, match=r"must be a tuple of the model's inputs: write \(images,\)"):
+        prepare(small_vim, images)
+
+
+def test_an_empty_loader_is_an_error(small_vim):
+    with pytest.raises(ValueError, match="the calibration loader is empty"):
+        ptq4vm.quantize(small_vim, [])
+
+
+def test_a_model_without_a_graph_is_an_error():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(CaptureError, match=r"0 \(Branch\)"):
+        prepare(nn.Sequential(Branch(), nn.Linear(6, 6)), (normal(2, 5, 6),))
+
+
+def test_another_resolution_is_an_error(roads):
+    with pytest.raises(ValueError, match="captured for inputs of 3×16×16 and given 3×16×20"):
+        convert(roads.calibrated(CONFIGS["w8a8"]))(normal(2, 3, 16, 20))
+
+
+def test_calibrating_a_converted_graph_is_an_error(roads):
+    quantized = convert(roads.calibrated(CONFIGS["w8a8"]))
+    with pytest.raises((TypeError, RuntimeError), match="prepare"):
+        calibrate(quantized, [roads.images], progress=False)
+    with pytest.raises((TypeError, RuntimeError), match="prepare"):
+        convert(quantized)

@@ -130,37 +130,36 @@ class Subject:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Top-1 against the rung, a panel a model, a line a number of bits."""
+    """Against the rung: top-1 above, divergence from FP32 below; a column a model, a line a number of bits."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     labels = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(labels), figsize=(6 * len(labels), 4.5), sharey=True, squeeze=False)
-    for axis, label in zip(axes[0], labels, strict=True):
+    figure, axes = pyplot.subplots(
+        2, len(labels), figsize=(6 * len(labels), 7), sharex="col", sharey="row", squeeze=False
+    )
+    for column, label in zip(axes.T, labels, strict=True):
         own = [row for row in rows if row["model"] == label]
         methods = list(dict.fromkeys(row["method"] for row in own if row["method"] != "FP32"))
-        exact = own[0]["top1"]
-        axis.axhline(exact, color="0.5", linestyle="--", linewidth=1, label=f"FP32 {exact:.1f}")
+        column[0].axhline(own[0]["top1"], color="0.5", linestyle="--", linewidth=1, label=f"FP32 {own[0]['top1']:.1f}")
         for bits, color in (("W8A8", "tab:green"), ("W6A6", "tab:orange"), ("W4A4", "tab:red")):
             line = [row for row in own if row["bits"] == bits]
-            axis.errorbar(
-                range(len(line)),
-                [row["top1"] for row in line],
-                [row["spread"] for row in line],
-                color=color,
-                marker="o",
-                capsize=3,
-                label=bits,
-            )
-        axis.set_xticks(range(len(methods)), [method.replace(" + ", "\n+ ") for method in methods])
-        axis.set_title(f"vim_nano_patch4_32 on digits, {label}")
-        axis.grid(axis="y", alpha=0.3)
-        axis.legend(loc="lower right")
+            style = {"color": color, "marker": "o", "capsize": 3, "label": bits}
+            top1, spread = [row["top1"] for row in line], [row["spread"] for row in line]
+            column[0].errorbar(range(len(line)), top1, spread, **style)
+            column[1].errorbar(range(len(line)), [row["divergence"] / 1000 for row in line], **style)
+        column[0].set_title(f"vim_nano_patch4_32 on digits, {label}")
+        column[0].legend(loc="lower right")
+        column[1].set_yscale("log")
+        column[1].set_xticks(range(len(methods)), [method.replace(" + ", "\n+ ") for method in methods])
+        for axis in column:
+            axis.grid(axis="y", alpha=0.3)
     axes[0][0].set_ylabel("top-1, % of 450 test images")
+    axes[1][0].set_ylabel("KL divergence from FP32, nats")
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

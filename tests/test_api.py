@@ -117,6 +117,37 @@ def test_linears_outside_the_blocks_stay_in_floating_point():
     assert linear.name == "layers.0.0"
 
 
+class BareParameter(nn.Module):
+    """A weight that is no module's `weight`."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Parameter(normal(6, 4))
+
+    def forward(self, x):
+        return x @ self.projection
+
+
+class SharedWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.proj(torch.relu(self.proj(x)))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(6, 4), BareParameter(), SharedWeight()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+def test_weights_may_stand_anywhere(model, smoothing):
+    x = normal(3, 5, 6)
+    prepared = prepare(model, (x,), QuantConfig(smoothing=smoothing))
+    assert torch.equal(prepared(x), model(x))
+    calibrate(prepared, [x], progress=False)
+    assert torch.equal(convert(prepared, lower=False)(x), prepared(x))
+    assert convert(prepared)(x).shape == model(x).shape
+
+
 # --- errors ---
 
 
@@ -133,7 +164,7 @@ def test_nothing_left_to_quantize_is_an_error(small_vim, images):
 
 
 def test_an_accumulator_that_could_overflow_is_an_error():
-    model, x = nn.Linear(65536, 1, bias=False), torch.zeros(2, 1, 65536)
+    model, x = nn.Sequential(nn.Linear(65536, 1, bias=False)), torch.zeros(2, 1, 65536)
     with pytest.raises(ValueError, match="65536 channels at W8A8 can overflow an int32 accumulator; use fewer bits"):
         prepare(model, (x,))
     assert len(record_of(prepare(model, (x,), QuantConfig.w8a8(weight_bits=7))).linears) == 1

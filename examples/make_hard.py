@@ -20,8 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 import ptq4vm.models
-from ptq4vm.models.vim import VimBlock
-from ptq4vm.models.vim import PRETRAINED
+from ptq4vm.models.vim import PRETRAINED, VimBlock
 
 NORM_FACTORS = (64.0, 32.0, 16.0)
 """Of three channels of every in_proj input."""

@@ -13,7 +13,7 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.passes.calibrate import calibrate_blocks, gather
 from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_graph
 from ptq4vm.quantizer import quantized_linears
-from ptq4vm.record import record_of, update_record
+from ptq4vm.record import Stage, prepared_record, update_record
 
 
 def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None) -> GraphModule:
@@ -41,13 +41,13 @@ def calibrate(
     block is kept there: an interrupted run continues and ends with the same bytes. Returns `prepared`, changed in
     place. Raises ValueError for an empty loader and for values that are not finite, naming the layer.
     """
-    record = record_of(prepared)
+    record = prepared_record(prepared)
     linears = quantized_linears(prepared, [linear.name for linear in record.linears])
     images = gather(loader, [node.name for node in prepared.graph.find_nodes(op="placeholder")])
-    update_record(prepared, calibrated=False, blocks=())
+    update_record(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
     blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
-    return update_record(prepared, calibrated=True, blocks=tuple(blocks))
+    return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
 def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
@@ -55,7 +55,7 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
     `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
     """
-    if not record_of(prepared).calibrated:
+    if prepared_record(prepared).stage is not Stage.CALIBRATED:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )

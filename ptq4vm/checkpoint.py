@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import nn
 from torch.fx import GraphModule
 
@@ -24,7 +25,7 @@ import ptq4vm
 from ptq4vm.config import QuantConfig
 from ptq4vm.passes.lower import is_lowered
 from ptq4vm.pipeline import skeleton
-from ptq4vm.record import LinearRecord, Record, record_of, set_record
+from ptq4vm.record import LinearRecord, Record, Stage, record_of, set_record
 
 FORMAT_VERSION = 1
 METHOD = "ptq4vm"
@@ -47,7 +48,8 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     temporary.mkdir(parents=True)
     try:
         tensors = {name: value.detach().contiguous() for name, value in quantized.state_dict().items()}
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        # not save_file, which gives the file to its owner alone
+        (temporary / WEIGHTS).write_bytes(serialize(tensors, metadata={"format": "pt"}))
         config = _describe(record) | {"weights_sha256": _digest(temporary / WEIGHTS)}
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         _move(temporary, folder)
@@ -61,16 +63,28 @@ def free_folder(folder: str | Path) -> Path:
     path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another folder")
-    if path.exists() and any(path.iterdir()) and not (path / CONFIG).exists():
+    if path.exists() and any(path.iterdir()) and not _is_ours(path / CONFIG):
         raise FileExistsError(f"{folder} exists and holds no quantized model; choose another folder")
     return path
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text())["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _move(temporary: Path, folder: Path) -> None:
     previous = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     if folder.exists():
         os.replace(folder, previous)
-    os.replace(temporary, folder)
+    try:
+        os.replace(temporary, folder)
+    except BaseException:
+        if previous.exists():
+            os.replace(previous, folder)
+        raise
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -165,7 +179,7 @@ def read_record(folder: str | Path) -> tuple[dict[str, Any], Record]:
             linears=tuple(LinearRecord(**linear) for linear in details["linears"]),
             input_shapes=tuple(tuple(shape) for shape in config["input_shapes"]),
             architecture=_architecture(config),
-            calibrated=True,
+            stage=Stage.CONVERTED,
             blocks=tuple(details["blocks"]),
         )
     except (KeyError, TypeError, ValueError) as error:

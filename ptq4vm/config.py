@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -66,13 +66,12 @@ class Learning:
             "learning.epochs",
             self.epochs,
             int,
-            self.epochs >= 1,
+            lambda v: v >= 1,
             "at least 1; for no learning use learning=None",
         )
-        _check("learning.batch_size", self.batch_size, int, self.batch_size >= 1, "at least 1")
+        _check("learning.batch_size", self.batch_size, int, lambda v: v >= 1, "at least 1")
         for name in ("scale_rate", "smooth_rate"):
-            rate = getattr(self, name)
-            _check(f"learning.{name}", rate, (int, float), 0 <= rate < 1, "in [0, 1)")
+            _check(f"learning.{name}", getattr(self, name), (int, float), lambda v: 0 <= v < 1, "in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +101,7 @@ class QuantConfig:
                 options = ", ".join(Granularity)
                 raise ValueError(f"granularity must be one of {options}; got {self.granularity!r}") from None
         if self.smoothing is not None:
-            _check("smoothing", self.smoothing, (int, float), 0 <= self.smoothing <= 1, "None or in [0, 1]")
+            _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None or in [0, 1]")
         if not isinstance(self.range_search, bool):
             raise ValueError(f"range_search must be true or false, got {self.range_search!r}")
         if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search:
@@ -110,12 +109,13 @@ class QuantConfig:
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
         if isinstance(self.learning, Mapping):
-            if "epochs" not in self.learning:
+            known = _known("learning", Learning, self.learning)
+            if "epochs" not in known:
                 raise ValueError("learning needs the key 'epochs'; for no learning use null")
-            object.__setattr__(self, "learning", Learning(**_known("learning", Learning, self.learning)))
+            object.__setattr__(self, "learning", Learning(**known))
         if not isinstance(self.learning, Learning | None):
             raise ValueError(f"learning must be a Learning, its keys, or None; got {self.learning!r}")
-        _check("seed", self.seed, int, self.seed >= 0, "a non-negative integer")
+        _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
         if not isinstance(self.exclude, Sequence) or isinstance(self.exclude, str):
             raise ValueError(f"exclude must be a sequence of patterns, got {self.exclude!r}")
         if not all(isinstance(pattern, str) for pattern in self.exclude):
@@ -184,8 +184,8 @@ def _paper(bits: int, epochs: int) -> dict[str, Any]:
     return {"weight_bits": bits, "activation_bits": bits, "learning": Learning(epochs=epochs)}
 
 
-def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: bool, wanted: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, kinds) or not holds:
+def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 

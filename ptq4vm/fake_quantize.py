@@ -121,8 +121,8 @@ class ActivationFakeQuantize(_FakeQuantize):
             assert self.zero_point is not None
             scale, zero_point = self.step(), self.zero_point
         scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-        codes = _round(x.float() * (1.0 / scale)) + zero_point
-        return ((codes.clamp(*self.spec.bounds) - zero_point) * scale).to(x.dtype)
+        low, high = (bound - zero_point for bound in self.spec.bounds)
+        return (_round(x.float() * (1.0 / scale), low, high) * scale).to(x.dtype)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself by quantize and dequantize nodes (torchao calls this from `convert_pt2e`)."""
@@ -165,7 +165,7 @@ class WeightFakeQuantize(_FakeQuantize):
         if self.mode is not Mode.QUANTIZE:
             return w
         scale = self.step().unsqueeze(-1)
-        return (_round(w.float() / scale).clamp(*self.spec.bounds) * scale).to(w.dtype)
+        return (_round(w.float() / scale, *self.spec.bounds) * scale).to(w.dtype)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""
@@ -198,6 +198,11 @@ def _replace(node: fx.Node, result: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _round(x: Tensor) -> Tensor:
-    """Round half to even, with the gradient of the identity."""
-    return x + (x.round() - x).detach()
+def _round(x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+    """Round half to even and clamp; the gradient is the identity's wherever the rounded value is in range.
+
+    Not through `clamp`, whose own gradient is zero at the bounds: the last codes would never learn.
+    """
+    codes = x.detach().round()
+    clamped = codes.clamp(low, high)  # type: ignore[arg-type]
+    return clamped + (x - x.detach()) * (codes == clamped)

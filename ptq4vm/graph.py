@@ -247,7 +247,8 @@ class LinearSite:
     """One canonical linear: x (B, L, D) times a parameter (N, D)."""
 
     name: str
-    """Module path of the weight, such as `layers.0.mixer.in_proj`; `name@1` at a second call of one weight."""
+    """Path of the module whose `weight` it is, such as `layers.0.mixer.in_proj`; of a bare parameter `w`, `w_linear`;
+    `name@1` at a second call of one weight."""
     node: Node
     weight: str
     """Path of the weight parameter."""
@@ -269,8 +270,9 @@ def find_linears(gm: GraphModule) -> list[LinearSite]:
         shape = node.args[0].meta["val"].shape
         if weight is None or len(shape) != 3 or not isinstance(shape[1], int):
             continue
-        out_features, in_features = attribute(gm, weight).shape
-        label = weight.removesuffix(".weight").replace(".parametrizations", "")
+        out_features, in_features = node.args[1].meta["val"].shape
+        owner, _, leaf = weight.rpartition(".")
+        label = owner if owner and leaf == "weight" else f"{weight}_linear"
         count = seen[label] = seen.get(label, -1) + 1
         name = f"{label}@{count}" if count else label
         sites.append(LinearSite(name, node, weight, shape[1], in_features, out_features))

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.quantizer import quantized_linears
-from ptq4vm.record import record_of
+from ptq4vm.record import Stage, prepared_record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,8 @@ def phenomena(x: Tensor) -> Phenomena:
 @torch.no_grad()
 def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Phenomena]:
     """The figures of every quantized linear's floating-point input; `prepared` is not calibrated yet."""
-    record = record_of(prepared)
-    if record.calibrated:
+    record = prepared_record(prepared)
+    if record.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
     linears = quantized_linears(prepared, [linear.name for linear in record.linears])
     for linear in linears:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from typing import Any
 
@@ -21,7 +22,7 @@ from ptq4vm.quantizer import (
     quantized_linears,
     selected_linears,
 )
-from ptq4vm.record import LinearRecord, Record, architecture_of, record_of, set_record
+from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
 
 BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing))
 LOWERED = Pipeline((BEFORE_LOWERING, lower))
@@ -55,7 +56,7 @@ def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:
     gm = fx.GraphModule(gm, gm.graph, type(prepared).__name__)
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
-    return set_record(gm, record_of(prepared))
+    return set_record(gm, dataclasses.replace(record_of(prepared), stage=Stage.CONVERTED))
 
 
 def skeleton(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:

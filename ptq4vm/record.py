@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 
 _KEY = "ptq4vm"
+
+
+class Stage(enum.StrEnum):
+    """How far a graph has come; what `convert` gives is converted, with integers or with Q/DQ nodes."""
+
+    PREPARED = "prepared"
+    CALIBRATED = "calibrated"
+    CONVERTED = "converted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +43,7 @@ class Record:
     """Shapes of the inputs, without the batch."""
     architecture: dict[str, Any] | None
     """timm's name, arguments and preprocessing of the model; None for a model that timm cannot build."""
-    calibrated: bool = False
+    stage: Stage = Stage.PREPARED
     blocks: tuple[dict[str, Any], ...] = ()
     """One report of calibration a block: its linears, and the losses before and after learning."""
 
@@ -44,6 +53,14 @@ def record_of(gm: GraphModule) -> Record:
     record = getattr(gm, "meta", {}).get(_KEY)
     if not isinstance(record, Record):
         raise TypeError(f"expected a graph from ptq4vm.prepare or ptq4vm.convert, got {type(gm).__name__}")
+    return record
+
+
+def prepared_record(gm: GraphModule) -> Record:
+    """Raises TypeError for a graph that is converted already."""
+    record = record_of(gm)
+    if record.stage is Stage.CONVERTED:
+        raise TypeError("expected a graph from ptq4vm.prepare, got one that ptq4vm.convert has made from it")
     return record
 
 

@@ -201,13 +201,14 @@ def selective_scan_backward(
     g_t = g.transpose(0, 1).contiguous()
 
     chunks = _scan_chunks(u, A)
-    starts = [step.new_zeros(u.shape[0], A.shape[1], A.shape[0])]
+    zeros = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])
+    starts = [zeros] * min(1, len(chunks))
     for chunk in chunks[:-1]:
         starts.append(_scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], starts[-1])[1][-1])
 
     y, grad_step, grad_dt_u = torch.empty_like(step), torch.empty_like(step), torch.empty_like(step)
     grad_a, grad_b, grad_c = torch.zeros_like(a), torch.empty_like(b), torch.empty_like(c)
-    carry = torch.zeros_like(starts[0])
+    carry = zeros.clone()
     for chunk, start in zip(reversed(chunks), reversed(starts), strict=True):
         decay, states = _scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], start)
         y[chunk] = _sum_states(c[chunk], states)
@@ -233,9 +234,8 @@ def selective_scan_backward(
     grad_step += grad_dt_u * u_t
     grad_delta = (grad_step * torch.sigmoid(raw) if delta_softplus else grad_step).transpose(0, 1)
     grad_u = (grad_dt_u * step).transpose(0, 1)
-    none = g.new_empty(0)
-    grad_z = none if z is None else grad.to(kind) * _skip(y.transpose(0, 1), u, D) * _silu_slope(z.to(kind))
-    grad_D = none if D is None else (g * u.to(kind)).sum((0, 1))
+    grad_z = g.new_empty(0) if z is None else grad.to(kind) * _skip(y.transpose(0, 1), u, D) * _silu_slope(z.to(kind))
+    grad_D = g.new_empty(0) if D is None else (g * u.to(kind)).sum((0, 1))
     if D is not None:
         grad_u = grad_u + g * D.to(kind)
 
@@ -250,7 +250,7 @@ def selective_scan_backward(
         like(grad_c.transpose(0, 1), C),
         like(grad_D, D),
         like(grad_z, z),
-        none if delta_bias is None else like(grad_delta.sum((0, 1)), delta_bias),
+        g.new_empty(0) if delta_bias is None else like(grad_delta.sum((0, 1)), delta_bias),
     )
 
 

@@ -157,9 +157,9 @@ def test_a_pattern_that_matches_nothing_is_an_error(small_vim, images):
 
 
 def test_nothing_left_to_quantize_is_an_error(small_vim, images):
-    with pytest.raises(ValueError, match="no linear to quantize.*exclude="):
+    with pytest.raises(ValueError, match=r"no linear to quantize.*exclude="):
         prepare(small_vim, (images,), QuantConfig(exclude=("*",)))
-    with pytest.raises(ValueError, match="no linear to quantize.*found 0"):
+    with pytest.raises(ValueError, match=r"no linear to quantize.*found 0"):
         prepare(nn.Conv2d(3, 4, 3), (images,))
 
 

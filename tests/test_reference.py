@@ -296,7 +296,9 @@ def test_the_scans_gradient_is_that_of_the_definition(shape, options, chunk):
     absent = [value for value, original in zip(ours, inputs[:-1], strict=True) if original is None]
     assert all(value.numel() == 0 for value in absent)
     names = [
-        name for name, value in zip("u delta A B C D z bias".split(), inputs[:-1], strict=True) if value is not None
+        name
+        for name, value in zip(("u", "delta", "A", "B", "C", "D", "z", "bias"), inputs[:-1], strict=True)
+        if value is not None
     ]
     wrong = [name for name, a, b in zip(names, present, theirs, strict=True) if not close(a, b, 1e-10)]
     assert not wrong

@@ -108,7 +108,7 @@ class Vim(nn.Module):
         self.cls_index = patches // 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
         self.layers = nn.ModuleList(VimBlock(embed_dim, state, rate) for rate in rates)
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
         self.drop_path = DropPath(drop_path_rate)

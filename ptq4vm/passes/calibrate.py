@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
@@ -78,28 +78,20 @@ def calibrate_blocks(
                 if stored is None:
                     _set_ranges(members, config)
                 else:
-                    _restore(members, stored)
+                    _restore(members, stored[0])
+                    bar.update(epochs)
                 for linear in members:
                     linear.input.captured.clear()
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
-                if stored is not None:
-                    bar.update(epochs)
-                elif config.learning is not None:
-                    before, after = learn_block(
-                        part,
-                        members,
-                        rounded,
-                        targets,
-                        config.learning,
-                        config.seed + index,
-                        _reporter(bar, part),
-                    )
+                if stored is None and config.learning is not None:
+                    seed, show = config.seed + index, _reporter(bar, part)
+                    before, after = learn_block(part, members, rounded, targets, config.learning, seed, show)
                     report |= {"loss_before": before, "loss_after": after}
-                else:
+                elif stored is None:
                     bar.update()
-                saved.write(index, members)
-                reports.append(report)
+                reports.append(report if stored is None else stored[1])
+                saved.write(index, members, reports[-1])
             same = rounded is exact and not members
             rounded_next = targets if same else _run(part, rounded, members, Mode.QUANTIZE)
             needed = {name for later in parts[index + 1 :] for name in later.inputs}
@@ -206,7 +198,7 @@ class _Saved:
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {"fingerprint": _fingerprint(prepared, images, config), "torch": torch.__version__}
         path = folder / "calibration.json"
-        if path.exists() and json.loads(path.read_text()) != manifest:
+        if path.exists() and _read_json(path) != manifest:
             raise ValueError(
                 f"{folder} holds a calibration of another model, config, set of images or torch version; "
                 "give resume_dir another folder or delete this one"
@@ -218,18 +210,28 @@ class _Saved:
         assert self.folder is not None
         return self.folder / f"block_{index:03d}.safetensors"
 
-    def read(self, index: int) -> Values | None:
+    def read(self, index: int) -> tuple[Values, dict[str, Any]] | None:
+        """The tensors and the report of a finished block."""
         if self.folder is None or not self._path(index).exists():
             return None
         try:
-            return load_file(self._path(index))
-        except (SafetensorError, OSError) as error:
+            with safe_open(self._path(index), "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["report"])  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{self._path(index)} cannot be read ({error}); delete it and calibrate again") from error
 
-    def write(self, index: int, members: Sequence[QuantizedLinear]) -> None:
+    def write(self, index: int, members: Sequence[QuantizedLinear], report: dict[str, Any]) -> None:
         if self.folder is not None and not self._path(index).exists():
             tensors = {name: value for linear in members for name, value in _tensors(linear).items()}
-            _replace_file(self._path(index), lambda temporary: save_file(tensors, temporary))
+            metadata = {"report": json.dumps(report)}
+            _replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and calibrate again") from error
 
 
 def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:

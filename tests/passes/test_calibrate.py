@@ -89,15 +89,14 @@ def test_the_report_says_what_learning_did(roads):
     assert [name for block in blocks for name in block["linears"]] == names
 
 
-def test_learning_helps(roads, small_vim, images):
-    """Within the blocks it is held to in test_learn; here over the whole model."""
+def test_the_better_recipe_stays_closer_to_the_model(roads, small_vim, images):
+    """What learning adds is held block by block, in test_learn."""
     want = small_vim(images)
 
     def error(config):
         return (convert(roads.calibrated(config))(images) - want).square().mean()
 
-    longer = QuantConfig.w4a4(learning=Learning(epochs=20, batch_size=6))
-    assert error(longer) < error(UNLEARNED) < error(QuantConfig.minmax(4))
+    assert error(UNLEARNED) < error(QuantConfig.minmax(4)) / 2
 
 
 # --- one seed, the same bytes ---
@@ -260,7 +259,9 @@ def test_a_loader_may_give_images_alone_or_with_anything_after_them(images):
 
 @pytest.mark.parametrize(("items", "names"), [([3], ["x"]), ([("cat", 1)], ["x"]), ([torch.zeros(1)], ["x", "y"])])
 def test_a_loader_of_something_else_is_an_error(items, names):
-    with pytest.raises(ValueError, match=rf"the model takes {len(names)} tensors \({', '.join(names)}\); the loader gave"):
+    with pytest.raises(
+        ValueError, match=rf"the model takes {len(names)} tensors \({', '.join(names)}\); the loader gave"
+    ):
         gather(items, names)
 
 

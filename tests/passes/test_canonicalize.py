@@ -120,7 +120,7 @@ def test_two_transposes_in_a_row_cancel():
 
 def test_a_weight_may_be_used_in_both_directions():
     gm = check(Twice(), whole(2, 3, 6))
-    assert [site.name for site in find_linears(gm)] == ["weight", "weight@1"]
+    assert [site.name for site in find_linears(gm)] == ["weight_linear", "weight_linear@1"]
 
 
 def test_a_product_of_activations_stays():

@@ -6,6 +6,7 @@ Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -109,20 +110,40 @@ def _reject_hidden_regions(gm: GraphModule) -> None:
             )
 
 
-def check_input(x: Tensor, name: str, shape: list[int]) -> Tensor:
-    """x itself, if all its axes but the batch are as captured."""
+def check_input(x: Tensor, name: str, shape: list[int], window: list[list[int]]) -> Tensor:
+    """x itself, if all its axes but the batch are as captured.
+
+    `window` is the kernel, stride and padding of the convolution that cuts images into patches; empty without one.
+    """
     if list(x.shape[1:]) != shape:
-        have, want = "×".join(map(str, x.shape[1:])), "×".join(map(str, shape))
-        what = (
-            f"tokens were captured as {shape[0]}, the input has {x.shape[1]}"
-            if x.dim() == 3
-            else "its resolution is fixed"
-        )
+        have, want = _described(list(x.shape[1:]), window), _described(shape, window)
         raise ValueError(
-            f"{name}: the model was captured for inputs of {want} and given {have} ({what}); per-token scales bind "
-            "a model to one token count: resize the input, or prepare and calibrate the model at this resolution"
+            f"{name}: the model was captured for inputs of {want} and given {have}; per-token scales bind a model to "
+            "one token count: resize the input, or prepare and calibrate the model at this resolution"
         )
     return x
+
+
+def _described(shape: list[int], window: list[list[int]]) -> str:
+    """3×32×32 (64 patches), or 17×64 (17 tokens)."""
+    text = "×".join(map(str, shape))
+    if len(shape) == 2:
+        return f"{text} ({shape[0]} tokens)"
+    if len(shape) == 3 and window:
+        patches = math.prod((n + 2 * p - k) // s + 1 for n, k, s, p in zip(shape[1:], *window, strict=True))
+        return f"{text} ({patches} patches)"
+    return text
+
+
+def _window(image: Node) -> list[list[int]]:
+    """Kernel, stride and padding of the convolution that reads an image."""
+    for user in image.users:
+        if user.target is aten.conv2d.default:
+            # x, weight, bias, stride, padding; trailing defaults are left out
+            given: list[Any] = list(user.args)
+            _, stride, padding = given[2:5] + [None, [1, 1], [0, 0]][len(given) - 2 :]
+            return [list(given[1].meta["val"].shape[2:]), list(stride), list(padding)]
+    return []
 
 
 def _guard_inputs(gm: GraphModule, inputs: tuple[Any, ...]) -> None:
@@ -130,7 +151,8 @@ def _guard_inputs(gm: GraphModule, inputs: tuple[Any, ...]) -> None:
     for node, value in zip(placeholders, inputs, strict=True):
         if isinstance(value, Tensor) and value.dim():
             with gm.graph.inserting_before(_first_after_placeholders(gm.graph)):
-                checked = gm.graph.call_function(check_input, (node, node.name, list(value.shape[1:])))
+                arguments = (node, node.name, list(value.shape[1:]), _window(node))
+                checked = gm.graph.call_function(check_input, arguments)
             checked.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
 

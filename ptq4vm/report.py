@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Real
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
+from ptq4vm.files import replace_file
 from ptq4vm.graph import attribute
 from ptq4vm.record import record_of
 
@@ -39,18 +39,20 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
 
 def write_json(path: str | Path, value: Any) -> None:
     """A file that exists is replaced only once the new one is complete."""
-    _replace(Path(path), lambda file: file.write(json.dumps(value, indent=2) + "\n"))
+    text = json.dumps(value, indent=2) + "\n"
+    replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
     """One line a row under the keys of all rows; as careful as `write_json`."""
 
-    def write(file: TextIO) -> None:
-        writer = csv.DictWriter(file, _keys(rows), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, _keys(rows), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
-    _replace(Path(path), write)
+    replace_file(Path(path), write)
 
 
 def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
@@ -105,14 +107,3 @@ def _text(value: Any) -> str:
         return str(value)
     large = isinstance(value, int) or abs(value) >= 1000  # type: ignore[operator]
     return f"{value:,.0f}" if large else f"{value:.4g}"
-
-
-def _replace(path: Path, write: Callable[[TextIO], Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

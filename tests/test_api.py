@@ -201,7 +201,9 @@ def test_a_model_without_a_graph_is_an_error():
 
 
 def test_another_resolution_is_an_error(roads):
-    with pytest.raises(ValueError, match="captured for inputs of 3×16×16 and given 3×16×20"):
+    with pytest.raises(
+        ValueError, match=r"captured for inputs of 3×16×16 \(16 patches\) and given 3×16×20 \(20 patches\)"
+    ):
         convert(roads.calibrated(CONFIGS["w8a8"]))(normal(2, 3, 16, 20))
 
 

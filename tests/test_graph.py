@@ -190,7 +190,7 @@ def test_examples_without_a_batch_are_an_error(examples):
 
 
 def test_another_resolution_is_an_error_that_names_both(small_vim, images):
-    message = "x: the model was captured for inputs of 3×16×16 and given 3×32×32.*resize the input, or prepare"
+    message = r"x: the model was captured for inputs of 3×16×16 \(16 patches\) and given 3×32×32 \(64 patches\).*resize the input, or prepare"
     with pytest.raises(ValueError, match=message):
         capture(small_vim, (images,))(normal(2, 3, 32, 32))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.fake_quantize import Mode, constant
+from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
 from ptq4vm.passes.learn import Values, learn_block
 from ptq4vm.passes.search import input_qparams, weight_scale
@@ -203,7 +203,7 @@ class _Saved:
                 f"{folder} holds a calibration of another model, config, set of images or torch version; "
                 "give resume_dir another folder or delete this one"
             )
-        _replace_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
+        replace_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
         return cls(folder)
 
     def _path(self, index: int) -> Path:
@@ -224,7 +224,7 @@ class _Saved:
         if self.folder is not None and not self._path(index).exists():
             tensors = {name: value for linear in members for name, value in _tensors(linear).items()}
             metadata = {"report": json.dumps(report)}
-            _replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
+            replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def _read_json(path: Path) -> Any:
@@ -232,13 +232,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and calibrate again") from error
-
-
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a temporary name and renames, so that an interruption leaves no half file."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:

@@ -63,8 +63,11 @@ def free_folder(folder: str | Path) -> Path:
     path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another folder")
-    if path.exists() and any(path.iterdir()) and not _is_ours(path / CONFIG):
+    held = {file.name for file in path.iterdir()} if path.exists() else set()
+    if held and not _is_ours(path / CONFIG):
         raise FileExistsError(f"{folder} exists and holds no quantized model; choose another folder")
+    if others := sorted(held - {WEIGHTS, CONFIG}):
+        raise FileExistsError(f"{folder} also holds {', '.join(others[:5])}, which saving would delete; move them away")
     return path
 
 

@@ -174,6 +174,13 @@ def test_another_models_config_does_not_make_it_ours(roads, tmp_path, config):
     assert (tmp_path / "pytorch_model.bin").read_bytes() == b"precious"
 
 
+def test_notes_beside_a_saved_model_are_not_deleted(roads, saved):
+    (saved / "notes.md").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"also holds notes\.md, which saving would delete"):
+        save(convert(roads.calibrated(CONFIGS["w4a4"])), saved)
+    assert (saved / "notes.md").read_text() == "mine"
+
+
 def test_a_file_in_the_way_is_an_error_and_stays(roads, tmp_path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(OSError, match="model"):

@@ -62,10 +62,6 @@ class _FakeQuantize(FakeQuantizeBase):
         self.register_buffer("scale", None)
         self.log_factor: nn.Parameter | None = None
 
-    @property
-    def calibrated(self) -> bool:
-        return self.scale is not None
-
     def start_learning(self) -> nn.Parameter:
         """The logarithm of a factor on the step sizes, one per step size, to be learned."""
         assert self.scale is not None
@@ -97,10 +93,6 @@ class ActivationFakeQuantize(_FakeQuantize):
     @property
     def dynamic(self) -> bool:
         return self.granularity is Granularity.PER_TOKEN_DYNAMIC
-
-    @property
-    def calibrated(self) -> bool:
-        return self.dynamic or self.scale is not None
 
     def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
         """Static scale (float32) and zero point (int32), each (L,) or, per tensor, (1,)."""

@@ -55,15 +55,6 @@ def test_until_it_is_calibrated_a_tensor_passes(mode):
     assert WeightFakeQuantize(QuantSpec(bits=4, scheme=Scheme.SYMMETRIC))(x) is x
 
 
-def test_it_is_calibrated_once_it_has_a_scale():
-    spec = QuantSpec(bits=4, scheme=Scheme.AFFINE)
-    fake = ActivationFakeQuantize(spec, Granularity.PER_TOKEN)
-    assert not fake.calibrated
-    fake.set_qparams(torch.ones(3), torch.zeros(3, dtype=torch.int32))
-    assert fake.calibrated
-    assert ActivationFakeQuantize(spec, Granularity.PER_TOKEN_DYNAMIC).calibrated
-
-
 @pytest.mark.parametrize("granularity", STATIC)
 def test_values_in_range_pass_their_gradient_and_clamped_ones_do_not(granularity):
     fake = activation(4, granularity, 3)

@@ -2,7 +2,7 @@
 
     python examples/train_digits.py --output runs/digits
 
-About half an hour on two cores. An interrupted run continues from its last epoch; the same seed gives the same
+About twenty minutes on two free cores. An interrupted run continues from its last epoch; the same seed gives the same
 weights on the same machine and torch. The test split is looked at once, after training.
 """
 

@@ -100,13 +100,16 @@ def _clean(gm: GraphModule) -> None:
 
 
 def _reject_hidden_regions(gm: GraphModule) -> None:
-    """Regions under `torch.no_grad()` or autocast become subgraphs whose linears no pass can see."""
+    """Autocast, `torch.enable_grad()` and control-flow operators make subgraphs whose linears no pass sees.
+
+    A region under `torch.no_grad()` makes none: capture runs without gradients anyway.
+    """
     for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             raise CaptureError(
                 f"{scope(node) or 'the model'} has a region torch.export keeps apart ({node.target.name()}), so its "
-                "linears would stay hidden; call the model without torch.no_grad(), autocast or control-flow "
-                "operators inside forward"
+                "linears would stay hidden; call the model without autocast, torch.enable_grad() or "
+                "control-flow operators inside forward"
             )
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
-from ptq4vm.graph import LinearSite, find_linears
+from ptq4vm.graph import LinearSite, attribute, find_linears
 
 with quiet_import():
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -24,7 +24,7 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
     """The linears that the config quantizes: those inside the model's blocks, less its exclusions.
 
     In a model without numbered blocks all linears count. Raises ValueError where nothing is left, where a pattern
-    matches nothing, and where an accumulator could overflow int32.
+    matches nothing, where a weight is not float32, and where an accumulator could overflow int32.
     """
     sites = find_linears(gm)
     in_blocks = [site for site in sites if site.block is not None] or sites
@@ -39,6 +39,12 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
             f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
         )
     for site in chosen:
+        dtype = attribute(gm, site.weight).dtype
+        if dtype != torch.float32:
+            raise ValueError(
+                f"{site.name}: its weight is {dtype}, and models are quantized from float32: call model.float(), and "
+                "give float32 example inputs"
+            )
         bound = site.in_features * 2**config.activation_bits * 2 ** (config.weight_bits - 1)
         if bound >= 2**31:
             raise ValueError(

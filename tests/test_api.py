@@ -151,6 +151,13 @@ def test_weights_may_stand_anywhere(model, smoothing):
 # --- errors ---
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_that_is_not_float32_is_refused_by_name(dtype):
+    model = nn.Sequential(nn.Linear(6, 4)).to(dtype)
+    with pytest.raises(ValueError, match=rf"^0: its weight is {dtype}.*call model\.float\(\)"):
+        prepare(model, (normal(2, 5, 6).to(dtype),))
+
+
 def test_a_pattern_that_matches_nothing_is_an_error(small_vim, images):
     with pytest.raises(ValueError, match=r"exclude pattern 'layers\.9\.\*' matches no linear; there are layers\.0"):
         prepare(small_vim, (images,), QuantConfig(exclude=("layers.9.*",)))

@@ -1,9 +1,10 @@
-"""Train the bundled `vim_nano_patch4_32.digits` on scikit-learn's handwritten digits.
+"""Train a bundled `*.digits` model on scikit-learn's handwritten digits.
 
-    python examples/train_digits.py --output runs/digits
+    python examples/train_digits.py vim_nano_patch4_32 --output runs/digits
 
-About twenty minutes on two free cores. An interrupted run continues from its last epoch; the same seed gives the same
-weights on the same machine and torch. The test split is looked at once, after training.
+There are also local_vim_nano_patch4_32, vmamba_nano_32 and local_vmamba_nano_32. A Vim takes about twenty minutes on
+two free cores. An interrupted run continues from its last epoch; the same seed gives the same weights on the same
+machine and torch. The test split is looked at once, after training.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import ptq4vm.models  # noqa: F401  (adds Vim to timm's registry)
+import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm.data import loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate
 
 
-def train(output: Path, epochs: int, batch_size: int, rate: float, weight_decay: float, seed: int) -> None:
+def train(name: str, output: Path, epochs: int, batch_size: int, rate: float, weight_decay: float, seed: int) -> None:
     torch.manual_seed(seed)
-    model = timm.create_model("vim_nano_patch4_32", drop_path_rate=0.1)
+    model = timm.create_model(name, drop_path_rate=0.1)
     transform = transform_for(model)
     images, targets = next(iter(DataLoader(open_dataset("digits", "train", transform), batch_size=10_000)))
     augment = v2.RandomAffine(degrees=12, translate=(0.1, 0.1), scale=(0.85, 1.15), shear=8, fill=-1.0)
@@ -81,13 +82,14 @@ def train(output: Path, epochs: int, batch_size: int, rate: float, weight_decay:
         os.replace(latest.with_suffix(".tmp"), latest)
 
     model.eval()
-    save_file(model.state_dict(), output / "vim_nano_patch4_32.digits.safetensors")
+    save_file(model.state_dict(), output / f"{name}.digits.safetensors")
     for split in ("train", "test"):
         print(split, evaluate(model, loader(open_dataset("digits", split, transform), 128)))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="vim_nano_patch4_32")
     parser.add_argument("--output", type=Path, default=Path("runs/digits"))
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=64)

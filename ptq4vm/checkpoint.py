@@ -193,7 +193,8 @@ def read_record(folder: str | Path) -> tuple[dict[str, Any], Record]:
 def _architecture(config: dict[str, Any]) -> dict[str, Any] | None:
     if config["architecture"] is None:
         return None
-    arguments = {"num_classes": config["num_classes"], **config["model_args"]}
+    classes = {} if config["num_classes"] is None else {"num_classes": config["num_classes"]}
+    arguments = classes | config["model_args"]
     return {"name": config["architecture"], "arguments": arguments, "preprocessing": config["pretrained_cfg"]}
 
 

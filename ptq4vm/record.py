@@ -83,11 +83,14 @@ def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...])
     if not name or len(input_shapes) != 1 or len(input_shapes[0]) != 3:
         return None
     channels, height, width = input_shapes[0]
-    arguments: dict[str, Any] = {"num_classes": getattr(model, "num_classes", cfg.get("num_classes"))}
+    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # our models know what they were asked for
+    if "num_classes" in cfg:  # a backbone has none
+        arguments["num_classes"] = getattr(model, "num_classes", cfg["num_classes"])
     default_channels, *default_size = cfg.get("input_size", (3, 224, 224))
     if channels != default_channels:
         arguments["in_chans"] = channels
-    if [height, width] != default_size:
+    fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if fixed_size is not None and [height, width] != default_size:
         arguments["img_size"] = [height, width]
     preprocessing = {key: cfg[key] for key in _PREPROCESSING if key in cfg} | {"input_size": input_shapes[0]}
     return {"name": name, "arguments": arguments, "preprocessing": preprocessing}

@@ -1,101 +1,16 @@
 import argparse
-import gzip
-import json
 import math
-from pathlib import Path
 
-import numpy as np
 import pytest
-import timm
 import torch
-from golden.fill import fill_state_dict, make_input, selftest
+from golden.fill import make_input
+from public_models import create, filled
 
-from ptq4vm.api import prepare
 from ptq4vm.models import Vim
-from ptq4vm.record import record_of
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-SIZES = ("tiny", "small", "base")
-
-
-def facts(size: str) -> dict:
-    """Names and shapes of the public checkpoint's tensors, and the linears that the paper quantizes."""
-    return json.loads(gzip.decompress((GOLDEN / f"vim_{size}.json.gz").read_bytes()))
-
-
-def create(size: str, **options) -> Vim:
-    return timm.create_model(f"vim_{size}_patch16_224", **options)
 
 
 def tiny(depth: int = 1, **options) -> Vim:
-    return create("tiny", depth=depth, **options)
-
-
-def filled(model: Vim) -> Vim:
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    values = {name: torch.from_numpy(value) for name, value in fill_state_dict(shapes).items()}
-    model.load_state_dict(values)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def golden():
-    selftest()  # NumPy's random streams are those of the golden file
-    with np.load(GOLDEN / "vim_tiny.npz") as file:
-        return dict(file)
-
-
-def stats(value: torch.Tensor) -> torch.Tensor:
-    value = value.double()
-    return torch.stack((value.mean(), value.std(correction=0), value.min(), value.max()))
-
-
-def test_logits_and_residual_stream_are_those_of_the_official_code(golden):
-    model, taps = filled(create("tiny")), {}
-
-    def tap(name):
-        def hook(module, inputs, outputs):
-            taps[name] = outputs
-
-        return hook
-
-    model.patch_embed.register_forward_hook(tap("patch_embed"))
-    for i, block in enumerate(model.layers):
-        block.register_forward_hook(tap(f"layers.{i}"))
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(make_input())).double()
-
-    official = torch.from_numpy(golden["logits64"])
-    assert (logits - official).abs().max() <= 5e-5 * official.std() + 1e-6
-
-    values = {"patch_embed": taps["patch_embed"]}
-    for i in range(24):
-        values[f"layers.{i}.hidden"], values[f"layers.{i}.residual"] = taps[f"layers.{i}"]
-    wrong = []
-    for name, value in values.items():
-        want = torch.from_numpy(golden[f"tap.{name}.stats"])
-        if not torch.allclose(stats(value), want, rtol=0, atol=5e-5 * want[1].item()):
-            wrong.append((name, stats(value).tolist(), want.tolist()))
-    assert not wrong
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_parameters_are_those_of_the_public_checkpoint(size):
-    with torch.device("meta"):
-        model = create(size)
-    assert {name: list(value.shape) for name, value in model.state_dict().items()} == facts(size)["state_dict"]
-    assert sum(parameter.numel() for parameter in model.parameters()) == facts(size)["parameters"]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_linears_in_the_blocks_are_those_the_paper_quantizes(size):
-    want = [
-        (name, tokens, inputs, outputs)
-        for name, inputs, outputs, _, tokens in facts(size)["linears"]
-        if name.startswith(("layers.0.", "layers.1."))
-    ]
-    linears = record_of(prepare(create(size, depth=2), (torch.zeros(2, 3, 224, 224),))).linears
-    assert [(linear.name, linear.tokens, linear.in_features, linear.out_features) for linear in linears] == want
+    return create("vim_tiny_patch16_224", depth=depth, **options)
 
 
 def test_a_public_checkpoint_loads_with_its_arguments(tmp_path):

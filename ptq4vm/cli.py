@@ -11,10 +11,12 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from ptq4vm.config import QuantConfig
     from ptq4vm.data import ImageDataset
+    from ptq4vm.models.recognize import Match
 
 RANDOM = "random"
 PRESETS = "w8a8, w6a6, w4a4, minmaxN, smoothquantN (N bits)"
@@ -88,9 +91,10 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from ptq4vm.report import model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
+    _check_ema(args)
     seconds: dict[str, float] = {}
     with _stage("load", seconds):
-        model = _named_model(args.model, args.checkpoint)
+        model = _named_model(args.model, args.checkpoint, args.ema)
         dataset = _dataset(args.data_dir, "train", model)
         batches = calibration_batches(dataset, args.images, args.batch_size, args.seed)
     with _stage("prepare", seconds):
@@ -134,7 +138,8 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     names = [args.model] if args.against is None else [args.model, args.against]
     if args.checkpoint is not None and all(map(_is_saved, names)):
         raise ValueError(f"--checkpoint is for a model given by name; {' and '.join(names)} has its own weights")
-    models = [_model(name, args.checkpoint) for name in names]
+    _check_ema(args)
+    models = [_model(name, args.checkpoint, args.ema) for name in names]
     loaders = [_loader(model, args) for model in models]
     reference = None if args.against is None else evaluation.predictions(models[1], loaders[1])
     found = evaluation.evaluate(models[0], loaders[0], reference_predictions=reference)
@@ -183,12 +188,23 @@ def benchmark(args: argparse.Namespace) -> Outcome:
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    """What is in the folder of a quantized model."""
+    """What is in the folder of a quantized model, or in a file of weights and which model it is for."""
+    path = Path(args.path)
+    if path.is_file():
+        return _inspect_weights(path, args.ema)
+    if not _is_saved(args.path):
+        raise ValueError(
+            f"{path} is neither the folder of a quantized model (with config.json and model.safetensors) "
+            "nor a file of weights (.pth, .ckpt, .safetensors)"
+        )
+    if args.ema:
+        raise ValueError(f"--ema is for a file of weights; {path} is the folder of a quantized model")
+
     import ptq4vm
     from ptq4vm.record import record_of
     from ptq4vm.report import linear_rows, model_bytes, table
 
-    quantized = ptq4vm.load(args.folder)
+    quantized = ptq4vm.load(path)
     record, rows, size = record_of(quantized), linear_rows(quantized), model_bytes(quantized)
     integers = sum(row["weight_bytes"] for row in rows)
     result = {
@@ -209,6 +225,84 @@ def inspect(args: argparse.Namespace) -> Outcome:
         *_losses(record.blocks),
     ]
     return Outcome(result=result, text="\n".join(lines))
+
+
+def _inspect_weights(path: Path, ema: bool) -> Outcome:
+    from ptq4vm.models.checkpoints import open_checkpoint
+    from ptq4vm.models.recognize import recognize, registered
+
+    file = open_checkpoint(path, ema=ema)
+    if any(name.endswith(".weight_q") for name in file.weights):
+        raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
+    tensors = file.weights.values()
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    matches = _telling(recognize(file.weights))
+    result: dict[str, Any] = {
+        "file": str(path),
+        "container": file.container,
+        "averaged": list(file.averaged),
+        "left_out": len(file.left_out),
+        "tensors": len(tensors),
+        "values": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(dtypes),
+        "matches": [
+            asdict(match) | {"fits": match.fits, "notes": list(match.notes), "next": _next(match, path, ema)}
+            for match in matches
+        ],
+    }
+    lines = [f"{path}: weights " + (f"under {file.container}" if file.container else "without a container")]
+    if file.averaged and file.container not in file.averaged:
+        lines += [f"averaged weights too, under {', '.join(file.averaged)}: read them with --ema"]
+    if file.left_out:
+        lines += [f"{len(file.left_out)} tensors beside those of the backbone are left out"]
+    counted = dtypes if len(dtypes) == 1 else [f"{dtype} ({count})" for dtype, count in dtypes.items()]
+    size = f"{result['values']:,} values, {_mebibytes(result['bytes'])}"
+    lines += [f"{len(tensors)} tensors, {size}, {', '.join(counted)}"]
+    for match in matches:
+        lines += ["", f"{match} (family {match.family}): {_verdict(match)}"]
+        lines += [f"  {line}" for line in (*match.lines(), *match.notes)]
+        lines += [f"  {line}" for line in (_next(match, path, ema) or "").splitlines()]
+    if not matches:
+        lines += ["", f"of none of the families known here ({', '.join(dict.fromkeys(registered().values()))})"]
+    if sum(match.fits for match in matches) > 1:
+        lines += [
+            "",
+            "Tensors cannot tell these models apart (directions of scans are no tensors): accuracy on images",
+            "decides; run ptq4vm evaluate with each name and this file.",
+        ]
+    return Outcome(result=result, text="\n".join(lines))
+
+
+def _verdict(match: Match) -> str:
+    if match.fits:
+        return "every tensor fits"
+    share = int(100 * match.agreement)  # 100 % are for what fits
+    return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
+
+
+def _telling(matches: Sequence[Match]) -> list[Match]:
+    """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
+    names = {match.name for match in matches if match.fits}
+    return [
+        match
+        for match in matches
+        if match.fits
+        or (match.only_ends and match.name in names)
+        or (not names and match.agreement == matches[0].agreement)
+    ]
+
+
+def _next(match: Match, path: Path, ema: bool) -> str | None:
+    """How to use the file for the model: a command, or the Python where no command does it."""
+    if _from_command_line(match):
+        option = " --ema" if ema else ""
+        return f"ptq4vm quantize {match.name} --checkpoint {shlex.quote(str(path))}{option} --data-dir DIR --output DIR"
+    if not (match.fits or match.only_ends):
+        return None
+    options = "".join(f", {key}={value}" for key, value in match.options.items())
+    how = (", ema=True" if ema else "") + ("" if match.fits else ", strict=False")
+    return f'model = timm.create_model("{match.name}"{options})\nload_checkpoint(model, {str(path)!r}{how})'
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -249,10 +343,15 @@ def _is_saved(name: str) -> bool:
     return (Path(name) / CONFIG).exists()
 
 
-def _model(name: str, checkpoint: str | None) -> nn.Module:
+def _check_ema(args: argparse.Namespace) -> None:
+    if args.ema and args.checkpoint in (None, RANDOM):
+        raise ValueError("--ema takes the averaged weights of a file: give --checkpoint FILE with it")
+
+
+def _model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Module:
     """A quantized model from its folder, or a floating-point one by its name in timm."""
     if not _is_saved(name):
-        return _named_model(name, checkpoint)
+        return _named_model(name, checkpoint, ema)
 
     import ptq4vm
     from ptq4vm.record import record_of
@@ -266,7 +365,7 @@ def _model(name: str, checkpoint: str | None) -> nn.Module:
     return quantized
 
 
-def _named_model(name: str, checkpoint: str | None) -> nn.Module:
+def _named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
     """A model by its name in timm, with the weights of a file, random ones, or those timm knows of."""
     import timm
     import torch
@@ -274,6 +373,10 @@ def _named_model(name: str, checkpoint: str | None) -> nn.Module:
     import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
     from ptq4vm.models.checkpoints import load_checkpoint
 
+    if Path(name).is_file():
+        raise ValueError(
+            f"{name} is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {name}"
+        )
     try:
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # an unknown tag after the dot
@@ -287,11 +390,32 @@ def _named_model(name: str, checkpoint: str | None) -> nn.Module:
         raise ValueError(
             f"timm has no weights for {name}: give --checkpoint FILE, or --checkpoint {RANDOM} to try without"
         )
+    options = {} if checkpoint in (None, RANDOM) else _options(name, checkpoint, ema)
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=checkpoint is None).eval()
+    model = timm.create_model(name, pretrained=checkpoint is None, **options).eval()
     if checkpoint not in (None, RANDOM):
-        load_checkpoint(model, checkpoint)
+        load_checkpoint(model, checkpoint, ema=ema)
     return model
+
+
+def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
+    """The number of classes and the size of images that a file has weights for, where they are not the name's."""
+    from ptq4vm.models.checkpoints import read_checkpoint
+    from ptq4vm.models.recognize import match, registered
+
+    if name.partition(".")[0] not in registered():
+        return {}
+    found = match(name, read_checkpoint(checkpoint, ema=ema))
+    if not found.arguments or not _from_command_line(found):
+        return {}
+    print(f"{found}, as {checkpoint} has it …", file=sys.stderr)
+    size = found.arguments.get("img_size")
+    return {**found.arguments} | ({"pretrained_cfg_overlay": {"input_size": (3, size, size)}} if size else {})
+
+
+def _from_command_line(match: Match) -> bool:
+    """Whether the commands can use the file for this model: they classify images of three channels."""
+    return match.fits and not match.features_only and "in_chans" not in match.arguments
 
 
 def _input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -384,12 +508,14 @@ def _parser() -> argparse.ArgumentParser:
     either = "folder of a quantized model, or a timm name"
     data = "digits (part of scikit-learn), or a folder DIR/<split>/<class>/*"
     weights = f"file of weights, or '{RANDOM}'; else the weights timm knows of"
+    averaged = "take the averaged weights of the file"
 
     made = add(quantize)
     made.add_argument("model", metavar="MODEL", help="timm name, such as vim_tiny_patch16_224")
     made.add_argument("--data-dir", required=True, metavar="DIR", help=data)
     made.add_argument("--output", required=True, metavar="DIR", help="folder to save the quantized model in")
     made.add_argument("--checkpoint", metavar="FILE", help=weights)
+    made.add_argument("--ema", action="store_true", help=averaged)
     made.add_argument("--config", default="w8a8", help=f"{PRESETS}, or a .json file")
     made.add_argument("--images", type=_count, default=256, metavar="N", help="images to calibrate with")
     made.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images read at once")
@@ -400,6 +526,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("model", metavar="MODEL", help=either)
     made.add_argument("--data-dir", required=True, metavar="DIR", help=data)
     made.add_argument("--checkpoint", metavar="FILE", help=f"for models given by name: {weights}")
+    made.add_argument("--ema", action="store_true", help=averaged)
     made.add_argument("--split", default="test", help="train, or one of test, val, validation")
     made.add_argument("--batch-size", type=_count, default=64, metavar="N", help="images at once")
     made.add_argument("--limit", type=_count, metavar="N", help="take only N images, spread over the split")
@@ -414,7 +541,8 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--csv", metavar="FILE", help="write the timings and the machine here")
 
     made = add(inspect)
-    made.add_argument("folder", metavar="DIR", help="folder of a quantized model")
+    made.add_argument("path", metavar="PATH", help="folder of a quantized model, or a file of weights")
+    made.add_argument("--ema", action="store_true", help=averaged)
 
     add(doctor)
     return parser

@@ -1,5 +1,6 @@
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from public_models import create
 
 import ptq4vm
 from ptq4vm import doctor
@@ -111,6 +113,113 @@ def test_inspect_shows_what_was_saved(run, saved):
     assert "layers.5.mixer.out_proj" in run("inspect", saved)[1]
 
 
+def weights(name: str, **options) -> dict[str, torch.Tensor]:
+    """Tensors that take no space in a file."""
+    with torch.device("meta"):
+        state = create(name, **options).state_dict()
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a file of weights."""
+
+    def write(content, name: str = "some weights.pth") -> Path:
+        torch.save(content, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_inspect_recognizes_a_file_and_says_how_to_use_it(run, file):
+    path = file({"model": weights(MODEL), "model_ema": weights(MODEL), "epoch": 3})
+    code, out, err = run("inspect", path, "--json")
+    result = json.loads(out)
+    assert code == 0 and not err
+    assert result["container"] == "model" and result["averaged"] == ["model_ema"] and result["left_out"] == 0
+    assert result["tensors"] == 109 and result["dtypes"] == {"float32": 109}
+    assert result["bytes"] == 4 * result["values"]
+    (found,) = result["matches"]
+    assert found["name"] == MODEL and found["fits"] and not found["features_only"] and found["agreement"] == 1
+    command = shlex.split(found["next"])
+    assert command[:5] == ["ptq4vm", "quantize", MODEL, "--checkpoint", str(path)]
+    text = run("inspect", path)[1]
+    assert "averaged weights too, under model_ema" in text and "every tensor fits" in text and found["next"] in text
+
+    result = json.loads(run("inspect", path, "--ema", "--json")[1])
+    assert result["container"] == "model_ema" and " --ema " in result["matches"][0]["next"]
+    assert "averaged weights too" not in run("inspect", path, "--ema")[1]
+
+
+def test_inspect_says_that_twins_cannot_be_told_apart(run, file):
+    text = run("inspect", file({"state_dict": weights("local_vim_small")}))[1]
+    assert "--checkpoint" in text and text.count("every tensor fits") == 2 and "local_vim_small_searched" in text
+    assert "accuracy on images\ndecides" in text
+
+
+def test_inspect_tells_backbones_and_classifiers_apart(run, file):
+    backbone = {f"backbone.{name}": tensor for name, tensor in weights("vmamba_tiny_s1l8", features_only=True).items()}
+    text = run("inspect", file({"state_dict": backbone | {"neck.bias": torch.ones(1)}}))[1]
+    assert "1 tensors beside those of the backbone" in text
+    assert 'timm.create_model("vmamba_tiny_s1l8", features_only=True)' in text and "quantize" not in text
+    text = run("inspect", file(weights("vmamba_tiny_s1l8")))[1]
+    assert "ptq4vm quantize vmamba_tiny_s1l8 " in text and "strict=False)" in text
+
+
+def test_inspect_says_what_differs(run, file):
+    state = weights(MODEL)
+    gone = [state.pop(name) for name in list(state)[-5:]]
+    (found,) = json.loads(run("inspect", file(state), "--json")[1])["matches"]
+    assert len(found["missing"]) == len(gone) and not found["fits"] and found["next"] is None
+    assert re.search(r"the closest, \d\d % of the tensors agree\n  missing: ", run("inspect", file(state))[1])
+    code, out, _ = run("inspect", file({"fc.weight": torch.ones(2, dtype=torch.half), "steps": torch.ones(1)}))
+    assert code == 0 and "float16 (1), float32 (1)" in out and "of none of the families known here (local_vim" in out
+
+
+def test_a_file_decides_classes_image_size_and_averaging(run, file, tmp_path, photos):
+    torch.manual_seed(1)
+    model = create(MODEL, num_classes=20, img_size=48)
+    path = file({"model": {"unlike": torch.ones(1)}, "ema_model": model.state_dict()})
+    options = ("--data-dir", photos, "--checkpoint", path, "--ema")
+    code, _, err = run("evaluate", MODEL, *options)
+    assert code == 0 and f"{MODEL} with num_classes=20, img_size=48, as {path} has it" in err
+    minmax = ("--config", "minmax8", "--images", "4", "--output", tmp_path / "out")
+    assert run("quantize", MODEL, *options, *minmax)[0] == 0
+    result = json.loads(run("inspect", tmp_path / "out", "--json")[1])
+    assert result["input_shapes"] == [[3, 48, 48]] and result["architecture"]["arguments"]["num_classes"] == 20
+    code, out, _ = run("evaluate", tmp_path / "out", *options[:2], "--against", MODEL, *options[2:], "--json")
+    assert code == 0 and json.loads(out)["images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"a": torch.ones(1)}, "args": Path.cwd}, "reading it would have to call .*, which could run any"),
+        ({"epoch": 3}, "no weights under model, "),
+        ({"model": {"a": 3}}, "not tensors: a"),
+        ({"layers.0.mixer.in_proj.weight_q": torch.ones(1)}, "weights of a quantized model: inspect its folder"),
+    ],
+)
+def test_inspect_refuses_a_file_in_one_line(run, file, content, message):
+    code, out, err = run("inspect", file(content))
+    assert code == 1 and not out and err.count("\n") == 1
+    assert err.startswith("ptq4vm: error: ") and re.search(message, err)
+
+
+def test_inspect_refuses_averaged_weights_that_are_not_there(run, file, saved):
+    assert "no averaged weights" in run("inspect", file(weights(MODEL)), "--ema")[2]
+    assert "--ema is for a file of weights" in run("inspect", saved, "--ema")[2]
+    assert "inspect its folder" in run("inspect", Path(saved) / "model.safetensors")[2]
+
+
+def test_a_file_in_place_of_a_name_is_told(run, file):
+    path = file(weights(MODEL))
+    code, _, err = run("evaluate", path, "--data-dir", "digits")
+    assert (
+        code == 1 and f"is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {path}" in err
+    )
+
+
 def test_benchmark_compares_with_the_first(run, saved, tmp_path):
     threads = torch.get_num_threads()
     options = ("--batch-size", 2, "--repeats", 2, "--threads", threads, "--csv", tmp_path / "times.csv")
@@ -141,7 +250,8 @@ def test_doctor_finds_the_reference_and_checks_it(run, monkeypatch):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (("inspect", "nowhere"), "nowhere is not a saved model"),
+        (("inspect", "nowhere"), "nowhere is neither the folder of a quantized model .* nor a file of weights"),
+        (("evaluate", MODEL, "--data-dir", "digits", *WEIGHTS, "--ema"), "--ema .*: give --checkpoint FILE"),
         (("evaluate", "vim_huge", "--data-dir", "digits"), "vim_huge is neither .* it knows vim_base"),
         (("evaluate", "other", "--data-dir", "digits"), r"other is neither .*; timm.list_models\(\)"),
         (("evaluate", f"{MODEL}.roman", "--data-dir", "digits"), f"neither .* {MODEL}.digits"),

@@ -11,12 +11,16 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from ptq4vm.models.hierarchical import FeatureMaps
+from ptq4vm.models.recognize import Differences, listing, recognize, shapes_of, translated
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +66,41 @@ _ALLOWED: tuple[Any, ...] = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The weights in a file by their names in the model, on the CPU, and where they were found."""
+
+    weights: dict[str, Tensor]
+    container: str | None
+    """None where the file itself is the weights by name."""
+    averaged: tuple[str, ...]
+    """Containers of averaged weights in the file; `ema` reads the first."""
+    left_out: tuple[str, ...]
+    """Names beside those of the backbone, in a detector."""
+
+
 def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
     """The weights in a file by their names in the model, on the CPU; with `ema` the averaged ones."""
+    return open_checkpoint(path, ema=ema).weights
+
+
+def open_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> Checkpoint:
+    """The same weights, and where in the file they are."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    weights = _select(content, path, ema)
+    container, averaged, weights = _select(content, path, ema)
     strangers = [name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if strangers:
-        raise ValueError(f"{path}: these entries among the weights are not tensors: {_listing(strangers)}")
-    return _bare(weights, path)
+        raise ValueError(f"{path}: these entries among the weights are not tensors: {listing(strangers)}")
+    names = _bare(weights, path)
+    return Checkpoint(
+        weights={new: weights[old] for old, new in names.items()},
+        container=container,
+        averaged=averaged,
+        left_out=tuple(name for name in weights if name not in names),
+    )
 
 
 def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, ema: bool = False, strict: bool = True) -> None:
@@ -80,33 +108,32 @@ def load_checkpoint(model: nn.Module, path: str | os.PathLike[str], *, ema: bool
 
     Without `strict`, names that only one side has are logged; shapes must agree in any case.
     """
-    state = read_checkpoint(path, ema=ema)
-    translate = getattr(model, "checkpoint_filter", None)
-    if translate is not None:
-        state = translate(state)
-
-    own = model.state_dict()
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} (file {tuple(state[name].shape)}, model {tuple(own[name].shape)})"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    differences = "".join(
-        f"\n  {kind}: {_listing(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", misshapen))
-        if names
-    )
-    strangers = bool(own) and len(missing) == len(own)
-    if misshapen or strangers or (strict and differences):
-        raise ValueError(
-            f"{path} does not fit {type(model).__name__}; was the model made with the same name, "
-            f"number of classes and image size?{differences}"
-        )
+    weights = read_checkpoint(path, ema=ema)
+    state, own = translated(model, weights), model.state_dict()
+    found = Differences.between(shapes_of(state), shapes_of(own))
+    strangers = bool(own) and len(found.missing) == len(own)
+    differences = "".join(f"\n  {line}" for line in found.lines())
+    if found.misshapen or strangers or (strict and not found.fits):
+        raise ValueError(f"{path} does not fit {type(model).__name__}{_way_out(model, found, weights)}{differences}")
     if differences:
         logger.warning("%s: loaded what fits%s", path, differences)
     model.load_state_dict(state, strict=strict)
+
+
+def _way_out(model: nn.Module, found: Differences, weights: Mapping[str, Tensor]) -> str:
+    """Which model the file is for, or what to check where that is not known."""
+    matches = recognize(weights)
+    fitting = [str(match) for match in matches if match.fits]
+    if isinstance(model, FeatureMaps) and found.only_ends:
+        return (
+            f": it is a classifier's{f' ({fitting[0]})' if fitting else ''}; strict=False loads it without its "
+            "classifier, and leaves the norms of the maps as they are"
+        )
+    if fitting:
+        return f": it fits {' or '.join(fitting)}"
+    closest = f" Of all models {matches[0]} is the closest to the file." if matches else ""
+    notes = "".join(f"\n  {note}" for note in matches[0].notes) if matches else ""
+    return f"; was the model made with the same name, number of classes and image size?{closest}{notes}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -129,7 +156,7 @@ def _read_pickle(path: Path) -> object:
         except Exception as error:
             if refused := _refused(path, error):
                 raise ValueError(
-                    f"{path}: reading it would have to call {_listing(refused)}, which could run any code; "
+                    f"{path}: reading it would have to call {listing(refused)}, which could run any code; "
                     "in an environment you trust, re-save the weights alone, with "
                     "torch.save(ckpt['model'], ...) or as safetensors"
                 ) from error
@@ -147,44 +174,39 @@ def _refused(path: Path, error: Exception) -> list[str]:
         return re.findall(r"\bGLOBAL (\S+) w", str(error))
 
 
-def _select(content: object, path: Path, ema: bool) -> Mapping[str, object]:
-    """The mapping that holds the weights."""
+def _select(content: object, path: Path, ema: bool) -> tuple[str | None, tuple[str, ...], Mapping[str, Any]]:
+    """The container of the weights, those of averaged ones, and the mapping that holds the weights."""
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
     held = [name for name in CONTAINERS + EMA_CONTAINERS if isinstance(content.get(name), Mapping)]
-    averaged = [name for name in held if name in EMA_CONTAINERS]
+    averaged = tuple(name for name in held if name in EMA_CONTAINERS)
     if ema and not averaged:
         raise ValueError(
             f"{path}: no averaged weights under {', '.join(EMA_CONTAINERS)}; read it without ema "
             "(releases often hold the averaged weights as the model)"
         )
     if held:
-        return content[averaged[0] if ema else held[0]]
+        container = averaged[0] if ema else held[0]
+        return container, averaged, content[container]
     if any(isinstance(value, Tensor) for value in content.values()):
-        return content
+        return None, (), content
     raise ValueError(
-        f"{path}: no weights under {', '.join(CONTAINERS + EMA_CONTAINERS)}; it holds {_listing(content) or 'nothing'}"
+        f"{path}: no weights under {', '.join(CONTAINERS + EMA_CONTAINERS)}; it holds {listing(content) or 'nothing'}"
     )
 
 
-def _bare(weights: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Names without what wrapped the model; of a detector the backbone alone."""
+def _bare(weights: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Names without what wrapped the model, by those in the file; of a detector the backbone's alone."""
     names = {name: _unwrapped(name) for name in weights}
     if any(name.startswith(BACKBONE) for name in names.values()):
         names = {old: new.removeprefix(BACKBONE) for old, new in names.items() if new.startswith(BACKBONE)}
     if len(set(names.values())) != len(names):
         twice = sorted({new for new in names.values() if list(names.values()).count(new) > 1})
-        raise ValueError(f"{path}: these weights are there twice, with and without a prefix: {_listing(twice)}")
-    return {new: weights[old] for old, new in names.items()}
+        raise ValueError(f"{path}: these weights are there twice, with and without a prefix: {listing(twice)}")
+    return names
 
 
 def _unwrapped(name: str) -> str:
     while name.startswith(WRAPPERS):
         name = name.partition(".")[2]
     return name
-
-
-def _listing(names: Iterable[object]) -> str:
-    shown = [str(name) for name in names]
-    more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
-    return ", ".join(shown[:8]) + more

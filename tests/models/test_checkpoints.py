@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from public_models import create
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq4vm.models.checkpoints import load_checkpoint, read_checkpoint
+from ptq4vm.models.checkpoints import load_checkpoint, open_checkpoint, read_checkpoint
 
 
 class Tiny(nn.Module):
@@ -31,6 +32,13 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in Tiny().state_dict().items()}
     return {name: torch.randint(-9, 9, shape, generator=generator).float() for name, shape in shapes.items()}
+
+
+def zeros(name: str, **options) -> dict[str, torch.Tensor]:
+    """Tensors of a public model that take no space in a file."""
+    with torch.device("meta"):
+        state = create(name, **options).state_dict()
+    return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}
 
 
 def prefixed(prefix: str, state: dict) -> OrderedDict:
@@ -91,6 +99,17 @@ def test_averaged_weights_are_taken_when_asked_for(path, averaged):
     torch.save({averaged: weights(1), "model": weights(0)}, path)
     assert same(read_checkpoint(path), weights(0))
     assert same(read_checkpoint(path, ema=True), weights(1))
+
+
+def test_where_the_weights_were_is_told(path):
+    torch.save({"epoch": 1, "ema_model": weights(1), "state_dict_ema": weights(2), "model": weights(0)}, path)
+    for ema, container in ((False, "model"), (True, "ema_model")):
+        found = open_checkpoint(path, ema=ema)
+        assert found.container == container and found.averaged == ("ema_model", "state_dict_ema")
+        assert same(found.weights, read_checkpoint(path, ema=ema)) and not found.left_out
+    torch.save(prefixed("module.backbone.", weights()) | {"module.neck.bias": torch.ones(1)}, path)
+    found = open_checkpoint(path)
+    assert found.container is None and found.averaged == () and found.left_out == ("module.neck.bias",)
 
 
 @pytest.mark.parametrize("content", [weights(), {"model": weights()}])
@@ -287,3 +306,45 @@ def test_a_file_of_another_model_is_refused_even_when_not_strict(path):
     torch.save({f"layers.{i}": torch.ones(1) for i in range(20)}, path)
     with pytest.raises(ValueError, match=r"unexpected: (layers\.\d, ){8}… \(20 in all\)"):
         load_checkpoint(Tiny(), path, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "way_out"),
+    [
+        ("vim_nano_patch4_32", {"num_classes": 7}, ": it fits vim_nano_patch4_32 with num_classes=7\n"),
+        ("vmamba_small_s2l15", {}, ": it fits vmamba_small_s2l15\n"),
+        ("local_vim_small", {}, ": it fits local_vim_small or local_vim_small_searched\n"),
+        ("vmamba_nano_32", {"depths": (1, 2, 2)}, "of all models vmamba_nano_32 is the closest to the file"),
+        ("deit_tiny_patch16_224", {}, "same name, number of classes and image size\\?\n"),
+    ],
+)
+def test_a_file_of_another_model_is_told(path, file, options, way_out):
+    torch.save(zeros(file, **options), path)
+    with pytest.raises(ValueError, match=rf"(?i)does not fit Vim.*{way_out}"):
+        load_checkpoint(create("vim_nano_patch4_32"), path)
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_backbone_is_filled_from_a_detector_as_from_old_names(path, prefix):
+    state = {name: torch.full_like(tensor, 0.5) for name, tensor in backbone().state_dict().items()}
+    old = {name.replace(".op.", ".self_attention."): tensor for name, tensor in state.items()}
+    old = {name: tensor[..., None, None] if "fc1.weight" in name else tensor for name, tensor in old.items()}
+    torch.save({"state_dict": prefixed(prefix, old)}, path)
+    model = backbone()
+    load_checkpoint(model, path)
+    assert same(model.state_dict(), state)
+
+
+def test_a_classifier_fills_a_backbone_when_not_strict(path):
+    classifier = create("vmamba_nano_32").state_dict()
+    torch.save({"model": classifier}, path)
+    model = backbone()
+    with pytest.raises(ValueError, match=r"a classifier's \(vmamba_nano_32\); strict=False loads it"):
+        load_checkpoint(model, path)
+    load_checkpoint(model, path, strict=False)
+    assert all(torch.equal(tensor, classifier.get(name, tensor)) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.outnorm0.weight, torch.ones(24))
+
+
+def backbone() -> nn.Module:
+    return create("vmamba_nano_32", features_only=True)

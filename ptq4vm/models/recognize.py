@@ -1,0 +1,235 @@
+"""Which of our registered models a file of weights is for, told by the names and shapes of its tensors alone.
+
+Every registered model is built on the meta device, which costs no memory, and compared with the file.
+"""
+
+import functools
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
+
+Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
+
+KIN = 0.5
+"""Of the names in a file or a model, all blocks counted as one: the share that both must have to be of one family.
+Models of timm with blocks of similar names (Swin, DeiT) reach half of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Differences:
+    """Names of tensors that a file lacks, has beyond a model's, or has in another shape (the file's, the model's)."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: Mapping[str, tuple[Shape, Shape]]
+
+    @classmethod
+    def between(cls, file: Shapes, model: Shapes) -> Self:
+        return cls(**_differences(file, model))
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.unexpected or self.misshapen)
+
+    @property
+    def only_ends(self) -> bool:
+        """A classifier's file for a backbone: only the classifier and the norms of the maps differ."""
+        norms = bool(self.missing) and all(name.startswith("outnorm") for name in self.missing)
+        return norms and not self.misshapen and all(name.startswith("classifier.") for name in self.unexpected)
+
+    def lines(self) -> list[str]:
+        """One of each kind, for people."""
+        shapes = [f"{name} (file {file}, model {model})" for name, (file, model) in self.misshapen.items()]
+        kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
+        return [f"{kind}: {listing(names)}" for kind, names in kinds.items() if names]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match(Differences):
+    """A registered model, and what differs between a file and the model that is created with `arguments`."""
+
+    name: str
+    family: str
+    features_only: bool
+    arguments: Mapping[str, int]
+    """What timm.create_model needs beside the name, as far as the shapes tell it."""
+    agreement: float
+    """The share of all tensors, the file's and the model's, that both have in the same shape."""
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name} with {options}" if options else self.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All that timm.create_model needs beside the name."""
+        return {"features_only": True, **self.arguments} if self.features_only else dict(self.arguments)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the differences mean and the way out, where that is known."""
+        means = {
+            "num_classes": "head for {} classes",
+            "in_chans": "images of {} channels",
+            "img_size": "positions for images of {0}×{0} pixels",
+        }
+        notes = [f"{means[key].format(value)}: create it with {key}={value}" for key, value in self.arguments.items()]
+        if self.only_ends:
+            norms = sorted({name.partition(".")[0] for name in self.missing})
+            notes.append(f"weights of a classifier: load them with strict=False, {listing(norms)} stay as they begin")
+        if varies := _varying(self, "pos_embed", axis=1):
+            file, model = (_side(tokens) for tokens in varies)
+            if _overlapping(file, model):
+                notes.append(
+                    f"positions of {file}×{file} patches that overlap by half (where {model}×{model} do not): "
+                    "no registered model has such patches"
+                )
+        return tuple(notes)
+
+
+def recognize(weights: Mapping[str, Tensor]) -> tuple[Match, ...]:
+    """The models of the family whose weights these are, best first; empty for a family that is not ours.
+
+    Several fit where models differ in what no tensor holds, such as the directions of their scans.
+    """
+    blueprints = [blueprint for name in registered() for blueprint in _blueprints(name)]
+    kinship, family = max((_kinship(b.translated(weights), b.shapes), b.family) for b in blueprints)
+    if kinship < KIN:
+        return ()
+    matches = [_match(b, weights) for b in blueprints if b.family == family]
+    return tuple(sorted(matches, key=lambda m: (-m.agreement, len(m.arguments), m.features_only, len(m.missing))))
+
+
+def match(name: str, weights: Mapping[str, Tensor]) -> Match:
+    """How the weights differ from one registered classifier's."""
+    return _match(_blueprints(name)[0], weights)
+
+
+@functools.cache
+def registered() -> Mapping[str, str]:
+    """The families of our models, by the models' names in timm's registry."""
+    modules = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
+    ours = f"{__name__.rpartition('.')[0]}."
+    return {name: module.removeprefix(ours) for name, module in modules.items() if module.startswith(ours)}
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights under the names that the model has today."""
+    translate = getattr(model, "checkpoint_filter", None)
+    return weights if translate is None else translate(weights)
+
+
+def listing(names: Iterable[object]) -> str:
+    shown = [str(name) for name in names]
+    more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
+    return ", ".join(shown[:8]) + more
+
+
+@dataclass(frozen=True, slots=True)
+class _Blueprint:
+    """What is to be known of a registered model: it is on the meta device, without values."""
+
+    name: str
+    model: nn.Module
+    shapes: Shapes
+
+    @property
+    def features_only(self) -> bool:
+        return isinstance(self.model, FeatureMaps)
+
+    @property
+    def family(self) -> str:
+        return registered()[self.name.partition(".")[0]]
+
+    def translated(self, weights: Mapping[str, Tensor]) -> Shapes:
+        return shapes_of(translated(self.model, weights))
+
+
+@functools.cache
+def _blueprints(name: str, **arguments: Any) -> tuple[_Blueprint, ...]:
+    """The classifier, and its backbone where it has one."""
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, **arguments)
+        hierarchical = isinstance(model, HierarchicalMamba)
+        models = (model, FeatureMaps(model, range(len(model.layers)))) if hierarchical else (model,)
+    return tuple(_Blueprint(name, each, shapes_of(each.state_dict())) for each in models)
+
+
+def _match(blueprint: _Blueprint, weights: Mapping[str, Tensor]) -> Match:
+    file, shapes = blueprint.translated(weights), blueprint.shapes
+    arguments = _arguments(Differences.between(file, shapes), blueprint.name)
+    if arguments:
+        shapes = _blueprints(blueprint.name, **arguments)[blueprint.features_only].shapes
+    agreeing = sum(file[name] == shapes[name] for name in file.keys() & shapes.keys())
+    return Match(
+        name=blueprint.name,
+        family=blueprint.family,
+        features_only=blueprint.features_only,
+        arguments=arguments,
+        agreement=agreeing / len(file.keys() | shapes.keys()),
+        **_differences(file, shapes),
+    )
+
+
+def _arguments(found: Differences, name: str) -> dict[str, int]:
+    """What of the differences is nothing but a number of classes or channels, or a size of images."""
+    cfg: Any = timm.get_pretrained_cfg(name)
+    arguments = {}
+    if varies := _varying(found, f"{cfg.classifier}.weight", axis=0):
+        arguments["num_classes"] = varies[0]
+    if varies := _varying(found, f"{cfg.first_conv}.weight", axis=1):
+        arguments["in_chans"] = varies[0]
+    if varies := _varying(found, "pos_embed", axis=1):
+        file, model = (_side(tokens) for tokens in varies)
+        if file and model and file != model and not _overlapping(file, model):
+            arguments["img_size"] = file * (cfg.input_size[-1] // model)
+    return arguments
+
+
+def _varying(found: Differences, name: str, axis: int) -> tuple[int, int] | None:
+    """The sizes in the file and in the model, where the shapes of a tensor differ along this axis alone."""
+    file, model = found.misshapen.get(name, ((), ()))
+    if len(file) != len(model) or [i for i in range(len(file)) if file[i] != model[i]] != [axis]:
+        return None
+    return file[axis], model[axis]
+
+
+def _side(tokens: int) -> int:
+    """Patches along a side of the square that the tokens, with or without a class token, are; 0 where they are none."""
+    side = math.isqrt(tokens)
+    return side if tokens - side**2 <= 1 else 0
+
+
+def _overlapping(file: int, model: int) -> bool:
+    """Whether so many patches lie on the model's images at half the stride.
+
+    Vim was also released with such patches, and their positions would fit a model for larger images.
+    """
+    return file == 2 * model - 1
+
+
+def _differences(file: Shapes, model: Shapes) -> dict[str, Any]:
+    both = [name for name in model if name in file]
+    return {
+        "missing": tuple(name for name in model if name not in file),
+        "unexpected": tuple(name for name in file if name not in model),
+        "misshapen": {name: (file[name], model[name]) for name in both if file[name] != model[name]},
+    }
+
+
+def _kinship(file: Iterable[str], model: Iterable[str]) -> float:
+    mine, other = ({re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in names} for names in (file, model))
+    return len(mine & other) / len(mine | other)

@@ -1,14 +1,18 @@
 """The bundled models: what the demo and the README say of them."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
 from lowering import check
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
+from ptq4vm.config import Learning
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.observers import observe
+from ptq4vm.record import record_of
 
 pytest.importorskip("sklearn")
 
@@ -70,6 +74,36 @@ def test_w8a8_stays_within_a_third_of_a_point(digits):
     found = evaluate(quantized, test, reference_predictions=predictions(model, test), progress=False)
     assert found.top1 >= exact - 0.3
     assert found.agreement >= 99.5
+
+
+@pytest.mark.parametrize(
+    ("name", "right"), [("local_vim_nano_patch4_32", 448), ("vmamba_nano_32", 449), ("local_vmamba_nano_32", 449)]
+)
+def test_w8a8_of_the_other_families_agrees_with_floating_point(name, right, digits):
+    _, calibration, test = digits
+    model = timm.create_model(name, pretrained=True).eval()
+    quantized = convert(calibrate(prepare(model, (test[0][0][:2],), QuantConfig()), calibration, progress=False))
+    exact, expected = evaluate(model, test, progress=False).top1, predictions(model, test)
+    found = evaluate(quantized, test, reference_predictions=expected, progress=False)
+    assert exact == pytest.approx(100 * right / 450)  # as the card says
+    assert found.agreement >= 99 and found.top1 >= exact - 0.5
+
+
+def test_learning_streams_across_downsampling(digits):
+    """Four bits, all three stages of a VMamba: every block learns on what the quantized blocks before it give."""
+    _, calibration, test = digits
+    model = timm.create_model("vmamba_nano_32", pretrained=True).eval()
+    config = QuantConfig(weight_bits=4, activation_bits=4, learning=Learning(epochs=4, batch_size=16))
+    prepared = calibrate(prepare(model, (test[0][0][:2],), config), calibration, progress=False)
+    blocks = record_of(prepared).blocks
+    assert [block["block"] for block in blocks] == [f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1))]
+    assert all(block["loss_after"] < block["loss_before"] for block in blocks)
+    plain = calibrate(prepare(model, (test[0][0][:2],), replace(config, learning=None)), calibration, progress=False)
+    expected = predictions(model, test)
+    learned, searched = (
+        evaluate(convert(graph), test, reference_predictions=expected, progress=False) for graph in (prepared, plain)
+    )
+    assert learned.divergence < searched.divergence
 
 
 def test_no_code_and_no_accumulator_differs_over_the_whole_test_set(digits, hard_w4a4):

@@ -6,8 +6,10 @@ projection. The official VMamba is channels-first with 1×1 convolutions; the pa
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +64,8 @@ class SS2D(nn.Module):
         height, width = x.shape[1:3]
         convolved = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         tokens = convolved.flatten(1, 2)
-        merged = sum(self.branch(k, tokens, height, width) for k in range(len(self.directions)))
+        branches = (self.branch(k, tokens, height, width) for k in range(len(self.directions)))
+        merged = functools.reduce(torch.add, branches)
         return merged.unflatten(1, (height, width))
 
     def branch(self, k: int, tokens: Tensor, height: int, width: int) -> Tensor:
@@ -200,6 +203,7 @@ class HierarchicalMamba(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map (B, H, W, C), channels last."""
         x = self.patch_embed(x)
+        stage: Any
         for stage in self.layers:
             x = stage.downsample(stage(x))
         return x
@@ -222,8 +226,9 @@ def _initialize(module: nn.Module) -> None:
 class FeatureMaps(nn.Module):
     """A detection or segmentation backbone: images (B, C, H, W) → the chosen stages' maps, all by default.
 
-    The maps are channels-first. Each has a norm of its own, `outnorm0` …, as in the official detectors; it is not part of a classifier's
-    checkpoint. What `timm.create_model(name, features_only=True)` returns; `feature_info` tells channels and strides.
+    The maps are channels-first. Each has a norm of its own, `outnorm0` …, as in the official detectors; a classifier's
+    checkpoint has none. What `timm.create_model(name, features_only=True)` returns; `feature_info` tells channels and
+    strides.
     """
 
     checkpoint_filter = staticmethod(released_weights)
@@ -236,12 +241,13 @@ class FeatureMaps(nn.Module):
         if not all(-count <= i < count for i in chosen):
             raise ValueError(f"out_indices={tuple(chosen)}: the model has {count} stages, from 0 to {count - 1}")
         indices = sorted({i % count for i in chosen})
-        self.feature_info = FeatureInfo(model.feature_info, indices)
+        self.feature_info = FeatureInfo(model.feature_info, tuple(indices))
         for i in indices:
             self.add_module(f"outnorm{i}", nn.LayerNorm(model.feature_info[i]["num_chs"]))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.patch_embed(x), []
+        stage: Any
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.feature_info.out_indices:

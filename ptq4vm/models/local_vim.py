@@ -5,6 +5,7 @@ Parameter names are those of the public checkpoints (hunto/LocalMamba), so that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,7 @@ class LocalVimMixer(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         xz = self.in_proj(x)
-        return self.out_proj(sum(self._direction(xz, suffix) for suffix in self.directions))
+        return self.out_proj(functools.reduce(torch.add, (self._direction(xz, suffix) for suffix in self.directions)))
 
     def _direction(self, xz: Tensor, suffix: str) -> Tensor:
         direction = self.directions[suffix]
@@ -75,6 +76,7 @@ class LocalVimMixer(Mixer):
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens without the class token, and the class token (B, 1, C)."""
+        assert self.cls_index is not None
         before, cls, after = x.tensor_split((self.cls_index, self.cls_index + 1), dim=1)
         return torch.cat((before, after), 1), cls
 

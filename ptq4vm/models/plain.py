@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath, PatchEmbed, trunc_normal_
@@ -53,18 +54,20 @@ class Mixer(nn.Module):
         self.directions = dict(directions)
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False)
         for suffix in directions:
-            dt_proj = nn.Linear(rank, inner)
-            initial_steps_(dt_proj.weight, dt_proj.bias)
             self.add_module(f"conv1d{suffix}", nn.Conv1d(inner, inner, taps, groups=inner, padding=taps - 1))
             self.add_module(f"x_proj{suffix}", nn.Linear(inner, rank + 2 * state, bias=False))
-            self.add_module(f"dt_proj{suffix}", dt_proj)
+            self.add_module(f"dt_proj{suffix}", nn.Linear(rank, inner))
             self.register_parameter(_state_name(suffix), nn.Parameter(initial_states(inner, state)))
             self.register_parameter(f"D{suffix}", nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, dim, bias=False)
+        for suffix in directions:
+            dt_proj: Any = self.get_submodule(f"dt_proj{suffix}")
+            initial_steps_(dt_proj.weight, dt_proj.bias)
 
     def branch(self, xz: Tensor, suffix: str) -> Tensor:
         """One direction, in its own order: input and gate (B, L, 2E) → (B, L, E)."""
-        conv, x_proj, dt_proj = (self.get_submodule(name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
+        parts: list[Any] = [self.get_submodule(name + suffix) for name in ("conv1d", "x_proj", "dt_proj")]
+        conv, x_proj, dt_proj = parts
         A_log, D = self.get_parameter(_state_name(suffix)), self.get_parameter(f"D{suffix}")
         x, z = xz.chunk(2, dim=-1)
         u = ops.causal_conv1d(x, conv.weight.squeeze(1), conv.bias, True)
@@ -128,10 +131,11 @@ class PlainMamba(nn.Module):
         if self.cls_index is not None:
             trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
-        for block in self.layers:
-            nn.init.kaiming_uniform_(block.mixer.out_proj.weight, a=math.sqrt(5))
-            with torch.no_grad():
-                block.mixer.out_proj.weight /= math.sqrt(len(self.layers))
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                nn.init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+                with torch.no_grad():
+                    module.out_proj.weight /= math.sqrt(len(self.layers))
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)

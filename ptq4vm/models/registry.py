@@ -55,6 +55,6 @@ def create(
     if changes.get("features_only") and features is None:
         raise ValueError(f"{name} has one resolution and no feature maps: features_only is for hierarchical models")
     feature_cfg = {"feature_cls": features, "out_indices": None}  # of all stages
-    model = build_model_with_cfg(model_class, name, pretrained, feature_cfg=feature_cfg, **(defaults | changes))
+    model: Any = build_model_with_cfg(model_class, name, pretrained, feature_cfg=feature_cfg, **(defaults | changes))
     model.model_args = {key: value for key, value in changes.items() if key not in NOT_ARCHITECTURE}
     return model

@@ -16,6 +16,8 @@ from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, qui
 from ptq4vm.graph import LinearSite, attribute, find_linears
 
 with quiet_import():
+    import torchao.utils
+    from torch.ao.quantization.fx import utils as fx_utils
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
@@ -112,9 +114,14 @@ def insert_integers(gm: GraphModule) -> GraphModule:
 
 
 def _quietly(function: Callable[..., GraphModule], *args: Any) -> GraphModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return function(*args)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return function(*args)
+    finally:
+        # they cache the device of every model they have seen, and with it the model, for ever
+        for cached in (torchao.utils._assert_and_get_unique_device, fx_utils.assert_and_get_unique_device):
+            cached.cache_clear()
 
 
 def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[QuantizedLinear]:

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -220,3 +223,16 @@ def test_calibrating_a_converted_graph_is_an_error(roads):
         calibrate(quantized, [roads.images], progress=False)
     with pytest.raises((TypeError, RuntimeError), match="prepare"):
         convert(quantized)
+
+
+def test_models_are_freed_when_nobody_holds_them(small_vim, images):
+    """torchao's caches would keep every model that was ever prepared."""
+
+    def road() -> list[weakref.ref]:
+        config = QuantConfig(range_search=False)
+        prepared = calibrate(prepare(small_vim, (images[:2],), config), [images[:2]], progress=False)
+        return [weakref.ref(prepared), weakref.ref(convert(prepared))]
+
+    references = road()
+    gc.collect()
+    assert [reference() for reference in references] == [None, None]

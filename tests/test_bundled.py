@@ -77,7 +77,7 @@ def test_w8a8_stays_within_a_third_of_a_point(digits):
 
 
 @pytest.mark.parametrize(
-    ("name", "right"), [("local_vim_nano_patch4_32", 448), ("vmamba_nano_32", 449), ("local_vmamba_nano_32", 449)]
+    ("name", "right"), [("local_vim_nano_patch4_32", 446), ("vmamba_nano_32", 449), ("local_vmamba_nano_32", 449)]
 )
 def test_w8a8_of_the_other_families_agrees_with_floating_point(name, right, digits):
     _, calibration, test = digits
@@ -96,7 +96,9 @@ def test_learning_streams_across_downsampling(digits):
     config = QuantConfig(weight_bits=4, activation_bits=4, learning=Learning(epochs=4, batch_size=16))
     prepared = calibrate(prepare(model, (test[0][0][:2],), config), calibration, progress=False)
     blocks = record_of(prepared).blocks
-    assert [block["block"] for block in blocks] == [f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1))]
+    assert [block["block"] for block in blocks] == [
+        f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1))
+    ]
     assert all(block["loss_after"] < block["loss_before"] for block in blocks)
     plain = calibrate(prepare(model, (test[0][0][:2],), replace(config, learning=None)), calibration, progress=False)
     expected = predictions(model, test)

@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 import ptq4vm.models
-from ptq4vm.models.vim import PRETRAINED, VimBlock
+from ptq4vm.models.plain import Block
+from ptq4vm.models.registry import PRETRAINED
 
 NORM_FACTORS = (64.0, 32.0, 16.0)
 """Of three channels of every in_proj input."""
@@ -32,7 +33,7 @@ STEP_FACTOR = 16.0
 def harden(model: ptq4vm.models.Vim, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for block in model.layers:
-        assert isinstance(block, VimBlock)
+        assert isinstance(block, Block)
         mixer = block.mixer
         chosen = torch.randperm(model.embed_dim, generator=generator)[: len(NORM_FACTORS)]
         factors = torch.ones(model.embed_dim)
@@ -40,9 +41,10 @@ def harden(model: ptq4vm.models.Vim, seed: int) -> None:
         block.norm.weight *= factors
         mixer.in_proj.weight /= factors
         for x_proj, dt_proj in ((mixer.x_proj, mixer.dt_proj), (mixer.x_proj_b, mixer.dt_proj_b)):
-            factors = torch.ones(mixer.rank)
-            factors[torch.randint(mixer.rank, (), generator=generator)] = STEP_FACTOR
-            x_proj.weight[: mixer.rank] *= factors.unsqueeze(1)
+            rank = dt_proj.in_features
+            factors = torch.ones(rank)
+            factors[torch.randint(rank, (), generator=generator)] = STEP_FACTOR
+            x_proj.weight[:rank] *= factors.unsqueeze(1)
             dt_proj.weight /= factors
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -195,13 +196,45 @@ def scope(node: Node) -> str:
 
 
 def parameter_of(node: Any) -> str | None:
-    """Name of the parameter or buffer that this node is, seen through views that only transpose."""
-    while isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS:
+    """Name of the parameter or buffer whose elements this node is, seen through views."""
+    while is_view(node):
         node = node.args[0]
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
-_VIEWS = {aten.t.default, aten.numpy_T.default, aten.alias.default, aten.detach.default}
+def is_view(node: Any) -> bool:
+    """Whether a node only selects and arranges elements of its first argument."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS
+
+
+_VIEWS = {
+    operator.getitem,
+    aten.alias.default,
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.narrow.default,
+    aten.numpy_T.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}
 
 
 def attribute(gm: GraphModule, name: str) -> Any:
@@ -213,15 +246,19 @@ def attribute(gm: GraphModule, name: str) -> Any:
 
 
 def set_tensor(gm: GraphModule, name: str, value: Tensor) -> str:
-    """Registers a buffer at a dotted path, making containers as needed; returns the path."""
+    """Registers a parameter or a buffer at a dotted path, making containers as needed; returns the path."""
     *path, leaf = name.split(".")
     module: nn.Module = gm
     for part in path:
         if part not in module._modules:
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    module._parameters.pop(leaf, None)
-    module.register_buffer(leaf, value)
+    if leaf in module._parameters or leaf in module._buffers:
+        delattr(module, leaf)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
     return name
 
 
@@ -235,7 +272,8 @@ class Insertion:
         set_tensor(self.gm, name, value)
         with self.gm.graph.inserting_before(self.before):
             node = self.gm.graph.get_attr(name)
-        node.meta["val"] = value
+        mode = _fake_mode(self.gm)
+        node.meta["val"] = value if mode is None else _to_fake(value, mode)
         return self._tag(node)
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -280,32 +318,47 @@ class LinearSite:
     tokens: int
     in_features: int
     out_features: int
-
-    @property
-    def block(self) -> str | None:
-        return block_path(self.node)
+    block: str | None
+    """Path of the block around it; None in the stem, the head, and between the blocks of a stage."""
 
 
 def find_linears(gm: GraphModule) -> list[LinearSite]:
     """Every `aten.linear` of a parameter on (B, L, D), in graph order."""
     sites: list[LinearSite] = []
     seen: dict[str, int] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        weight = parameter_of(node.args[1])
-        shape = node.args[0].meta["val"].shape
-        if weight is None or len(shape) != 3 or not isinstance(shape[1], int):
-            continue
+    nodes = [node for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default) if on_tokens(node)]
+    for node, block in zip(nodes, block_paths(nodes), strict=True):
+        weight = str(parameter_of(node.args[1]))
         out_features, in_features = node.args[1].meta["val"].shape
         owner, _, leaf = weight.rpartition(".")
         label = owner if owner and leaf == "weight" else f"{weight}_linear"
         count = seen[label] = seen.get(label, -1) + 1
         name = f"{label}@{count}" if count else label
-        sites.append(LinearSite(name, node, weight, shape[1], in_features, out_features))
+        tokens = node.args[0].meta["val"].shape[1]
+        sites.append(LinearSite(name, node, weight, tokens, in_features, out_features, block))
     return sites
 
 
-def block_path(node: Node) -> str | None:
-    """The innermost numbered module around a node (`layers.3`, `layers.0.blocks.1`): the unit of calibration."""
+def on_tokens(linear: Node) -> bool:
+    """Whether a linear multiplies a parameter with x (B, L, D), where only B is dynamic."""
+    shape = linear.args[0].meta["val"].shape  # type: ignore[union-attr]
+    static = [isinstance(size, int) for size in shape]
+    return parameter_of(linear.args[1]) is not None and static == [False, True, True]
+
+
+def block_paths(linears: Sequence[Node]) -> list[str | None]:
+    """The block around each linear: the innermost numbered module (`layers.3`, `layers.0.blocks.1`).
+
+    None where there is none, and in a stage, which is a numbered module around other linears' blocks (`layers.0`
+    around `layers.0.blocks.1`).
+    """
+    paths = [_numbered(node) for node in linears]
+    blocks = {path for path in paths if path is not None}
+    stages = {path for path in blocks if any(other.startswith(f"{path}.") for other in blocks)}
+    return [None if path in stages else path for path in paths]
+
+
+def _numbered(node: Node) -> str | None:
     own = scope(node)
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     numbered = [path for path in paths if re.search(r"(^|\.)\d+$", path) and path != own]
@@ -330,10 +383,12 @@ class Part:
 def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
     """Pieces whose composition is the graph: what precedes the blocks, each block, what follows.
 
-    `linears` are the nodes to quantize: a block is a numbered module that holds some. Without any numbered module
-    the graph is one piece. The last piece returns the graph's outputs under their node names.
+    `linears` are the nodes to quantize: a block is a numbered module that holds some. What lies between two blocks
+    opens the piece of the block that reads it, so that a block's outputs are its own; what only the graph's outputs
+    read is in the last piece. Without any numbered module the graph is one piece. Raises CaptureError where a value
+    that crosses a border is no tensor with the batch as its first axis.
     """
-    order = list(dict.fromkeys(path for node in linears if (path := block_path(node)) is not None))
+    order = list(dict.fromkeys(path for path in block_paths(linears) if path is not None))
     rank = {path: i + 1 for i, path in enumerate(order)}
     places = _places(gm, rank)
     count = max(places.values(), default=0) + 1
@@ -345,22 +400,24 @@ def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
 def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
     """Which piece each node that depends on the input belongs to; no node precedes what it reads."""
     body = [node for node in gm.graph.nodes if node.op in ("call_function", "call_module", "call_method")]
-    own = {node: _own_rank(node, rank) for node in body}
-    last = max((i for i, node in enumerate(body) if own[node]), default=-1)
     places: dict[Node, int] = {}
     data = set(gm.graph.find_nodes(op="placeholder"))
-    for i, node in enumerate(body):
+    outside: list[Node] = []
+    for node in body:
         if data.isdisjoint(node.all_input_nodes):
             continue
         data.add(node)
+        own = _own_rank(node, rank)
         reached = max((places[source] for source in node.all_input_nodes if source in places), default=0)
-        after = len(rank) + 1 if rank and i > last else reached
-        places[node] = max(own[node] or after, reached)
-    for node in reversed(body):
-        # observers carry no module path: they go to their first user
+        places[node] = max(own or 0, reached)
+        # what is in no block goes to its first reader; from the stem only observers do, which carry no module path
+        if own is None and (reached or not node.meta.get("nn_module_stack")):
+            outside.append(node)
+    head = len(rank) + 1
+    for node in reversed(outside):
         users = [places[user] for user in node.users if user in places]
-        if node in places and users and not node.meta.get("nn_module_stack"):
-            places[node] = max(places[node], min(users))
+        if users or places[node]:
+            places[node] = min(users, default=head)
     return places
 
 
@@ -375,19 +432,22 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
     graph = fx.Graph()
     copies: dict[Node, Node] = {}
     sources = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
-    inputs = [node for node in sources if node.op == "placeholder" or node in places]
-    tensors = [node for node in inputs if isinstance(node.meta.get("val"), Tensor)]
+    tensors = [node for node in sources if (node.op == "placeholder" or node in places) and _is_tensor(node)]
+    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
     for node in tensors:
+        if str(_batch(node)) not in images:
+            raise _misfit(node)
         copies[node] = graph.placeholder(node.name)
         copies[node].meta.update(node.meta)
-    for node in inputs:
-        if node not in copies:
-            copies[node] = graph.call_function(aten.sym_size.int, (copies[_batched(node, tensors)], 0))
 
     def copied(node: Node) -> Node:
-        # what depends on parameters alone is computed in every piece that reads it
+        # what depends on parameters or on sizes alone is computed in every piece that reads it
         if node not in copies:
-            copies[node] = graph.node_copy(node, copied)
+            source = _sized(node, tensors) if node not in inside and node in places else None
+            if source is None:
+                copies[node] = graph.node_copy(node, copied)
+            else:
+                copies[node] = graph.call_function(aten.sym_size.int, (copies[source], 0))
         return copies[node]
 
     for node in body:
@@ -396,8 +456,7 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
     outputs = [
         node
         for node in body
-        if (node in results or any(places.get(user, index) != index for user in node.users))
-        and isinstance(node.meta.get("val", torch.empty(0)), Tensor)
+        if (node in results or any(places.get(user, index) != index for user in node.users)) and _is_tensor(node)
     ]
     graph.output(tuple(copies[node] for node in outputs))
     graph.lint()
@@ -405,10 +464,32 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
     return Part(name, module, tuple(node.name for node in tensors), tuple(node.name for node in outputs))
 
 
-def _batched(size: Node, tensors: Sequence[Node]) -> Node:
-    """A tensor whose first axis is the batch size that `size` holds, so that pieces run on any batch."""
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _batch(node: Node) -> Any:
+    """Size of a tensor's first axis."""
+    return node.meta["val"].shape[0] if _is_tensor(node) and node.meta["val"].dim() else None
+
+
+def _sized(size: Node, tensors: Sequence[Node]) -> Node | None:
+    """A tensor whose first axis has the size that a node holds, so that pieces run on any batch.
+
+    None where the size is computed from others.
+    """
     for node in tensors:
-        shape = node.meta["val"].shape
-        if len(shape) and str(shape[0]) == str(size.meta.get("val")):
+        if str(_batch(node)) == str(size.meta.get("val")):
             return node
-    raise CaptureError(f"{size.name} crosses a block boundary and is neither a tensor nor the batch size")
+    if any(_is_tensor(node) for node in size.all_input_nodes):
+        raise _misfit(size)
+    return None
+
+
+def _misfit(node: Node) -> CaptureError:
+    value = node.meta.get("val")
+    kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value}"
+    return CaptureError(
+        f"{node.name} (in {scope(node) or 'the model'}) crosses the border of a block and is {kind}: blocks hand on "
+        "tensors whose first axis is the batch, and sizes of it; permute or reshape this one inside the block"
+    )

@@ -25,8 +25,9 @@ with quiet_import():
 def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
     """The linears that the config quantizes: those inside the model's blocks, less its exclusions.
 
-    In a model without numbered blocks all linears count. Raises ValueError where nothing is left, where a pattern
-    matches nothing, where a weight is not float32, and where an accumulator could overflow int32.
+    What lies between the blocks of a stage, such as a downsampling, is inside none. In a model without numbered
+    blocks all linears count. Raises ValueError where nothing is left, where a pattern matches nothing, where a weight
+    is not float32, and where an accumulator could overflow int32.
     """
     sites = find_linears(gm)
     in_blocks = [site for site in sites if site.block is not None] or sites

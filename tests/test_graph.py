@@ -54,6 +54,42 @@ class Hierarchical(nn.Module):
         return self.head(self.layers(self.stem(x)).mean(1))
 
 
+class Skipping(nn.Module):
+    """Between the blocks: a norm that only an output reads, and a pooling that only the last block reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(6) for _ in range(3))
+        self.outnorm, self.pool = nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, x):
+        first = self.layers[0](x)
+        second = self.layers[1](first)
+        return self.outnorm(first), self.layers[2](second + self.pool(first))
+
+
+class WindowBlock(Block):
+    """Merges the windows of 4 tokens with the batch."""
+
+    def forward(self, x, windows):
+        return super().forward(x.reshape(windows, 4, 6)).reshape(x.shape)
+
+
+class Windows(nn.Module):
+    """A size that is computed once and read in all blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WindowBlock(6) for _ in range(2))
+
+    def forward(self, x):
+        windows = 2 * x.shape[0]
+        x = nn.functional.pad(x, (0, 0, 0, 3))
+        for layer in self.layers:
+            x = layer(x, windows)
+        return x
+
+
 class TwoInputs(nn.Module):
     """The second input is read by the last block alone; two outputs, the first from the middle."""
 
@@ -208,7 +244,7 @@ def test_linears_are_named_by_their_weight_in_the_order_of_the_graph():
     found = find_linears(canonical(Hierarchical(), tokens()))
     blocks = [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
     inner = [(f"{block}.{name}", block) for block in blocks for name in ("up", "down")]
-    inner.insert(4, ("layers.0.downsample", "layers.0"))
+    inner.insert(4, ("layers.0.downsample", None))  # its numbered module is a stage: there are blocks inside
     assert [(site.name, site.block) for site in found] == [("stem", None), *inner]  # the head sees no tokens
     assert [(site.tokens, site.in_features, site.out_features) for site in found][:3] == [
         (5, 6, 4),
@@ -239,6 +275,22 @@ class Product(nn.Module):
         return nn.functional.linear(x, y[0])
 
 
+class Table(nn.Module):
+    """What multiplies the first weight is a parameter, without a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(1, 5, 6))
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.second(x + self.first(self.table))
+
+
+def test_a_product_without_images_is_no_linear_on_tokens():
+    assert [site.name for site in find_linears(canonical(Table(), tokens()))] == ["second"]
+
+
 def test_a_product_of_two_inputs_is_no_linear_of_a_weight():
     assert find_linears(canonical(Product(), tokens(), tokens(seed=1))) == []
 
@@ -256,14 +308,15 @@ MODELS = {
             "stem",
             "layers.0.blocks.0",
             "layers.0.blocks.1",
-            "layers.0",
             "layers.1.blocks.0",
             "layers.1.blocks.1",
             "head",
         ],
     ),
     "again": (Again, ["stem", "layers.0", "layers.1"]),
-    "two inputs": (TwoInputs, ["stem", "layers.0", "layers.1", "layers.2"]),
+    "two inputs": (TwoInputs, ["stem", "layers.0", "layers.1", "layers.2", "head"]),
+    "skipping": (Skipping, ["stem", "layers.0", "layers.1", "layers.2", "head"]),
+    "windows": (Windows, ["stem", "layers.0", "layers.1"]),
 }
 
 
@@ -329,6 +382,45 @@ def test_each_linear_is_in_the_piece_of_its_block(parts):
     for site in find_linears(gm):
         if site.block is not None:
             assert (site.weight, site.block) in where
+
+
+def pieces_of(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
+    gm = canonical(model.eval(), tokens())
+    return {piece.name: piece for piece in cut(gm, [site.node for site in find_linears(gm) if site.block is not None])}
+
+
+def reads(piece, name: str) -> bool:
+    return any(str(node.target).startswith(name) for node in piece.module.graph.find_nodes(op="get_attr"))
+
+
+def test_what_lies_between_two_blocks_opens_the_next():
+    pieces = pieces_of(Hierarchical())
+    assert reads(pieces["layers.1.blocks.0"], "layers.0.downsample")
+    assert pieces["layers.0.blocks.1"].outputs == pieces["layers.1.blocks.0"].inputs
+
+
+def test_a_block_hands_on_its_own_outputs_alone():
+    pieces = pieces_of(Skipping())
+    assert len(pieces["layers.0"].outputs) == 1
+    assert reads(pieces["layers.2"], "pool") and reads(pieces["head"], "outnorm")
+
+
+class Turned(nn.Module):
+    """Between its blocks the tokens come first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(6) for _ in range(2))
+        self.turn = nn.Identity()
+
+    def forward(self, x):
+        turned = self.layers[0](x).transpose(0, 1).relu()
+        return self.layers[1](turned.transpose(0, 1)) + turned.sum()
+
+
+def test_a_border_without_a_batch_is_an_error_that_names_the_node():
+    with pytest.raises(CaptureError, match=r"relu \(in the model\) crosses the border of a block.*\(5, s\d+, 6\)"):
+        pieces_of(Turned())
 
 
 def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):

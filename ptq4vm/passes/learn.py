@@ -3,6 +3,9 @@
 The loss is 1 - cosine similarity over channels, averaged over tokens, between the block's output in floating point
 on floating-point inputs, and the quantized block's output on the outputs of the quantized blocks before it. Weights
 are rounded again at every step with the scales of that step. Scales are learned as logarithms.
+
+The channels of an output are those of the block's last quantized linear, in (B, D, H, W) as in (B, H, W, D). Earlier
+published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.
 """
 
 from __future__ import annotations
@@ -22,12 +25,23 @@ from ptq4vm.quantizer import QuantizedLinear
 Values = dict[str, Tensor]
 
 
-def block_loss(outputs: Values, targets: Values) -> Tensor:
-    """Mean over tokens of 1 - cos, summed over the outputs that the block's quantization changes."""
-    changed = [name for name, value in outputs.items() if value.requires_grad]
-    return torch.stack(
-        [(1 - F.cosine_similarity(outputs[name], targets[name], dim=-1)).mean() for name in changed]
-    ).sum()
+def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
+    """Mean over tokens of 1 - cos over channels, summed over the outputs that the block's quantization changes.
+
+    `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
+    """
+    losses = [
+        (1 - F.cosine_similarity(value, targets[name], dim=_channel_axis(value, channels))).mean()
+        for name, value in outputs.items()
+        if value.requires_grad
+    ]
+    return torch.stack(losses).sum()
+
+
+def _channel_axis(output: Tensor, channels: int) -> int:
+    """The last axis, unless only the second has as many entries as there are channels."""
+    first = output.dim() > 1 and output.shape[1] == channels != output.shape[-1]
+    return 1 if first else -1
 
 
 def learnables(linears: Sequence[QuantizedLinear]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -77,19 +91,20 @@ def learn_block(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    before = _total_loss(part, inputs, targets, config.batch_size)
+    channels = len(linears[-1].weight.calculate_qparams()[0])
+    before = _total_loss(part, inputs, targets, config.batch_size, channels)
     for epoch in range(config.epochs):
         total = 0.0
         for chosen in torch.randperm(images, generator=generator).split(config.batch_size):
             outputs = part({name: value[chosen] for name, value in inputs.items()})
-            loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()})
+            loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()}, channels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += loss.item() * len(chosen)
         report(epoch, total / images)
-    after = _total_loss(part, inputs, targets, config.batch_size)
+    after = _total_loss(part, inputs, targets, config.batch_size, channels)
     if not after < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):
@@ -99,12 +114,12 @@ def learn_block(
     return before, after
 
 
-def _total_loss(part: Part, inputs: Values, targets: Values, batch_size: int) -> float:
+def _total_loss(part: Part, inputs: Values, targets: Values, batch_size: int, channels: int) -> float:
     images = len(next(iter(targets.values())))
     total = 0.0
     for chosen in torch.arange(images).split(batch_size):
         # gradients stay on: they tell which outputs the quantization changes
         outputs = part({name: value[chosen] for name, value in inputs.items()})
-        loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()})
+        loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()}, channels)
         total += loss.item() * len(chosen)
     return total / images

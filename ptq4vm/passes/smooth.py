@@ -15,24 +15,15 @@ SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
 
 
 def insert_smoothing(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule:
-    """`linear(x, W)` → `linear(x · (1 / s), W · s)` with s = exp(log s) = 1, log s a parameter."""
+    """`linear(x, W)` → `linear(x · (1 / s), W · s)` with s = exp(log s) = 1; log s does not learn yet."""
     for site in sites:
         insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
-        log_scale = insert.tensor(f"{site.name}.log_smooth", torch.zeros(site.in_features))
-        make_parameter(gm, f"{site.name}.log_smooth")
+        zeros = nn.Parameter(torch.zeros(site.in_features), requires_grad=False)
+        log_scale = insert.tensor(f"{site.name}.log_smooth", zeros)
         scale = insert.call(aten.exp.default, log_scale)
         smoothed = insert.call(aten.mul.Tensor, x, insert.call(aten.reciprocal.default, scale))
         site.node.args = (smoothed, insert.call(aten.mul.Tensor, weight, scale), *bias)
     return gm
-
-
-def make_parameter(gm: GraphModule, name: str) -> None:
-    """Turns a buffer into a parameter that does not ask for a gradient yet."""
-    path, _, leaf = name.rpartition(".")
-    module = gm.get_submodule(path)
-    value = module.get_buffer(leaf)
-    delattr(module, leaf)
-    module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:

@@ -56,7 +56,7 @@ def learn(block, config=LEARNING, seed=0, report=lambda epoch, loss: None):
 def test_every_learnable_receives_a_gradient(block):
     part, members, inputs, targets = block
     learnables(members)
-    block_loss(part(inputs), targets).backward()
+    block_loss(part(inputs), targets, 32).backward()
     idle = [
         f"{member.name}.{kind}"
         for member in members
@@ -163,14 +163,39 @@ def test_the_callers_random_numbers_are_not_touched(block):
 def test_the_loss_is_zero_for_equal_and_two_for_opposite_outputs():
     target = normal(2, 3, 4).sign()  # of length 2: the cosine is exact
     output = target.clone().requires_grad_()
-    assert block_loss({"y": output}, {"y": target}).item() == 0
-    assert block_loss({"y": output}, {"y": -target}).item() == 2
+    assert block_loss({"y": output}, {"y": target}, 4).item() == 0
+    assert block_loss({"y": output}, {"y": -target}, 4).item() == 2
 
 
 def test_outputs_that_quantization_does_not_change_do_not_count():
     target = normal(2, 3, 4).sign()
     outputs = {"y": target.clone().requires_grad_(), "residual": -target}
-    assert block_loss(outputs, {"y": -target, "residual": target}).item() == 2
+    assert block_loss(outputs, {"y": -target, "residual": target}, 4).item() == 2
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 5, 7), (2, 3, 5, 1), (2, 3, 1, 1)])
+def test_channels_may_come_last_or_first(shape):
+    first, target = normal(*shape), normal(*shape, seed=1)
+    losses = [
+        block_loss({"y": output.requires_grad_()}, {"y": wanted}, 3).item()
+        for output, wanted in ((first, target), (first.movedim(1, -1).contiguous(), target.movedim(1, -1).contiguous()))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    cosine = torch.cosine_similarity(first, target, dim=1)
+    assert losses[0] == pytest.approx((1 - cosine).mean().item(), rel=1e-6)
+
+
+def test_a_map_one_pixel_wide_still_has_a_gradient():
+    output = normal(2, 4, 7, 1).requires_grad_()
+    block_loss({"y": output}, {"y": normal(2, 4, 7, 1, seed=1)}, 4).backward()
+    assert output.grad.ne(0).all()
+
+
+@pytest.mark.parametrize("channels", [4, 5])
+def test_the_last_axis_counts_where_the_channels_are_on_both_axes_or_on_none(channels):
+    output, target = normal(2, 4, 7, 4).requires_grad_(), normal(2, 4, 7, 4, seed=1)
+    loss = block_loss({"y": output}, {"y": target}, channels)
+    assert loss == (1 - torch.cosine_similarity(output, target, dim=-1)).mean()
 
 
 def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
@@ -178,7 +203,7 @@ def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
     part, members, inputs, targets = prepare_block(roads.calibrated(config), images, 0)
     scales, smooth = learnables(members)
     assert (len(scales), len(smooth)) == (6, 6)
-    block_loss(part(inputs), targets).backward()
+    block_loss(part(inputs), targets, 32).backward()
     assert all(parameter.grad.any() for parameter in scales + smooth)
     finish(members)
     assert all(member.input.scale is None for member in members)

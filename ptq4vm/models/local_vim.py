@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ptq4vm.models.plain import Mixer, PlainMamba
 from ptq4vm.models.registry import create, digits, imagenet
-from ptq4vm.models.scans import ChannelGate, Direction
+from ptq4vm.models.scans import ChannelGate, Direction, direction_table
 
-SEARCHED = tuple(
-    line.split()
-    for line in """
+SEARCHED = direction_table(
+    """
     h v_flip w7 w7_flip
     h_flip w2_flip w7 w7_flip
     h h_flip v w7
@@ -41,7 +40,7 @@ SEARCHED = tuple(
     h h_flip v w2
     h h_flip w2_flip w7
     v v_flip w2 w2_flip
-    """.strip().splitlines()
+    """
 )
 """The published search's directions of every block."""
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_last
 from ptq4vm.models.registry import create, digits, imagenet
-from ptq4vm.models.scans import ChannelGate, Direction, transpose_map
+from ptq4vm.models.scans import ChannelGate, Direction, direction_table, transpose_map
 
-TINY = tuple(
-    line.split()
-    for line in """
+TINY = direction_table(
+    """
     h h_flip w7 w7_flip
     h_flip v_flip w2 w2_flip
     h_flip v_flip w2_flip w7
@@ -34,11 +33,10 @@ TINY = tuple(
     v_flip w2_flip w7 w7_flip
     h_flip v_flip w2_flip w7_flip
     h_flip v w7 w7_flip
-    """.strip().splitlines()
+    """
 )
-SMALL = tuple(
-    line.split()
-    for line in """
+SMALL = direction_table(
+    """
     h v v_flip w7_flip
     h h_flip v w7
     h_flip v v_flip w7
@@ -72,7 +70,7 @@ SMALL = tuple(
     h_flip v w2_flip w7
     h_flip v_flip w7 w7_flip
     h v w7 w7_flip
-    """.strip().splitlines()
+    """
 )
 """The published searches' directions of every block."""
 

@@ -73,6 +73,11 @@ ROWS, ROWS_FLIP = Direction(), Direction(flip=True)
 COLUMNS, COLUMNS_FLIP = Direction(columns=True), Direction(columns=True, flip=True)
 
 
+def direction_table(text: str) -> tuple[tuple[str, ...], ...]:
+    """Names of directions, one line a block."""
+    return tuple(tuple(line.split()) for line in text.strip().splitlines())
+
+
 def transpose_map(x: Tensor, height: int, width: int) -> Tensor:
     """Tokens (B, L, C) of an H×W map, as those of its W×H transpose."""
     return x.unflatten(1, (height, width)).transpose(1, 2).flatten(1, 2)

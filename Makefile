@@ -3,6 +3,7 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
+SOURCES := $(wildcard csrc/* csrc/*/* build_tools/*)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
@@ -40,26 +41,27 @@ tests-only:
 
 venv: $(VENV)/.installed  ## .venv with the package and its development tools
 
-# $(1) directory, $(2) arguments of pip beyond the package itself
+# $(1) directory, $(2) arguments of pip, $(3) version of torch, which comes first: the kernels are built with its headers
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "ptq4vm needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "installing into $(1) (torch is large, this takes minutes)"
 	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP_INSTALL) $(2) 'torch$(3)'
 	@$(1)/bin/python $(PIP_INSTALL) $(2) -e '.[dev]'
 	@touch $(1)/.installed
 endef
 
-.venv/.installed: pyproject.toml
-	$(call install,.venv)
+.venv/.installed: pyproject.toml $(SOURCES)
+	$(call install,.venv,,>=2.11)
 
-.venv-torch2.11/.installed: pyproject.toml
-	$(call install,.venv-torch2.11,torch==2.11.0)
+.venv-torch2.11/.installed: pyproject.toml $(SOURCES)
+	$(call install,.venv-torch2.11,,==2.11.0)
 
-.venv-latest/.installed: pyproject.toml
-	$(call install,.venv-latest,--upgrade --upgrade-strategy eager)
+.venv-latest/.installed: pyproject.toml $(SOURCES)
+	$(call install,.venv-latest,--upgrade --upgrade-strategy eager,>=2.11)
 
 clean:  ## remove the environments, caches and built files
-	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info
+	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info ptq4vm/_C_cpu.so
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4vm import native
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
@@ -66,6 +68,7 @@ def machine() -> dict[str, Any]:
     return {
         "platform": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ptq4vm import __version__, ops, reference
+from ptq4vm import __version__, native, ops, reference
 from ptq4vm.benchmark import machine
 
 PACKAGES = ("torch", "torchao", "timm", "safetensors")
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchao", "timm", "safetensors")
 
 def diagnose() -> dict[str, Any]:
     """Versions (None where a package is missing), the machine, and who computes each operator."""
-    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("ptq4vm::"))
+    names = sorted(f"ptq4vm::{schema.split('(', 1)[0]}" for schema in ops.SCHEMAS)
     return {
         "versions": {
             "ptq4vm": __version__,
@@ -24,6 +24,7 @@ def diagnose() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
         },
         "machine": machine(),
+        "native": {"isa": native.isa(), "problem": native.problem()},
         "cuda": torch.cuda.is_available(),
         "operators": {name: _implementation(name) for name in names},
     }
@@ -51,8 +52,8 @@ def _is_exact(bits: int, random: torch.Generator) -> bool:
 
 def _implementation(operator: str) -> str:
     keys = ("CPU", "CUDA")
-    native = [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
-    return f"native for {' and '.join(native)}" if native else "PyTorch reference"
+    found = [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
+    return " and ".join(f"{key} ({native.isa()})" if key == "CPU" else key for key in found) or "PyTorch reference"
 
 
 def _version(package: str) -> str | None:

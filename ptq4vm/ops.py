@@ -10,14 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm import native, reference
 
-_library = torch.library.Library("ptq4vm", "DEF")
+_NATIVE = native.problem() is None
+"""Then the library has defined the operators, and their kernels for the CPU."""
+
+_library = torch.library.Library("ptq4vm", "FRAGMENT" if _NATIVE else "DEF")
+
+SCHEMAS: list[str] = []
 
 
 def _define(schema: str, default: Any, fake: Any) -> None:
     name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    SCHEMAS.append(schema)
+    if not _NATIVE:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ptq4vm::{name}", fake, lib=_library)
 
@@ -94,6 +101,8 @@ def _linear(
 ) -> Tensor:
     _check_qparams(x, x_scale)
     _check_weight(x, weight)
+    if not _NATIVE and x.device.type == "cpu":
+        native.warn()
     return reference.linear(x, x_scale, x_zero_point, weight, weight_scale, bias, out_dtype).contiguous()
 
 

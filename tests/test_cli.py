@@ -13,7 +13,7 @@ from PIL import Image
 from public_models import create
 
 import ptq4vm
-from ptq4vm import doctor
+from ptq4vm import doctor, native
 from ptq4vm.cli import main
 
 MODEL = "vim_nano_patch4_32"
@@ -233,16 +233,18 @@ def test_benchmark_compares_with_the_first(run, saved, tmp_path):
     assert f"times {MODEL}" in run("benchmark", MODEL, *options)[1]
 
 
-def test_doctor_finds_the_reference_and_checks_it(run, monkeypatch):
+def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
     code, out, err = run("doctor", "--json")
     result = json.loads(out)
     assert code == 0 and not err and result["self_check"] == "ok"
     assert result["versions"]["ptq4vm"] == ptq4vm.__version__ and result["versions"]["torchao"]
     assert {"ptq4vm::quantize", "ptq4vm::linear", "ptq4vm::selective_scan"} <= result["operators"].keys()
-    assert set(result["operators"].values()) == {"PyTorch reference"}
+    kernels = "PyTorch reference" if native.problem() else f"CPU ({native.isa()})"
+    assert result["operators"]["ptq4vm::linear"] == kernels
+    assert result["operators"]["ptq4vm::dequantize"] == "PyTorch reference"
 
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
-    monkeypatch.setattr(doctor.reference, "unpack_int4", lambda packed, channels: packed.new_zeros(7, 33))
+    monkeypatch.setattr(doctor.reference, "pack_int4", lambda codes: torch.zeros(7, 17, dtype=torch.uint8))
     code, out, _ = run("doctor")
     assert code == 1 and "no-such-package is missing" in out and "wrong at [4] bits" in out
 

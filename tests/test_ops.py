@@ -10,7 +10,7 @@ from strategies import bits, integers, layouts, normal, seeds, sizes
 from torch import nn
 from torch.export import Dim
 
-from ptq4vm import ops, reference
+from ptq4vm import native, ops, reference
 
 library = torch.ops.ptq4vm
 
@@ -117,7 +117,14 @@ def test_other_dtypes_obey_them_too(dtype):
     torch.library.opcheck(library.causal_conv1d.default, with_gradient(conv_inputs(dtype=dtype)))
 
 
-# --- the default is the reference ---
+# --- integers are the reference's, and so are floats without native kernels ---
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal; with native kernels, which sum in another order, within a few roundings of the largest value."""
+    if native.problem() is not None or not theirs.numel():
+        return torch.equal(ours, theirs)
+    return ours.shape == theirs.shape and (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @given(sizes, sizes, sizes, bits, st.booleans(), st.sampled_from(["tensor", "token", "image"]), layouts)
@@ -150,13 +157,13 @@ def test_the_linear_is_the_references(images, tokens, channels, outputs, bias, p
 @pytest.mark.parametrize("optional", OPTIONAL, ids=str)
 def test_the_scan_is_the_references(optional):
     inputs = scan_inputs(2, 9, 5, 3, optional=optional)
-    assert torch.equal(ops.selective_scan(*inputs), reference.selective_scan(*inputs))
+    assert close(ops.selective_scan(*inputs), reference.selective_scan(*inputs))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_convolution_is_the_references(bias):
     inputs = conv_inputs(2, 9, 5, bias=bias)
-    assert torch.equal(ops.causal_conv1d(*inputs), reference.causal_conv1d(*inputs))
+    assert close(ops.causal_conv1d(*inputs), reference.causal_conv1d(*inputs))
 
 
 @given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), seeds)
@@ -195,16 +202,18 @@ def test_another_token_count_is_an_error_that_names_both_and_the_way_out(meta):
         "calibrate at this resolution or use Granularity.PER_TENSOR"
     )
     scale, zero_point = torch.ones(5, device=device), torch.zeros(5, dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         ops.quantize(torch.zeros(2, 7, 3, device=device), scale, zero_point, None, 8)
     weight, weight_scale = torch.zeros(4, 3, dtype=torch.int8, device=device), torch.ones(4, device=device)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         codes = torch.zeros(2, 7, 3, dtype=torch.int8, device=device)
         ops.linear(codes, scale, zero_point, weight, weight_scale, None, torch.float32)
 
 
 def test_scales_for_other_images_are_an_error():
-    with pytest.raises(ValueError, match=r"scales of shape \(3, 7\) do not fit an input of shape \(2, 7, 3\)"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"scales of shape .* do not fit an input|scales do not fit the input"
+    ):
         ops.quantize(torch.zeros(2, 7, 3), torch.ones(3, 7), torch.zeros(3, 7, dtype=torch.int32), None, 8)
 
 
@@ -221,7 +230,7 @@ def test_a_weight_of_another_width_is_an_error(dtype, columns, message, meta):
     x_q, scale, zero_point, _, weight_scale, bias, out = linear_inputs()
     weight = torch.zeros(4, columns, dtype=dtype)
     inputs = (x_q, scale, zero_point, weight, weight_scale, bias)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
         ops.linear(*(value.to("meta" if meta else "cpu") for value in inputs), out)
 
 

@@ -1,0 +1,86 @@
+// Which instruction set runs: the best that the machine has, or the one that PTQ4VM_ISA names.
+#include "kernels.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(PTQ4VM_HAS_vnni) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace ptq4vm {
+
+const Kernels& kernels_portable();
+const Kernels& kernels_avx2();
+const Kernels& kernels_vnni();
+const Kernels& kernels_amx();
+
+namespace {
+
+constexpr const char* NAMES[] = {"portable", "avx2", "vnni", "amx"};
+
+Isa probe() {
+#ifdef PTQ4VM_HAS_vnni
+  __builtin_cpu_init();
+  const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512vnni");
+#ifdef __linux__
+  // Linux gives a process the tile registers when it asks for them.
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  if (vnni && __builtin_cpu_supports("amx-int8") &&
+      syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {
+    return Isa::amx;
+  }
+#endif
+  if (vnni) return Isa::vnni;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+Isa allowed() {
+  const Isa best = probe();
+  const char* wanted = std::getenv("PTQ4VM_ISA");
+  for (int i = 0; wanted && i < static_cast<int>(best); i++) {
+    if (std::strcmp(wanted, NAMES[i]) == 0) return static_cast<Isa>(i);
+  }
+  return best;
+}
+
+std::atomic<int>& chosen() {
+  static std::atomic<int> value{static_cast<int>(best_isa())};
+  return value;
+}
+
+}  // namespace
+
+const char* name(Isa value) { return NAMES[static_cast<int>(value)]; }
+
+Isa best_isa() {
+  static const Isa value = allowed();
+  return value;
+}
+
+Isa isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
+
+void use_isa(Isa value) { chosen() = static_cast<int>(value <= best_isa() ? value : best_isa()); }
+
+const Kernels& kernels() {
+  switch (isa()) {
+#ifdef PTQ4VM_HAS_vnni
+    case Isa::amx:
+      return kernels_amx();
+    case Isa::vnni:
+      return kernels_vnni();
+    case Isa::avx2:
+      return kernels_avx2();
+#endif
+    default:
+      return kernels_portable();
+  }
+}
+
+}  // namespace ptq4vm

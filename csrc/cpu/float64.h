@@ -1,0 +1,136 @@
+// selective_scan and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in kernels.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace ptq4vm {
+namespace float64 {
+
+struct Scan {
+  const double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
+  int64_t batch, tokens, channels, states;
+  bool softplus;
+};
+
+struct Gradients {
+  double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;  // zeros at first; the last three may be null
+};
+
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+// One image and channel: fills the steps and states of all tokens, and gives the outputs before the gate to `use`.
+template <class Use>
+void scan_channel(const Scan& s, int64_t b, int64_t e, std::vector<double>& steps, std::vector<double>& states,
+                  const Use& use) {
+  for (int64_t t = 0; t < s.tokens; t++) {
+    const int64_t at = (b * s.tokens + t) * s.channels + e, row = (b * s.tokens + t) * s.states;
+    const double raw = s.delta[at] + (s.delta_bias ? s.delta_bias[e] : 0);
+    const double step = steps[t] = s.softplus && raw <= 20 ? std::log1p(std::exp(raw)) : raw;
+    double y = s.D ? s.D[e] * s.u[at] : 0;
+    for (int64_t n = 0; n < s.states; n++) {
+      const double before = t ? states[(t - 1) * s.states + n] : 0;
+      const double h = std::exp(step * s.A[e * s.states + n]) * before + step * s.B[row + n] * s.u[at];
+      states[t * s.states + n] = h;
+      y += s.C[row + n] * h;
+    }
+    use(t, at, raw, y);
+  }
+}
+
+inline void scan(const Scan& s, double* out) {
+  std::vector<double> steps(s.tokens), states(s.tokens * s.states);
+  for (int64_t b = 0; b < s.batch; b++) {
+    for (int64_t e = 0; e < s.channels; e++) {
+      scan_channel(s, b, e, steps, states, [&](int64_t, int64_t at, double, double y) {
+        out[at] = s.z ? y * s.z[at] * sigmoid(s.z[at]) : y;
+      });
+    }
+  }
+}
+
+inline void scan_backward(const Scan& s, const double* grad, const Gradients& d) {
+  std::vector<double> steps(s.tokens), states(s.tokens * s.states), raws(s.tokens), inner(s.tokens), carry(s.states);
+  for (int64_t b = 0; b < s.batch; b++) {
+    for (int64_t e = 0; e < s.channels; e++) {
+      scan_channel(s, b, e, steps, states, [&](int64_t t, int64_t at, double raw, double y) {
+        const double gate = s.z ? sigmoid(s.z[at]) : 1;
+        raws[t] = raw;
+        inner[t] = grad[at] * (s.z ? s.z[at] * gate : 1);
+        if (d.z) d.z[at] = grad[at] * y * gate * (1 + s.z[at] * (1 - gate));
+      });
+      carry.assign(s.states, 0);
+      for (int64_t t = s.tokens - 1; t >= 0; t--) {
+        const int64_t at = (b * s.tokens + t) * s.channels + e, row = (b * s.tokens + t) * s.states;
+        double step = 0, step_u = 0;
+        for (int64_t n = 0; n < s.states; n++) {
+          const double a = s.A[e * s.states + n], decay = std::exp(steps[t] * a);
+          const double before = t ? states[(t - 1) * s.states + n] : 0;
+          const double adjoint = s.C[row + n] * inner[t] + carry[n];
+          d.C[row + n] += states[t * s.states + n] * inner[t];
+          d.B[row + n] += adjoint * steps[t] * s.u[at];
+          step_u += adjoint * s.B[row + n];
+          step += adjoint * before * decay * a;
+          d.A[e * s.states + n] += adjoint * before * decay * steps[t];
+          carry[n] = adjoint * decay;
+        }
+        d.u[at] = step_u * steps[t] + (s.D ? inner[t] * s.D[e] : 0);
+        if (d.D) d.D[e] += inner[t] * s.u[at];
+        d.delta[at] = (step + step_u * s.u[at]) * (s.softplus && raws[t] <= 20 ? sigmoid(raws[t]) : 1);
+        if (d.delta_bias) d.delta_bias[e] += d.delta[at];
+      }
+    }
+  }
+}
+
+struct Conv {
+  const double *x, *weight, *bias;
+  int64_t batch, tokens, channels, taps;
+  bool silu;
+};
+
+// The convolution at one output, before SiLU.
+inline double conv_at(const Conv& c, int64_t b, int64_t t, int64_t e) {
+  double y = c.bias ? c.bias[e] : 0;
+  for (int64_t k = 0; k < c.taps; k++) {
+    const int64_t from = t - (c.taps - 1) + k;
+    if (from >= 0) y += c.weight[e * c.taps + k] * c.x[(b * c.tokens + from) * c.channels + e];
+  }
+  return y;
+}
+
+template <class Use>
+void each(const Conv& c, const Use& use) {
+  for (int64_t b = 0; b < c.batch; b++) {
+    for (int64_t t = 0; t < c.tokens; t++) {
+      for (int64_t e = 0; e < c.channels; e++) use(b, t, e, (b * c.tokens + t) * c.channels + e);
+    }
+  }
+}
+
+inline void conv(const Conv& c, double* out) {
+  each(c, [&](int64_t b, int64_t t, int64_t e, int64_t at) {
+    const double y = conv_at(c, b, t, e);
+    out[at] = c.silu ? y * sigmoid(y) : y;
+  });
+}
+
+// x, weight and bias begin as zeros; bias may be null.
+inline void conv_backward(const Conv& c, const double* grad, double* x, double* weight, double* bias) {
+  each(c, [&](int64_t b, int64_t t, int64_t e, int64_t at) {
+    const double y = conv_at(c, b, t, e), gate = sigmoid(y);
+    const double g = grad[at] * (c.silu ? gate * (1 + y * (1 - gate)) : 1);
+    for (int64_t k = 0; k < c.taps; k++) {
+      const int64_t from = t - (c.taps - 1) + k;
+      if (from < 0) continue;
+      const int64_t source = (b * c.tokens + from) * c.channels + e;
+      x[source] += g * c.weight[e * c.taps + k];
+      weight[e * c.taps + k] += g * c.x[source];
+    }
+    if (bias) bias[e] += g;
+  });
+}
+
+}  // namespace float64
+}  // namespace ptq4vm

@@ -1,0 +1,339 @@
+// The operators on a CPU: checks, types and layouts, memory for the results, and the kernels in parallel.
+// A float64 scan or convolution runs in plain loops; every other floating type is computed in float32.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "float64.h"
+#include "kernels.h"
+
+namespace ptq4vm {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+using Sizes = std::initializer_list<int64_t>;
+
+constexpr int64_t LANES = 16;
+
+int64_t groups(int64_t channels) { return (channels + LANES - 1) / LANES; }
+
+Tensor as(const Tensor& x, ScalarType type) {
+  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+}
+
+Optional as(const Optional& x, ScalarType type) { return x ? Optional(as(*x, type)) : std::nullopt; }
+
+Tensor make(const Tensor& like, Sizes sizes, ScalarType type) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+Tensor zeros(const Tensor& like, Sizes sizes, ScalarType type) {
+  const std::vector<int64_t> shape(sizes);
+  return torch::stable::new_zeros(like, {shape.data(), shape.size()}, type);
+}
+
+template <class T>
+const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
+
+template <class T>
+const T* in(const Optional& x) { return x ? in<T>(*x) : nullptr; }
+
+template <class T>
+T* out(Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+
+template <class T>
+T* out(Optional& x) { return x ? out<T>(*x) : nullptr; }
+
+void check_shape(const char* name, const Tensor& x, Sizes want) {
+  const auto have = x.sizes();
+  bool same = have.size() == want.size() && std::equal(want.begin(), want.end(), have.begin());
+  STD_TORCH_CHECK(same, name, " has another shape than the other arguments ask for");
+}
+
+void check_shape(const char* name, const Optional& x, Sizes want) {
+  if (x) check_shape(name, *x, want);
+}
+
+// Qparams of x (…, L, D): per tensor (1,), per token (L,), or per image and token (…, L).
+int64_t qparams(const Tensor& x, const Tensor& scale) {
+  const int64_t tokens = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
+  if (scale.dim() == 1) {
+    STD_TORCH_CHECK(scale.size(0) == 1 || scale.size(0) == tokens, "token scales were calibrated for ", scale.size(0),
+                    " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+  } else {
+    bool same = scale.dim() == x.dim() - 1;
+    for (int64_t i = 0; same && i < scale.dim(); i++) same = scale.size(i) == x.size(i);
+    STD_TORCH_CHECK(same, "scales do not fit the input: they need its shape without the last axis");
+  }
+  return std::max<int64_t>(1, scale.numel());
+}
+
+std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  const auto sizes = x.sizes();
+  std::vector<int64_t> shape(sizes.begin(), sizes.end());
+  shape.back() = last;
+  return shape;
+}
+
+Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
+  STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
+  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  const int64_t scales = qparams(x, inv_scale), channels = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(zero_point.numel() == inv_scale.numel(), "there are ", inv_scale.numel(), " scales and ",
+                  zero_point.numel(), " zero points");
+  check_shape("inv_smooth", inv_smooth, {channels});
+  const bool half = x.scalar_type() == ScalarType::BFloat16;
+  x = as(x, half ? ScalarType::BFloat16 : ScalarType::Float);
+  inv_scale = as(inv_scale, ScalarType::Float);
+  zero_point = as(zero_point, ScalarType::Int);
+  inv_smooth = as(inv_smooth, ScalarType::Float);
+  const auto shape = with_last(x, channels);
+  Tensor codes = torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Char);
+  const int64_t rows = channels ? x.numel() / channels : 0;
+  const int half_range = 1 << (bits - 1);
+  const Quantize q{x.const_data_ptr(),     half ? Float::bf16 : Float::f32, in<float>(inv_scale), in<int32_t>(zero_point),
+                   in<float>(inv_smooth),  out<int8_t>(codes),              rows,                 channels,
+                   scales,                 -half_range,                     half_range - 1};
+  const auto run = kernels().quantize;
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, channels)),
+                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return codes;
+}
+
+Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Optional bias,
+              ScalarType type) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1, "x must be int8 codes with a channel axis");
+  const bool packed = weight.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK((packed || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2,
+                  "the weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte");
+  const int64_t scales = qparams(x, x_scale), channels = x.size(x.dim() - 1), features = weight.size(0);
+  const int64_t columns = packed ? (channels + 1) / 2 : channels;
+  STD_TORCH_CHECK(weight.size(1) == columns, "a ", packed ? "packed 4-bit" : "int8", " weight for ", channels,
+                  " channels has ", columns, " columns, this one ", weight.size(1));
+  STD_TORCH_CHECK(zero_point.numel() == x_scale.numel(), "there are ", x_scale.numel(), " scales and ",
+                  zero_point.numel(), " zero points");
+  check_shape("weight_scale", weight_scale, {features});
+  check_shape("bias", bias, {features});
+  x = torch::stable::contiguous(x);
+  weight = torch::stable::contiguous(weight);
+  x_scale = as(x_scale, ScalarType::Float);
+  zero_point = as(zero_point, ScalarType::Int);
+  weight_scale = as(weight_scale, ScalarType::Float);
+  bias = as(bias, ScalarType::Float);
+  const bool half = type == ScalarType::BFloat16;
+  const auto shape = with_last(x, features);
+  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, half ? ScalarType::BFloat16 : ScalarType::Float);
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
+  const Linear q{in<int8_t>(x), in<float>(x_scale),     in<int32_t>(zero_point),         weight.const_data_ptr(), packed,
+                 in<float>(weight_scale), in<float>(bias), y.mutable_data_ptr(), half ? Float::bf16 : Float::f32,
+                 rows,          channels,               features,                        scales};
+  const auto run = kernels().linear;
+  const int64_t row_blocks = (rows + ROWS_IN_BLOCK - 1) / ROWS_IN_BLOCK;
+  const int64_t feature_blocks = (features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK;
+  torch::stable::parallel_for(0, row_blocks * feature_blocks, 1,
+                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return y.scalar_type() == type ? y : torch::stable::to(y, type);
+}
+
+struct ScanInputs {
+  Tensor u, delta, A, B, C;
+  Optional D, z, delta_bias;
+  int64_t batch, tokens, channels, states;
+  ScalarType type;
+
+  ScanInputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
+             const Optional& D_, const Optional& z_, const Optional& bias_)
+      : u(u_), delta(delta_), A(A_), B(B_), C(C_), D(D_), z(z_), delta_bias(bias_) {
+    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (B, L, E) and A (E, S)");
+    batch = u.size(0), tokens = u.size(1), channels = u.size(2), states = A.size(1);
+    type = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    check_shape("delta", delta, {batch, tokens, channels});
+    check_shape("A", A, {channels, states});
+    check_shape("B", B, {batch, tokens, states});
+    check_shape("C", C, {batch, tokens, states});
+    check_shape("D", D, {channels});
+    check_shape("z", z, {batch, tokens, channels});
+    check_shape("delta_bias", delta_bias, {channels});
+    u = as(u, type), delta = as(delta, type), A = as(A, type), B = as(B, type), C = as(C, type);
+    D = as(D, type), z = as(z, type), delta_bias = as(delta_bias, type);
+  }
+
+  template <class S, class T, class... Rest>
+  S view(Rest... rest) const {
+    return S{in<T>(u), in<T>(delta), in<T>(A), in<T>(B), in<T>(C), in<T>(D), in<T>(z), in<T>(delta_bias), rest...};
+  }
+};
+
+Tensor selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
+                      bool softplus) {
+  const ScanInputs s(u, delta, A, B, C, D, z, bias);
+  Tensor y = make(s.u, {s.batch, s.tokens, s.channels}, s.type);
+  if (s.type == ScalarType::Double) {
+    float64::scan(s.view<float64::Scan, double>(s.batch, s.tokens, s.channels, s.states, softplus), out<double>(y));
+  } else {
+    const auto q = s.view<Scan, float>(out<float>(y), s.batch, s.tokens, s.channels, s.states, softplus);
+    const auto run = kernels().scan;
+    torch::stable::parallel_for(0, s.batch * groups(s.channels), 1,
+                                [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  }
+  return y.scalar_type() == u.scalar_type() ? y : torch::stable::to(y, u.scalar_type());
+}
+
+Tensor sum_images(const Tensor& x) {
+  const int64_t axis = 0;
+  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1));
+}
+
+Tensor typed(const Tensor& value, const Tensor& original) {
+  return value.scalar_type() == original.scalar_type() ? value : torch::stable::to(value, original.scalar_type());
+}
+
+using Eight = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Eight selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
+                              Optional bias, bool softplus) {
+  const ScanInputs s(u, delta, A, B, C, D, z, bias);
+  const ScalarType type = s.type;
+  check_shape("grad", grad, {s.batch, s.tokens, s.channels});
+  grad = as(grad, type);
+  const bool exact = type == ScalarType::Double;
+  const auto fresh = [&](Sizes sizes) { return exact ? zeros(s.u, sizes, type) : make(s.u, sizes, type); };
+  Tensor du = fresh({s.batch, s.tokens, s.channels}), ddelta = fresh({s.batch, s.tokens, s.channels});
+  Tensor dB = fresh({s.batch, s.tokens, s.states}), dC = fresh({s.batch, s.tokens, s.states});
+  Tensor dA = exact ? fresh({s.channels, s.states}) : fresh({s.batch, s.channels, s.states});
+  const auto shared = [&](const Optional& x) {
+    if (!x) return Optional();
+    return Optional(exact ? fresh({s.channels}) : fresh({s.batch, s.channels}));
+  };
+  Optional dD = shared(D), dbias = shared(bias), dz;
+  if (z) dz = fresh({s.batch, s.tokens, s.channels});
+  if (exact) {
+    const float64::Gradients to{out<double>(du), out<double>(ddelta), out<double>(dA), out<double>(dB), out<double>(dC),
+                                out<double>(dD), out<double>(dz),     out<double>(dbias)};
+    float64::scan_backward(s.view<float64::Scan, double>(s.batch, s.tokens, s.channels, s.states, softplus),
+                           in<double>(grad), to);
+  } else {
+    const ScanBackward q{s.view<Scan, float>(static_cast<float*>(nullptr), s.batch, s.tokens, s.channels, s.states, softplus),
+                         in<float>(grad),
+                         out<float>(du),
+                         out<float>(ddelta),
+                         out<float>(dA),
+                         out<float>(dB),
+                         out<float>(dC),
+                         out<float>(dD),
+                         out<float>(dz),
+                         out<float>(dbias)};
+    const auto run = kernels().scan_backward;
+    torch::stable::parallel_for(0, s.batch, 1, [&](int64_t begin, int64_t end) { run(q, begin, end); });
+    dA = sum_images(dA);
+    if (dD) dD = sum_images(*dD);
+    if (dbias) dbias = sum_images(*dbias);
+  }
+  const auto maybe = [&](const Optional& value, const Optional& original) {
+    return value ? typed(*value, *original) : make(s.u, {0}, type);
+  };
+  return {typed(du, u), typed(ddelta, delta), typed(dA, A),  typed(dB, B),
+          typed(dC, C), maybe(dD, D),         maybe(dz, z), maybe(dbias, bias)};
+}
+
+struct ConvInputs {
+  Tensor x, weight;
+  Optional bias;
+  int64_t batch, tokens, channels, taps;
+  ScalarType type;
+
+  ConvInputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_) : x(x_), weight(weight_), bias(bias_) {
+    STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must be (B, L, E) and the weight (E, K)");
+    batch = x.size(0), tokens = x.size(1), channels = x.size(2), taps = weight.size(1);
+    STD_TORCH_CHECK(taps >= 1, "a convolution needs at least one tap");
+    check_shape("weight", weight, {channels, taps});
+    check_shape("bias", bias, {channels});
+    type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    x = as(x, type), weight = as(weight, type), bias = as(bias, type);
+  }
+};
+
+Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
+  const ConvInputs c(x, weight, bias);
+  Tensor y = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
+  if (c.type == ScalarType::Double) {
+    float64::conv({in<double>(c.x), in<double>(c.weight), in<double>(c.bias), c.batch, c.tokens, c.channels, c.taps, silu},
+                  out<double>(y));
+  } else {
+    const Conv q{in<float>(c.x), in<float>(c.weight), in<float>(c.bias), out<float>(y), c.batch,
+                 c.tokens,       c.channels,          c.taps,            silu};
+    const auto run = kernels().conv;
+    torch::stable::parallel_for(0, c.batch * groups(c.channels), 1,
+                                [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  }
+  return typed(y, x);
+}
+
+std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Optional bias, bool silu) {
+  const ConvInputs c(x, weight, bias);
+  check_shape("grad", grad, {c.batch, c.tokens, c.channels});
+  const ScalarType grad_type = grad.scalar_type();
+  grad = as(grad, c.type);
+  Optional dbias;
+  Tensor dx, dweight;
+  if (c.type == ScalarType::Double) {
+    dx = zeros(c.x, {c.batch, c.tokens, c.channels}, c.type);
+    dweight = zeros(c.x, {c.channels, c.taps}, c.type);
+    if (bias) dbias = zeros(c.x, {c.channels}, c.type);
+    float64::conv_backward(
+        {in<double>(c.x), in<double>(c.weight), in<double>(c.bias), c.batch, c.tokens, c.channels, c.taps, silu},
+        in<double>(grad), out<double>(dx), out<double>(dweight), out<double>(dbias));
+  } else {
+    dx = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
+    dweight = make(c.x, {c.batch, c.channels, c.taps}, c.type);
+    if (bias) dbias = make(c.x, {c.batch, c.channels}, c.type);
+    const ConvBackward q{{in<float>(c.x), in<float>(c.weight), in<float>(c.bias), nullptr, c.batch, c.tokens, c.channels,
+                          c.taps, silu},
+                         in<float>(grad),
+                         out<float>(dx),
+                         out<float>(dweight),
+                         out<float>(dbias)};
+    const auto run = kernels().conv_backward;
+    torch::stable::parallel_for(0, c.batch * groups(c.channels), 1,
+                                [&](int64_t begin, int64_t end) { run(q, begin, end); });
+    dweight = sum_images(dweight);
+    if (dbias) dbias = sum_images(*dbias);
+  }
+  return {typed(dx, x), typed(dweight, weight), bias ? typed(*dbias, *bias) : make(c.x, {0}, grad_type)};
+}
+
+// Chooses an instruction set for what follows, at most the best one ("" chooses none); gives the one in use.
+std::string use_isa_named(std::string wanted) {
+  for (int i = 0; i <= static_cast<int>(best_isa()); i++) {
+    if (wanted == name(static_cast<Isa>(i))) use_isa(static_cast<Isa>(i));
+  }
+  return name(isa());
+}
+
+}  // namespace
+}  // namespace ptq4vm
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
+  m.impl("quantize", TORCH_BOX(&ptq4vm::quantize));
+  m.impl("linear", TORCH_BOX(&ptq4vm::linear));
+  m.impl("selective_scan", TORCH_BOX(&ptq4vm::selective_scan));
+  m.impl("selective_scan_backward", TORCH_BOX(&ptq4vm::selective_scan_backward));
+  m.impl("causal_conv1d", TORCH_BOX(&ptq4vm::causal_conv1d));
+  m.impl("causal_conv1d_backward", TORCH_BOX(&ptq4vm::causal_conv1d_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) {
+  m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa_named));
+}

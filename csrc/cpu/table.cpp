@@ -1,0 +1,34 @@
+// The kernels of one instruction set, under its name.
+#include "kernels.h"
+
+#define PTQ4VM_JOIN_(a, b) a##b
+#define PTQ4VM_JOIN(a, b) PTQ4VM_JOIN_(a, b)
+
+namespace ptq4vm {
+namespace PTQ4VM_SET {
+
+void quantize(const Quantize&, int64_t, int64_t);
+void linear(const Linear&, int64_t, int64_t);
+void linear_amx(const Linear&, int64_t, int64_t);
+void scan(const Scan&, int64_t, int64_t);
+void scan_backward(const ScanBackward&, int64_t, int64_t);
+void conv(const Conv&, int64_t, int64_t);
+void conv_backward(const ConvBackward&, int64_t, int64_t);
+
+}  // namespace PTQ4VM_SET
+
+const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
+  using namespace PTQ4VM_SET;
+  static const Kernels table{quantize, linear, scan, scan_backward, conv, conv_backward};
+  return table;
+}
+
+#ifdef __AVX512VNNI__
+const Kernels& kernels_amx() {
+  using namespace PTQ4VM_SET;
+  static const Kernels table{quantize, linear_amx, scan, scan_backward, conv, conv_backward};
+  return table;
+}
+#endif
+
+}  // namespace ptq4vm

@@ -1,0 +1,239 @@
+"""The native kernels on every instruction set here: the reference's integers, its floats but for rounding."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ptq4vm import native, ops, reference
+
+ALL = ("portable", "avx2", "vnni", "amx")
+needs_library = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+
+
+def available() -> list[str]:
+    if native.problem() is not None:
+        return []
+    best = native.isa()
+    return list(ALL[: ALL.index(best) + 1])
+
+
+@pytest.fixture(params=available() or [None])
+def isa(request):
+    """Runs the test on one instruction set."""
+    if request.param is None:
+        pytest.skip(str(native.problem()))
+    before = native.isa()
+    assert torch.ops.ptq4vm._use_isa(request.param) == request.param
+    yield request.param
+    torch.ops.ptq4vm._use_isa(before)
+
+
+def draw(seed: int):
+    return torch.Generator().manual_seed(seed)
+
+
+SUPPRESSED = [HealthCheck.function_scoped_fixture]  # one instruction set for all examples is what is meant
+
+ROWS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 65, 197])
+CHANNELS = st.sampled_from([1, 2, 3, 15, 31, 32, 33, 63, 64, 65, 128, 200, 1100])
+FEATURES = st.sampled_from([0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100])
+KINDS = st.sampled_from(["tensor", "token", "image"])
+
+
+def qparams(kind, images, tokens, bits, random):
+    shape = {"tensor": (1,), "token": (tokens,), "image": (images, tokens)}[kind]
+    half = 2 ** (bits - 1)
+    return torch.rand(shape, generator=random) + 0.01, torch.randint(
+        -half, half, shape, generator=random, dtype=torch.int32
+    )
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.integers(0, 2**20))
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+def test_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, smooth, seed):
+    random = draw(seed)
+    scale, zero_point = qparams(kind, images, tokens, bits, random)
+    # some values so large that they are clamped, some exactly between two codes
+    x = torch.randn(images, tokens, channels, generator=random) * 10 ** (seed % 7)
+    x = torch.where(torch.rand(x.shape, generator=random) < 0.3, torch.round(x) + 0.5, x).to(dtype)
+    inv_smooth = torch.rand(channels, generator=random) if smooth else None
+    arguments = (x, 1 / scale, zero_point, inv_smooth, bits)
+    assert torch.equal(ops.quantize(*arguments), reference.quantize(*arguments))
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.integers(0, 3), ROWS, CHANNELS, FEATURES, st.sampled_from([4, 8]), KINDS, st.booleans(), st.integers(0, 2**20)
+)
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+def test_the_linear_is_the_references_to_the_last_bit(
+    isa, dtype, images, tokens, channels, features, bits, kind, bias, seed
+):
+    random, half = draw(seed), 2 ** (bits - 1)
+    scale, zero_point = qparams(kind, images, tokens, bits, random)
+    x = torch.randint(-half, half, (images, tokens, channels), generator=random, dtype=torch.int8)
+    weight = torch.randint(1 - half, half, (features, channels), generator=random, dtype=torch.int8)
+    stored = reference.pack_int4(weight) if bits == 4 else weight
+    arguments = (
+        x,
+        scale,
+        zero_point,
+        stored,
+        torch.rand(features, generator=random),
+        torch.randn(features, generator=random) if bias else None,
+        dtype,
+    )
+    assert torch.equal(ops.linear(*arguments), reference.linear(*arguments))
+
+
+@needs_library
+def test_the_largest_accumulators_are_exact(isa):
+    """All codes at their ends: nothing saturates on the way."""
+    for x, w in ((-128, -127), (-128, 127), (127, 127), (127, -127)):
+        codes, weight = torch.full((1, 33, 2048), x, dtype=torch.int8), torch.full((40, 2048), w, dtype=torch.int8)
+        one, zero = torch.ones(1), torch.full((1,), -128, dtype=torch.int32)
+        y = ops.linear(codes, one, zero, weight, torch.ones(40), None, torch.float32)
+        assert torch.equal(y, torch.full_like(y, 2048.0 * (x + 128) * w))
+
+
+def scan_inputs(images, tokens, channels, states, optional, random):
+    def normal(*shape):
+        return torch.randn(shape, generator=random)
+
+    u, delta, z = (normal(images, tokens, channels) for _ in range(3))
+    B, C = (normal(images, tokens, states) for _ in range(2))
+    A = -torch.rand(channels, states, generator=random) * 2
+    D, bias = normal(channels), normal(channels)
+    return u, 3 * delta, A, B, C, *(value if optional else None for value in (D, z, bias))
+
+
+def relative(ours, exact):
+    if not exact.numel():
+        return 0.0
+    return float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+
+
+@needs_library
+@given(
+    st.integers(0, 2),
+    st.sampled_from([0, 1, 2, 31, 33, 65, 197]),
+    st.sampled_from([1, 15, 16, 17, 33]),
+    st.sampled_from([1, 2, 3, 8, 16, 17]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**20),
+)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
+def test_the_scan_and_its_gradients_are_the_references(isa, images, tokens, channels, states, optional, softplus, seed):
+    random = draw(seed)
+    inputs = scan_inputs(images, tokens, channels, states, optional, random)
+    if not softplus:
+        inputs = (inputs[0], inputs[1].abs(), *inputs[2:7], None)
+    grad = torch.randn(images, tokens, channels, generator=random)
+    exact = tuple(None if value is None else value.double() for value in inputs)
+    assert relative(ops.selective_scan(*inputs, softplus), reference.selective_scan(*exact, softplus)) <= 1e-5
+    ours = torch.ops.ptq4vm.selective_scan_backward(grad, *inputs, softplus)
+    theirs = reference.selective_scan_backward(grad.double(), *exact, softplus)
+    assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+
+
+@needs_library
+@given(
+    st.integers(0, 2),
+    st.sampled_from([0, 1, 2, 3, 31, 33, 197]),
+    st.sampled_from([1, 15, 16, 17, 33, 100]),
+    st.integers(1, 6),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 2**20),
+)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
+def test_the_convolution_and_its_gradients_are_the_references(isa, images, tokens, channels, taps, bias, silu, seed):
+    random = draw(seed)
+    x, grad = (torch.randn(images, tokens, channels, generator=random) for _ in range(2))
+    weight = torch.randn(channels, taps, generator=random)
+    inputs = (x, weight, torch.randn(channels, generator=random) if bias else None)
+    exact = tuple(None if value is None else value.double() for value in inputs)
+    assert relative(ops.causal_conv1d(*inputs, silu), reference.causal_conv1d(*exact, silu)) <= 1e-5
+    ours = torch.ops.ptq4vm.causal_conv1d_backward(grad, *inputs, silu)
+    theirs = reference.causal_conv1d_backward(grad.double(), *exact, silu)
+    assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit(isa):
+    random = draw(0)
+    inputs = scan_inputs(3, 65, 40, 16, True, random)
+    grad = torch.randn(3, 65, 40, generator=random)
+    codes = torch.randint(-128, 128, (3, 197, 96), generator=random, dtype=torch.int8)
+    weight = torch.randint(-127, 128, (200, 96), generator=random, dtype=torch.int8)
+    scale, zero_point = qparams("token", 3, 197, 8, random)
+    taps = torch.randn(40, 4, generator=random)
+
+    def everything():
+        return (
+            ops.selective_scan(*inputs, True),
+            *torch.ops.ptq4vm.selective_scan_backward(grad, *inputs, True),
+            ops.causal_conv1d(inputs[0], taps, None, True),
+            *torch.ops.ptq4vm.causal_conv1d_backward(grad, inputs[0], taps, None, True),
+            ops.linear(codes, scale, zero_point, weight, torch.ones(200), None, torch.float32),
+            ops.quantize(codes.float(), 1 / scale, zero_point, None, 8),
+        )
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything()
+        torch.set_num_threads(2)
+        two = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, two))
+
+
+@needs_library
+def test_schemas_are_the_same_with_and_without_the_library():
+    for schema in ops.SCHEMAS:
+        name = schema.split("(", 1)[0]
+        want = torch._C.parse_schema(f"ptq4vm::{schema}")
+        assert str(getattr(torch.ops.ptq4vm, name).default._schema) == str(want)
+
+
+def run(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+USE = (
+    "import torch; from ptq4vm import native, ops; one = torch.ones(1); zero = torch.zeros(1, dtype=torch.int32)\n"
+    "q = torch.ones(1, 2, 3, dtype=torch.int8)\n"
+    "for _ in range(3): y = ops.linear(q, one, zero, q[0], torch.ones(2), None, torch.float32)\n"
+    "assert y.tolist() == [[[3.0, 3.0], [3.0, 3.0]]]; print(native.isa())"
+)
+
+
+def test_the_reference_runs_where_it_is_asked_for_and_says_nothing():
+    assert run(USE, PTQ4VM_ISA="reference").strip() == "reference"
+
+
+def test_without_a_library_one_warning_names_the_way_out():
+    code = "from pathlib import Path; import ptq4vm.native; ptq4vm.native.LIBRARY = Path('none.so')\n" + USE
+    said = run(code)
+    assert said.count("RuntimeWarning") == 1 and "Install a C++ compiler" in said and "reference" in said
+
+
+@needs_library
+def test_the_environment_names_the_best_instruction_set():
+    for name in available():
+        assert run(USE, PTQ4VM_ISA=name).strip() == name

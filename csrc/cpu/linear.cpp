@@ -204,20 +204,15 @@ inline Register dot(Register sum, int32_t x, Register w) {
 constexpr int PARTS = sizeof(i32x16) / sizeof(Register);
 
 // The codes of one row that one lane multiplies.
-inline int32_t lane(const int8_t* x) {
-#ifdef __AVX512VNNI__
-  uint32_t four;
-  std::memcpy(&four, x, 4);
-  return static_cast<int32_t>(four ^ 0x80808080u);
-#else
-  const uint32_t low = static_cast<uint16_t>(x[0]), high = static_cast<uint16_t>(x[1]);
-  return static_cast<int32_t>(low | high << 16);
-#endif
+inline int32_t lane(const Code* x) {
+  uint32_t codes;
+  std::memcpy(&codes, x, sizeof(codes));
+  return static_cast<int32_t>(OFFSET ? codes ^ 0x80808080u : codes);
 }
 
 // ROWS rows by 64 output channels; `x` has `stride` codes a row, zeros or anything beyond the channels.
 template <int ROWS, class T>
-void multiply(const Linear& q, T* y, const Weights& w, const int8_t* x, int64_t stride, int64_t row) {
+void multiply(const Linear& q, T* y, const Weights& w, const Code* x, int64_t stride, int64_t row) {
   constexpr int GROUPS = WIDTH / TILE;
   for (int64_t half = 0; half < GROUPS; half += GROUPS_AT_ONCE) {
     Register sums[ROWS][GROUPS_AT_ONCE][PARTS] = {};
@@ -249,7 +244,7 @@ void multiply(const Linear& q, T* y, const Weights& w, const int8_t* x, int64_t 
 
 struct DotProducts {
   template <class T>
-  void operator()(const Linear& q, T* y, const Weights& w, const int8_t* x, int64_t stride, int64_t row,
+  void operator()(const Linear& q, T* y, const Weights& w, const Code* x, int64_t stride, int64_t row,
                   int64_t rows) const {
     int64_t r = 0;
     for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
@@ -271,16 +266,19 @@ void blocks(const Linear& q, T* y, int64_t begin, int64_t end, const Products& p
     if (w.n != n) read_weights(w, q, n);
     const int64_t rows = std::min(ROWS_IN_BLOCK, q.rows - row);
     const int8_t* x = q.x + row * q.channels;
-    if (w.padded == q.channels) {
-      products(q, y, w, x, q.channels, row, rows);
-    } else {
-      auto* copy = code_memory.take<int8_t>(rows * w.padded);
-      for (int64_t r = 0; r < rows; r++) {
-        std::memcpy(copy + r * w.padded, x + r * q.channels, q.channels);
-        std::memset(copy + r * w.padded + q.channels, 0, w.padded - q.channels);
+    if constexpr (sizeof(Code) == sizeof(int8_t)) {
+      if (w.padded == q.channels) {
+        products(q, y, w, x, q.channels, row, rows);
+        continue;
       }
-      products(q, y, w, copy, w.padded, row, rows);
     }
+    auto* copy = code_memory.take<Code>(rows * w.padded);
+    for (int64_t r = 0; r < rows; r++) {
+      Code* to = copy + r * w.padded;
+      std::copy(x + r * q.channels, x + (r + 1) * q.channels, to);
+      std::fill(to + q.channels, to + w.padded, Code{0});
+    }
+    products(q, y, w, copy, w.padded, row, rows);
   }
 }
 

@@ -14,7 +14,6 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef int8_t i8x16 __attribute__((vector_size(16)));
 
 // Upper half of a float32; converts by rounding to nearest even.
 struct bfloat16 {
@@ -30,11 +29,6 @@ inline V load_as(const T* from) {
 
 inline f32x16 load(const float* from) { return load_as<f32x16>(from); }
 
-inline f32x16 load(const bfloat16* from) {
-  const u32x16 wide = __builtin_convertvector(load_as<u16x16>(from), u32x16) << 16;
-  return (f32x16)wide;
-}
-
 inline void store(float* to, f32x16 value) { std::memcpy(to, &value, sizeof(value)); }
 
 inline void store(bfloat16* to, f32x16 value) {
@@ -45,14 +39,6 @@ inline void store(bfloat16* to, f32x16 value) {
   std::memcpy(to, &half, sizeof(half));
 }
 
-// The first `count` lanes; the others are zero.
-template <class T>
-inline f32x16 load_part(const T* from, int64_t count) {
-  T buffer[LANES] = {};
-  std::memcpy(buffer, from, count * sizeof(T));
-  return load(buffer);
-}
-
 template <class T>
 inline void store_part(T* to, f32x16 value, int64_t count) {
   T buffer[LANES];
@@ -61,25 +47,11 @@ inline void store_part(T* to, f32x16 value, int64_t count) {
 }
 
 template <class T>
-inline f32x16 load_some(const T* from, int64_t count) {
-  return count >= LANES ? load(from) : load_part(from, count);
-}
-
-template <class T>
 inline void store_some(T* to, f32x16 value, int64_t count) {
   count >= LANES ? store(to, value) : store_part(to, value, count);
 }
 
 inline f32x16 splat(float value) { return f32x16{} + value; }
-
-inline f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
-inline f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-
-// To the nearest integer, ties to even, exact for |x| < 2^22.
-inline f32x16 round_even(f32x16 x) {
-  const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23
-  return (x + magic) - magic;
-}
 
 }  // namespace
 }  // namespace ptq4vm

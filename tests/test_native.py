@@ -1,8 +1,10 @@
 """The native kernels on every instruction set here: the reference's integers, its floats but for rounding."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +239,32 @@ def test_without_a_library_one_warning_names_the_way_out():
 def test_the_environment_names_the_best_instruction_set():
     for name in available():
         assert run(USE, PTQ4VM_ISA=name).strip() == name
+
+
+@pytest.mark.slow
+@needs_library
+@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("gcc"), reason="needs cmake and gcc")
+def test_the_kernels_are_clean_under_sanitizers(tmp_path):
+    """All tests of this file again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    root = Path(__file__).parents[1]
+    for folder in ("ptq4vm", "tests", "csrc"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "pretrained", "golden"))
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "PTQ4VM_SANITIZE": "ON",
+        "PTQ4VM_TORCH": Path(torch.__file__).parent,
+        "SKBUILD_STATE": "editable",
+    }
+    build = ["cmake", "-S", "csrc", "-B", "build", *(f"-D{name}={value}" for name, value in options.items())]
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", "build", "--parallel", "2"], cwd=tmp_path, check=True, capture_output=True)
+    libraries = [
+        subprocess.run(["gcc", f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
+    test = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/test_native.py"]
+    done = subprocess.run(test, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout and "skipped" not in done.stdout  # else there were no kernels

@@ -165,14 +165,24 @@ void read_weights(Weights& to, const Linear& q, int64_t n) {
 
 // --- the result ---
 
+// Rows of a block: their codes, `stride` apart, their qparams, and where their results go.
+template <class T>
+struct Rows {
+  const Code* x;
+  int64_t stride, count;
+  T* y;
+  float scales[ROWS_IN_BLOCK];
+  int32_t zero_points[ROWS_IN_BLOCK];
+};
+
 // 16 output channels of one row: zero point, rescale, bias.
 template <class T>
-inline void finish(const Linear& q, T* y, const Weights& w, int64_t row, int64_t half, i32x16 acc, int offset) {
-  const int64_t i = row % q.scales, count = q.features - w.n - half;
-  acc = acc - load_as<i32x16>(w.sums + half) * (q.zero_point[i] + offset);
-  f32x16 value = (__builtin_convertvector(acc, f32x16) * splat(q.x_scale[i])) * load(w.scales + half);
+inline void finish(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t r, int64_t half, i32x16 acc,
+                   int offset) {
+  acc = acc - load_as<i32x16>(w.sums + half) * (rows.zero_points[r] + offset);
+  f32x16 value = (__builtin_convertvector(acc, f32x16) * splat(rows.scales[r])) * load(w.scales + half);
   if (q.bias) value = value + load(w.bias + half);
-  store_some(y + row * q.features + w.n + half, value, count);
+  store_some(rows.y + r * q.features + w.n + half, value, q.features - w.n - half);
 }
 
 // --- dot products without tiles ---
@@ -210,9 +220,10 @@ inline int32_t lane(const Code* x) {
   return static_cast<int32_t>(OFFSET ? codes ^ 0x80808080u : codes);
 }
 
-// ROWS rows by 64 output channels; `x` has `stride` codes a row, zeros or anything beyond the channels.
+// ROWS rows from r on by 64 output channels.
 template <int ROWS, class T>
-void multiply(const Linear& q, T* y, const Weights& w, const Code* x, int64_t stride, int64_t row) {
+void multiply(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t r0) {
+  const Code* x = rows.x + r0 * rows.stride;
   constexpr int GROUPS = WIDTH / TILE;
   for (int64_t half = 0; half < GROUPS; half += GROUPS_AT_ONCE) {
     Register sums[ROWS][GROUPS_AT_ONCE][PARTS] = {};
@@ -225,7 +236,7 @@ void multiply(const Linear& q, T* y, const Weights& w, const Code* x, int64_t st
         }
       }
       for (int r = 0; r < ROWS; r++) {
-        const int32_t x_codes = lane(x + r * stride + d);
+        const int32_t x_codes = lane(x + r * rows.stride + d);
         for (int g = 0; g < GROUPS_AT_ONCE; g++) {
           for (int p = 0; p < PARTS; p++) sums[r][g][p] = dot(sums[r][g][p], x_codes, weights[g][p]);
         }
@@ -236,7 +247,7 @@ void multiply(const Linear& q, T* y, const Weights& w, const Code* x, int64_t st
         alignas(64) Register all[PARTS];
         for (int p = 0; p < PARTS; p++) all[p] = sums[r][g][p];
         const auto acc = load_as<i32x16>(all);
-        finish(q, y, w, row + r, (half + g) * TILE, acc, OFFSET);
+        finish(q, rows, w, r0 + r, (half + g) * TILE, acc, OFFSET);
       }
     }
   }
@@ -244,41 +255,52 @@ void multiply(const Linear& q, T* y, const Weights& w, const Code* x, int64_t st
 
 struct DotProducts {
   template <class T>
-  void operator()(const Linear& q, T* y, const Weights& w, const Code* x, int64_t stride, int64_t row,
-                  int64_t rows) const {
-    int64_t r = 0;
-    for (; r + ROWS_AT_ONCE <= rows; r += ROWS_AT_ONCE) {
-      multiply<ROWS_AT_ONCE>(q, y, w, x + r * stride, stride, row + r);
-    }
-    for (; r < rows; r++) multiply<1>(q, y, w, x + r * stride, stride, row + r);
+  void operator()(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t first = 0) const {
+    int64_t r = first;
+    for (; r + ROWS_AT_ONCE <= rows.count; r += ROWS_AT_ONCE) multiply<ROWS_AT_ONCE>(q, rows, w, r);
+    for (; r < rows.count; r++) multiply<1>(q, rows, w, r);
   }
 };
 
 // --- the work ---
+
+// The codes where they are, or padded with zeros and as wide as the dot products want them.
+template <class T>
+void read_rows(Rows<T>& rows, const Linear& q, int64_t row, int64_t padded) {
+  const int8_t* x = q.x + row * q.channels;
+  rows.stride = padded;
+  if constexpr (sizeof(Code) == sizeof(int8_t)) {
+    if (padded == q.channels) {
+      rows.x = x;
+      return;
+    }
+  }
+  auto* copy = code_memory.take<Code>(rows.count * padded);
+  for (int64_t r = 0; r < rows.count; r++) {
+    Code* to = copy + r * padded;
+    std::copy(x + r * q.channels, x + (r + 1) * q.channels, to);
+    std::fill(to + q.channels, to + padded, Code{0});
+  }
+  rows.x = copy;
+}
 
 // Items [begin, end) of the blocks: rows pass fastest, so that a weight that is rearranged serves several blocks.
 template <class T, class Products>
 void blocks(const Linear& q, T* y, int64_t begin, int64_t end, const Products& products) {
   const int64_t row_blocks = (q.rows + ROWS_IN_BLOCK - 1) / ROWS_IN_BLOCK;
   Weights w;
+  Rows<T> rows;
   for (int64_t item = begin; item < end; item++) {
     const int64_t n = item / row_blocks * WIDTH, row = item % row_blocks * ROWS_IN_BLOCK;
     if (w.n != n) read_weights(w, q, n);
-    const int64_t rows = std::min(ROWS_IN_BLOCK, q.rows - row);
-    const int8_t* x = q.x + row * q.channels;
-    if constexpr (sizeof(Code) == sizeof(int8_t)) {
-      if (w.padded == q.channels) {
-        products(q, y, w, x, q.channels, row, rows);
-        continue;
-      }
+    rows.count = std::min(ROWS_IN_BLOCK, q.rows - row);
+    rows.y = y + row * q.features;
+    for (int64_t r = 0, i = row % q.scales; r < rows.count; r++, i = i + 1 == q.scales ? 0 : i + 1) {
+      rows.scales[r] = q.x_scale[i];
+      rows.zero_points[r] = q.zero_point[i];
     }
-    auto* copy = code_memory.take<Code>(rows * w.padded);
-    for (int64_t r = 0; r < rows; r++) {
-      Code* to = copy + r * w.padded;
-      std::copy(x + r * q.channels, x + (r + 1) * q.channels, to);
-      std::fill(to + q.channels, to + w.padded, Code{0});
-    }
-    products(q, y, w, copy, w.padded, row, rows);
+    read_rows(rows, q, row, w.padded);
+    products(q, rows, w);
   }
 }
 
@@ -304,27 +326,26 @@ namespace {
 // Two tiles of rows by two of output channels: four tile registers of sums, two of each operand.
 struct TileProducts {
   template <class T>
-  PTQ4VM_TILES void operator()(const Linear& q, T* y, const Weights& w, const int8_t* x, int64_t stride, int64_t row,
-                               int64_t rows) const {
+  PTQ4VM_TILES void operator()(const Linear& q, const Rows<T>& rows, const Weights& w) const {
     alignas(64) int32_t acc[4][TILE][TILE];
-    const int64_t whole = rows / (2 * TILE) * (2 * TILE);
+    const int64_t whole = rows.count / (2 * TILE) * (2 * TILE);
     for (int64_t half = 0; half < WIDTH && w.n + half < q.features; half += 2 * TILE) {
       const int8_t* w0 = w.codes + half * w.padded;
       const int8_t* w1 = w0 + w.group;
       for (int64_t r = 0; r < whole; r += 2 * TILE) {
-        const int8_t* x0 = x + r * stride;
-        const int8_t* x1 = x0 + TILE * stride;
+        const int8_t* x0 = rows.x + r * rows.stride;
+        const int8_t* x1 = x0 + TILE * rows.stride;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
         for (int64_t d = 0; d < w.padded; d += STEP) {
           _tile_loadd(6, w0 + d * TILE, STEP);
-          _tile_loadd(4, x0 + d, stride);
+          _tile_loadd(4, x0 + d, rows.stride);
           _tile_dpbssd(0, 4, 6);
           _tile_loadd(7, w1 + d * TILE, STEP);
           _tile_dpbssd(1, 4, 7);
-          _tile_loadd(5, x1 + d, stride);
+          _tile_loadd(5, x1 + d, rows.stride);
           _tile_dpbssd(2, 5, 6);
           _tile_dpbssd(3, 5, 7);
         }
@@ -334,12 +355,12 @@ struct TileProducts {
         _tile_stored(3, acc[3], STEP);
         for (int64_t t = 0; t < 2 * TILE; t++) {
           for (int64_t g = 0; g < 2 && w.n + half + g * TILE < q.features; g++) {
-            finish(q, y, w, row + r + t, half + g * TILE, load_as<i32x16>(acc[t / TILE * 2 + g][t % TILE]), 0);
+            finish(q, rows, w, r + t, half + g * TILE, load_as<i32x16>(acc[t / TILE * 2 + g][t % TILE]), 0);
           }
         }
       }
     }
-    DotProducts{}(q, y, w, x + whole * stride, stride, row + whole, rows - whole);
+    DotProducts{}(q, rows, w, whole);
   }
 };
 

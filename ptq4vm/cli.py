@@ -363,7 +363,7 @@ def _model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Module:
     assert architecture is not None  # else `load` could not have built the model
     # as timm's own models say it
     quantized.pretrained_cfg = architecture["preprocessing"]
-    quantized.num_classes = architecture["arguments"]["num_classes"]
+    quantized.num_classes = architecture["arguments"].get("num_classes", 0)  # a backbone has none
     return quantized
 
 

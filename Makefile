@@ -3,7 +3,7 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
-SOURCES := $(wildcard csrc/* csrc/*/* build_tools/*)
+SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
@@ -63,5 +63,6 @@ endef
 
 clean:  ## remove the environments, caches and built files
 	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info ptq4vm/_C_cpu.so
+	cd csrc && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -247,8 +247,9 @@ def test_the_environment_names_the_best_instruction_set():
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     """All tests of this file again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
     root = Path(__file__).parents[1]
+    ignored = shutil.ignore_patterns("*.so", "pretrained", "golden", "CMakeCache.txt", "CMakeFiles", "*.ninja")
     for folder in ("ptq4vm", "tests", "csrc"):
-        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "pretrained", "golden"))
+        shutil.copytree(root / folder, tmp_path / folder, ignore=ignored)
     shutil.copy(root / "pyproject.toml", tmp_path)
     options = {
         "CMAKE_BUILD_TYPE": "Release",

@@ -5,6 +5,14 @@
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "    \
   "bool delta_softplus"
 #define PTQ4VM_CONV "Tensor x, Tensor weight, Tensor? bias, bool silu"
+#define PTQ4VM_QPARAMS "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
+#define PTQ4VM_LINEAR                                                                                    \
+  "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale, " \
+  "Tensor? bias"
+#define PTQ4VM_STEPS                                                                                           \
+  "Tensor u, Tensor projected, Tensor step_inv_scale, Tensor step_scale, Tensor step_zero_point, "             \
+  "Tensor? step_inv_smooth, int step_bits, Tensor step_weight, Tensor step_weight_sum, "                       \
+  "Tensor step_weight_scale, Tensor step_bias, Tensor A, Tensor? D, Tensor? z, Tensor order"
 
 STABLE_TORCH_LIBRARY(ptq4vm, m) {
   m.def("quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor");
@@ -18,5 +26,14 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("causal_conv1d(" PTQ4VM_CONV ") -> Tensor");
   m.def("causal_conv1d_backward(Tensor grad, " PTQ4VM_CONV ") -> (Tensor, Tensor, Tensor)");
+  m.def("linear_packed(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor");
+  m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", " PTQ4VM_QPARAMS ") -> Tensor");
+  m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, " PTQ4VM_QPARAMS
+        ") -> (Tensor, Tensor)");
+  m.def("conv1d_quantize(Tensor x, Tensor weight, Tensor? bias, Tensor order, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)");
+  m.def("conv2d_quantize(Tensor x, Tensor weight, Tensor? bias, int height, int width, " PTQ4VM_QPARAMS
+        ") -> (Tensor, Tensor)");
+  m.def("directional_scan(" PTQ4VM_STEPS ", bool merge, float factor) -> Tensor");
+  m.def("directional_scan_quantize(" PTQ4VM_STEPS ", float factor, " PTQ4VM_QPARAMS ") -> Tensor");
   m.def("_use_isa(str name) -> str");
 }

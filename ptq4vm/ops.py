@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import native, reference
+from ptq4vm import fused, native, reference
 
 _NATIVE = native.problem() is None
 """Then the library has defined the operators, and their kernels for the CPU."""
@@ -201,9 +201,107 @@ def _conv_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("ptq4vm::causal_conv1d", _conv_gradient, setup_context=_save_conv, lib=_library)
 
+_QPARAMS = "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
+_PACKED = "Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias"
+_STEPS = (
+    "Tensor u, Tensor projected, Tensor step_inv_scale, Tensor step_scale, Tensor step_zero_point, "
+    "Tensor? step_inv_smooth, int step_bits, Tensor step_weight, Tensor step_weight_sum, Tensor step_weight_scale, "
+    "Tensor step_bias, Tensor A, Tensor? D, Tensor? z, Tensor order"
+)
+
+
+def _linear_packed_fake(
+    x: Tensor,
+    x_scale: Tensor,
+    x_zero_point: Tensor,
+    weight: Tensor,
+    weight_sum: Tensor,
+    weight_scale: Tensor,
+    *rest: Any,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scale.shape[-1]), dtype=rest[-1])
+
+
+_define(
+    f"linear_packed(Tensor x, Tensor x_scale, Tensor x_zero_point, {_PACKED}, ScalarType out_dtype) -> Tensor",
+    fused.linear_packed,
+    _linear_packed_fake,
+)
+
+
+def _linear_gelu_quantize_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rest[4].shape[-1]), dtype=torch.int8)
+
+
+_define(
+    f"linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor x_zero_point, {_PACKED}, {_QPARAMS}) -> Tensor",
+    fused.linear_gelu_quantize,
+    _linear_gelu_quantize_fake,
+)
+
+
+def _norm_quantize_fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    total = x.new_empty(0 if residual is None else x.shape, dtype=torch.float32)
+    return total, x.new_empty(x.shape, dtype=torch.int8)
+
+
+_define(
+    f"norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, {_QPARAMS}) "
+    "-> (Tensor, Tensor)",
+    fused.norm_quantize,
+    _norm_quantize_fake,
+)
+
+
+def _conv1d_quantize_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (weight.shape[0], *x.shape)
+    return x.new_empty(shape), x.new_empty(shape, dtype=torch.int8)
+
+
+_define(
+    f"conv1d_quantize(Tensor x, Tensor weight, Tensor? bias, Tensor order, {_QPARAMS}) -> (Tensor, Tensor)",
+    fused.conv1d_quantize,
+    _conv1d_quantize_fake,
+)
+
+
+def _conv2d_quantize_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, inv_scale: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((inv_scale.shape[0], *x.shape), dtype=torch.int8)
+
+
+_define(
+    f"conv2d_quantize(Tensor x, Tensor weight, Tensor? bias, int height, int width, {_QPARAMS}) -> (Tensor, Tensor)",
+    fused.conv2d_quantize,
+    _conv2d_quantize_fake,
+)
+
+
+def _directional_scan_fake(u: Tensor, projected: Tensor, *rest: Any) -> Tensor:
+    merge = rest[-2]
+    return u.new_empty(u.shape[1:] if merge else (projected.shape[0], *u.shape[1:]))
+
+
+_define(
+    f"directional_scan({_STEPS}, bool merge, float factor) -> Tensor", fused.directional_scan, _directional_scan_fake
+)
+_define(
+    f"directional_scan_quantize({_STEPS}, float factor, {_QPARAMS}) -> Tensor",
+    fused.directional_scan_quantize,
+    lambda u, *rest: u.new_empty(u.shape[1:], dtype=torch.int8),
+)
+
 quantize = torch.ops.ptq4vm.quantize
 choose_qparams = torch.ops.ptq4vm.choose_qparams
 dequantize = torch.ops.ptq4vm.dequantize
 linear = torch.ops.ptq4vm.linear
 selective_scan = torch.ops.ptq4vm.selective_scan
 causal_conv1d = torch.ops.ptq4vm.causal_conv1d
+linear_packed = torch.ops.ptq4vm.linear_packed
+linear_gelu_quantize = torch.ops.ptq4vm.linear_gelu_quantize
+norm_quantize = torch.ops.ptq4vm.norm_quantize
+conv1d_quantize = torch.ops.ptq4vm.conv1d_quantize
+conv2d_quantize = torch.ops.ptq4vm.conv2d_quantize
+directional_scan = torch.ops.ptq4vm.directional_scan
+directional_scan_quantize = torch.ops.ptq4vm.directional_scan_quantize

@@ -1,90 +1,10 @@
 // The operators on a CPU: checks, types and layouts, memory for the results, and the kernels in parallel.
 // A float64 scan or convolution runs in plain loops; every other floating type is computed in float32.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
-#include <initializer_list>
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
-
 #include "float64.h"
-#include "kernels.h"
+#include "glue.h"
 
 namespace ptq4vm {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
-using Sizes = std::initializer_list<int64_t>;
-
-constexpr int64_t LANES = 16;
-
-int64_t groups(int64_t channels) { return (channels + LANES - 1) / LANES; }
-
-Tensor as(const Tensor& x, ScalarType type) {
-  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
-}
-
-Optional as(const Optional& x, ScalarType type) { return x ? Optional(as(*x, type)) : std::nullopt; }
-
-Tensor make(const Tensor& like, Sizes sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-}
-
-Tensor zeros(const Tensor& like, Sizes sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  return torch::stable::new_zeros(like, {shape.data(), shape.size()}, type);
-}
-
-template <class T>
-const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
-
-template <class T>
-const T* in(const Optional& x) { return x ? in<T>(*x) : nullptr; }
-
-template <class T>
-T* out(Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
-
-template <class T>
-T* out(Optional& x) { return x ? out<T>(*x) : nullptr; }
-
-void check_shape(const char* name, const Tensor& x, Sizes want) {
-  const auto have = x.sizes();
-  bool same = have.size() == want.size() && std::equal(want.begin(), want.end(), have.begin());
-  STD_TORCH_CHECK(same, name, " has another shape than the other arguments ask for");
-}
-
-void check_shape(const char* name, const Optional& x, Sizes want) {
-  if (x) check_shape(name, *x, want);
-}
-
-// Qparams of x (…, L, D): per tensor (1,), per token (L,), or per image and token (…, L).
-int64_t qparams(const Tensor& x, const Tensor& scale) {
-  const int64_t tokens = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
-  if (scale.dim() == 1) {
-    STD_TORCH_CHECK(scale.size(0) == 1 || scale.size(0) == tokens, "token scales were calibrated for ", scale.size(0),
-                    " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
-  } else {
-    bool same = scale.dim() == x.dim() - 1;
-    for (int64_t i = 0; same && i < scale.dim(); i++) same = scale.size(i) == x.size(i);
-    STD_TORCH_CHECK(same, "scales do not fit the input: they need its shape without the last axis");
-  }
-  return std::max<int64_t>(1, scale.numel());
-}
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
-  const auto sizes = x.sizes();
-  std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  shape.back() = last;
-  return shape;
-}
 
 Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
   STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);

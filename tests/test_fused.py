@@ -1,0 +1,38 @@
+"""Packed weights, and the fused operators as compositions of the plain ones."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq4vm import fused, ops, reference
+
+
+@given(st.lists(st.integers(1, 3), max_size=1), st.integers(1, 40), st.integers(1, 150), st.sampled_from([4, 8]))
+def test_packing_a_weight_is_undone_by_unpacking(leading, features, channels, bits):
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (*leading, features, channels)).to(torch.int8)
+    packed = fused.pack_weight(codes, bits)
+    assert packed.shape[-4:-1] == (-(-features // 16), -(-channels // 64), 16)
+    assert packed.nbytes * 2 == fused.pack_weight(codes, 8).nbytes if bits == 4 else packed.dtype == torch.int8
+    assert torch.equal(fused.unpack_weight(packed, features, channels), codes)
+
+
+def test_one_direction_in_order_is_the_plain_scan():
+    torch.manual_seed(0)
+    B, L, E, R, S = 2, 9, 5, 3, 4
+    u, z, projected = torch.randn(1, B, L, E), torch.randn(B, L, E), torch.randn(1, B, L, R + 2 * S)
+    weight, scale = torch.randint(-127, 128, (1, E, R), dtype=torch.int8), torch.rand(1, L) / 50 + 0.01
+    zero_point, weight_scale = torch.randint(-9, 9, (1, L), dtype=torch.int32), torch.rand(1, E) / 100
+    bias, A, D = torch.randn(1, E), -torch.rand(1, E, S), torch.randn(1, E)
+    low_rank, b, c = projected[0].split((R, S, S), -1)
+    codes = ops.quantize(low_rank, 1 / scale[0], zero_point[0], None, 8)
+    delta = ops.linear(codes, scale[0], zero_point[0], weight[0], weight_scale[0], None, torch.float32)
+    packed = (fused.pack_weight(weight, 8), weight.sum(-1, dtype=torch.int32), weight_scale)
+    steps = (u, projected, 1 / scale, scale, zero_point, None, 8, *packed, bias, A, D, z)
+    for reverse in (False, True):
+        turn = (lambda x: x.flip(1)) if reverse else (lambda x: x)
+        inputs = (turn(u[0]), turn(delta), A[0], turn(b), turn(c), D[0], turn(z), bias[0], True)
+        want = turn(reference.selective_scan(*inputs))
+        order = turn(torch.arange(L)[None]).int()
+        torch.testing.assert_close(ops.directional_scan(*steps, order, False, 1.0)[0], want)
+        torch.testing.assert_close(ops.directional_scan(*steps, order, True, 0.5), want / 2)

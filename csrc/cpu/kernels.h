@@ -35,6 +35,16 @@ struct Linear {
   int64_t rows, channels, features, scales;
 };
 
+// fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
+struct PackedWeight {
+  const void* tiles;
+  bool nibbles;
+  const int32_t* sum;  // (N,) of each row's codes
+  const float* scale;  // (N,)
+  const float* bias;   // (N,) or null
+  int64_t channels, features;
+};
+
 // reference.selective_scan: u, delta, z, y (B, L, E); A (E, S); B, C (B, L, S); D, delta_bias (E,). All float32.
 struct Scan {
   const float *u, *delta, *A, *B, *C;

@@ -23,21 +23,51 @@ constexpr int64_t WIDTH = 4;
 typedef float f32xw __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint32_t u32xw __attribute__((vector_size(WIDTH * sizeof(float))));
 
-inline f32xw fill(float value) { return f32xw{} + value; }
+// A difference, for the sum of 0 and -0 is not -0, so that compilers keep it.
+inline f32xw fill(float value) { return value - f32xw{}; }
 
-// The first `count` lanes, at least one; the others are zero.
-inline f32xw load_lanes(const float* from, int64_t count) {
-  if (count >= WIDTH) return load_as<f32xw>(from);
-  f32xw value{};
-  std::memcpy(&value, from, count * sizeof(float));
-  return value;
+typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
+
+inline f32xw load_all(const float* from) { return load_as<f32xw>(from); }
+
+inline f32xw load_all(const bfloat16* from) {
+#if defined(__AVX512F__)  // one instruction; GCC takes five
+  const u32xw bits = (u32xw)_mm512_maskz_cvtepu16_epi32(0xffff, load_as<__m256i>(from));
+#elif defined(__AVX2__)
+  const u32xw bits = (u32xw)_mm256_cvtepu16_epi32(load_as<__m128i>(from));
+#else
+  const u32xw bits = __builtin_convertvector(load_as<u16xw>(from), u32xw);
+#endif
+  return (f32xw)(bits << 16);
 }
 
-inline void store_lanes(float* to, f32xw value, int64_t count) {
+inline void store_all(float* to, f32xw value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline void store_all(bfloat16* to, f32xw value) {
+  const u32xw bits = (u32xw)value;
+  const u32xw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32xw quiet = (bits >> 16) | 0x40;  // a NaN stays one
+  const u16xw half = __builtin_convertvector(value == value ? rounded : quiet, u16xw);
+  std::memcpy(to, &half, sizeof(half));
+}
+
+// The first `count` lanes, at least one; the others are zero.
+template <class T>
+inline f32xw load_lanes(const T* from, int64_t count) {
+  if (count >= WIDTH) return load_all(from);
+  T lanes[WIDTH] = {};
+  std::memcpy(lanes, from, count * sizeof(T));
+  return load_all(lanes);
+}
+
+template <class T>
+inline void store_lanes(T* to, f32xw value, int64_t count) {
   if (count >= WIDTH) {
-    std::memcpy(to, &value, sizeof(value));
+    store_all(to, value);
   } else {
-    std::memcpy(to, &value, count * sizeof(float));
+    T lanes[WIDTH];
+    store_all(lanes, value);
+    std::memcpy(to, lanes, count * sizeof(T));
   }
 }
 

@@ -1,19 +1,19 @@
-// reference.causal_conv1d and reference.causal_conv1d_backward in float32: outputs and gradients differ from those in
-// float64 by about 1e-6 of the largest. Channels lie in lanes; all channels of a share of the work take a chunk of
-// tokens before any takes the next, so that memory is read row by row.
+// fused.conv1d_quantize, reference.causal_conv1d and reference.causal_conv1d_backward in float32: outputs and gradients
+// differ from those in float64 by about 1e-6 of the largest. Channels lie in lanes; all channels of a share of the work
+// take a chunk of tokens before any takes the next, so that memory is read row by row.
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
-#include "math.h"
+#include "quantize.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-constexpr int64_t CHUNK = 16;  // tokens
+constexpr int64_t CHUNK = 16;   // tokens of the adjoint
+constexpr int64_t WINDOW = 8;   // tokens of the convolution: their rows stay in the first cache whatever lies between them
 
-// work(image, first channel, last channel) for groups [begin, end).
+// work(image, first channel, last channel) for groups [begin, end); images of all directions, one direction after another.
 template <class Work>
 void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
   const int64_t groups = (c.channels + LANES - 1) / LANES;
@@ -25,12 +25,11 @@ void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
 }
 
 // One vector for each tap of the channels in lanes.
-void load_weights(const Conv& c, int64_t channel, f32xw* weights) {
-  const int64_t count = std::min(WIDTH, c.channels - channel);
-  for (int64_t k = 0; k < c.taps; k++) {
+void load_weights(const float* weight, int64_t taps, int64_t channels, f32xw* vectors) {
+  for (int64_t k = 0; k < taps; k++) {
     float lanes[WIDTH] = {};
-    for (int64_t i = 0; i < count; i++) lanes[i] = c.weight[(channel + i) * c.taps + k];
-    weights[k] = load_as<f32xw>(lanes);
+    for (int64_t i = 0; i < std::min(WIDTH, channels); i++) lanes[i] = weight[i * taps + k];
+    vectors[k] = load_as<f32xw>(lanes);
   }
 }
 
@@ -44,7 +43,7 @@ struct Filter {
   f32xw bias;
 
   Filter(const Conv& conv, int64_t image, int64_t channel, const f32xw* vectors)
-      : c(conv), x(conv.x + image * conv.tokens * conv.channels + channel), left(conv.channels - channel),
+      : c(conv), x(static_cast<const float*>(conv.x) + image * conv.tokens * conv.channels + channel), left(conv.channels - channel),
         weights(vectors), bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
 
   int64_t taps() const { return TAPS ? TAPS : c.taps; }
@@ -62,19 +61,64 @@ struct Filter {
   }
 };
 
-template <int TAPS>
+// What a vector of channels keeps between chunks. The weights of its taps, and its last taps - 1 inputs, are apart.
+struct Channels {
+  f32xw bias, inv_smooth;
+};
+
+// A chunk of tokens [start, stop) of one vector of channels, with weights and inputs in registers where TAPS says how many.
+template <int TAPS, class T>
+inline void window(const Conv& c, const T* x, T* y, int8_t* codes, const int32_t* order, const Grid* grids, int64_t start,
+                   int64_t stop, int64_t left, const f32xw* weights, f32xw* past, const Channels& channels) {
+  const int64_t taps = TAPS ? TAPS : c.taps;
+  f32xw own[TAPS ? 2 * TAPS : 1];
+  if (TAPS) {
+    std::copy_n(weights, taps, own);
+    std::copy_n(past, taps - 1, own + taps);
+  }
+  const f32xw* w = TAPS ? own : weights;
+  f32xw* last = TAPS ? own + taps : past;
+  const f32xw bias = channels.bias, inv_smooth = channels.inv_smooth;
+  for (int64_t t = start; t < stop; t++) {
+    const int64_t token = order ? order[t] : t;
+    const f32xw now = load_lanes(x + token * c.x_row, left);
+    f32xw value = bias;
+    for (int64_t k = 0; k + 1 < taps; k++) value += w[k] * last[k];
+    value += w[taps - 1] * now;
+    for (int64_t k = 0; k + 2 < taps; k++) last[k] = last[k + 1];
+    if (taps > 1) last[taps - 2] = now;
+    if (c.silu) value = silu(value);
+    store_lanes(y + token * c.channels, value, left);
+    if (codes) store_codes(codes + token * c.channels, value * inv_smooth, grids[t - start], left);
+  }
+  if (TAPS) std::copy_n(last, taps - 1, past);
+}
+
+template <int TAPS, class T>
 void forward(const Conv& c, int64_t begin, int64_t end) {
-  std::vector<f32xw> weights((c.channels + WIDTH - 1) / WIDTH * c.taps);
-  for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c, e, &weights[v * c.taps]);
-    for (int64_t start = 0; start < c.tokens; start += CHUNK) {
-      const int64_t stop = std::min(start + CHUNK, c.tokens);
+  const int64_t E = c.channels, taps = c.taps, vectors = (E + WIDTH - 1) / WIDTH;
+  std::vector<f32xw> weights(vectors * taps), past(vectors * (taps - 1) + 1);
+  std::vector<Channels> channels(vectors);
+  std::vector<Grid> grids(WINDOW, Grid(1.0f, 0, 0, 0));
+  for_images(c, begin, end, [&](int64_t item, int64_t first, int64_t last) {
+    const int64_t direction = item / c.batch, image = item % c.batch;
+    const T* x = static_cast<const T*>(c.x) + image * c.x_image;
+    T* y = static_cast<T*>(c.y) + item * c.tokens * E;
+    int8_t* codes = c.codes ? c.codes + item * c.tokens * E : nullptr;
+    const int32_t* order = c.order ? c.order + direction * c.tokens : nullptr;
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
+      const int64_t at = direction * E + e, left = E - e;
+      load_weights(c.weight + at * taps, taps, left, &weights[v * taps]);
+      channels[v].bias = c.bias ? load_lanes(c.bias + at, left) : f32xw{};
+      channels[v].inv_smooth = c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f);
+    }
+    std::fill(past.begin(), past.end(), f32xw{});
+    for (int64_t start = 0; start < c.tokens; start += WINDOW) {
+      const int64_t stop = std::min(start + WINDOW, c.tokens);
+      for (int64_t t = start; codes && t < stop; t++) grids[t - start] = Grid(c.qparams, order ? order[t] : t, direction);
       for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-        const Filter<TAPS> filter(c, image, e, &weights[v * c.taps]);
-        float* y = c.y + image * c.tokens * c.channels + e;
-        for (int64_t t = start; t < stop; t++) {
-          store_lanes(y + t * c.channels, c.silu ? silu(filter(t)) : filter(t), filter.left);
-        }
+        window<TAPS>(c, x + e, y + e, codes ? codes + e : nullptr, order, grids.data(), start, stop, E - e,
+                     &weights[v * taps], &past[v * (taps - 1)], channels[v]);
       }
     }
   });
@@ -86,7 +130,7 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = (E + WIDTH - 1) / WIDTH;
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c, e, &weights[v * taps]);
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c.weight + e * taps, taps, E - e, &weights[v * taps]);
     std::fill(grad_weights.begin(), grad_weights.end(), f32xw{});
     std::fill(grad_bias.begin(), grad_bias.end(), f32xw{});
     for (int64_t start = 0; start < c.tokens; start += CHUNK) {
@@ -131,7 +175,11 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
 }  // namespace
 
 void conv(const Conv& c, int64_t begin, int64_t end) {
-  c.taps == 4 ? forward<4>(c, begin, end) : forward<0>(c, begin, end);
+  if (c.type == Float::f32) {
+    c.taps == 4 ? forward<4, float>(c, begin, end) : forward<0, float>(c, begin, end);
+  } else {
+    c.taps == 4 ? forward<4, bfloat16>(c, begin, end) : forward<0, bfloat16>(c, begin, end);
+  }
 }
 
 void conv_backward(const ConvBackward& b, int64_t begin, int64_t end) {

@@ -9,16 +9,55 @@ namespace ptq4vm {
 
 enum class Float { f32, bf16 };
 
-// reference.quantize: x (rows, D) → codes (rows, D). Qparams belong to a row r: the one at r % scales.
-struct Quantize {
-  const void* x;
-  Float x_type;
+// Those of the codes that an operator gives: row r of a set has the ones at r % scales.
+struct Qparams {
   const float* inv_scale;
   const int32_t* zero_point;
   const float* inv_smooth;  // (D,) or null
-  int8_t* codes;
-  int64_t rows, channels, scales;
+  int64_t scales;
   int low, high;
+};
+
+// reference.quantize: x (rows, D) → codes (rows, D).
+struct Quantize {
+  const void* x;
+  Float x_type;
+  Qparams qparams;
+  int8_t* codes;
+  int64_t rows, channels;
+};
+
+// reference.choose_qparams: x (rows, D) → scale, zero_point (rows,).
+struct ChooseQparams {
+  const void* x;
+  Float x_type;
+  const float* inv_smooth;  // (D,) or null
+  float* scale;
+  int32_t* zero_point;
+  int64_t rows, channels;
+  int low, high;
+};
+
+// reference.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
+struct Dequantize {
+  const int8_t* x;
+  const float* scale;
+  const int32_t* zero_point;
+  float* y;
+  int64_t rows, channels, scales;
+};
+
+// fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
+struct NormQuantize {
+  const void* x;
+  Float x_type;
+  const float *residual, *weight, *bias;  // or null
+  float* total;                           // null without a residual
+  int8_t* codes;
+  Qparams qparams;
+  int64_t rows, channels;
+  float eps;
+  bool rms;
 };
 
 // reference.linear: codes (rows, D) with qparams as above, weight int8 (N, D) or two 4-bit codes a byte (N, ceil(D / 2)).
@@ -53,15 +92,36 @@ struct ScanBackward {
   float *D, *z, *delta_bias;  // or null
 };
 
-// reference.causal_conv1d: x, y (B, L, E); weight (E, taps); bias (E,) or null. All float32.
+// fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
+// rows of E that lie x_row numbers apart, and images that lie x_image apart; y, codes (K, B, L, E) have x's type and int8;
+// weight (K, E, taps). Sets of qparams: K.
 struct Conv {
-  const float *x, *weight, *bias;
-  float* y;
-  int64_t batch, tokens, channels, taps;
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (K, E) or null
+  const int32_t* order;        // (K, L), or null: 0, 1, 2, …
+  void* y;
+  int8_t* codes;  // or null
+  Qparams qparams;
+  int64_t directions, batch, tokens, channels, taps;
   bool silu;
 };
 
-// Its adjoint; gradients of weight (batch, E, taps) and bias (batch, E) are written for every image.
+// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E), weight (E, rows, columns).
+struct Conv2d {
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (E,) or null
+  void* y;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t directions, batch, height, width, channels, rows, columns;
+};
+
+// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias (batch, E)
+// are written for every image.
 struct ConvBackward {
   Conv forward;  // y unused
   const float* grad;
@@ -75,7 +135,11 @@ struct Kernels {
   void (*linear)(const Linear&, int64_t begin, int64_t end);                // feature blocks × row blocks
   void (*scan)(const Scan&, int64_t begin, int64_t end);                    // images × groups of LANES channels
   void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images
-  void (*conv)(const Conv&, int64_t begin, int64_t end);                    // images × groups of LANES channels
+  void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows
+  void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);        // rows
+  void (*norm_quantize)(const NormQuantize&, int64_t begin, int64_t end);   // rows
+  void (*conv)(const Conv&, int64_t begin, int64_t end);         // directions × images × groups of LANES channels
+  void (*conv2d)(const Conv2d&, int64_t begin, int64_t end);     // images × rows of the map
   void (*conv_backward)(const ConvBackward&, int64_t begin, int64_t end);   // images × groups of LANES channels
 };
 

@@ -2,6 +2,7 @@
 // conversion, never by a sum: so no compiler flag can contract it, and files that allow contraction may include this.
 #pragma once
 
+#include "kernels.h"
 #include "math.h"
 
 namespace ptq4vm {
@@ -15,6 +16,10 @@ struct Grid {
   Grid(float inv, int32_t zero, int least, int most)
       : inv_scale(inv), low(static_cast<float>(least) - static_cast<float>(zero)),
         high(static_cast<float>(most) - static_cast<float>(zero)), zero_point(zero) {}
+
+  // Of a row of a set.
+  Grid(const Qparams& q, int64_t row, int64_t set = 0)
+      : Grid(q.inv_scale[set * q.scales + row % q.scales], q.zero_point[set * q.scales + row % q.scales], q.low, q.high) {}
 };
 
 // The codes of a vector, already smoothed (multiplied by inv_smooth). NaN has the code 0, as in torch.

@@ -1,12 +1,13 @@
 """What feeds a quantized linear, on every instruction set: quantization, norms and convolutions with their codes."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, draw, isa, needs_library, qparams, relative  # noqa: F401
+from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, draw, needs_library, qparams, relative
+from test_native import isa as isa  # a fixture
 
-import pytest
 from ptq4vm import fused, ops, reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,7 +40,7 @@ def assert_same_codes(ours, theirs):
 
 @needs_library
 @DTYPES
-def test_numbers_that_are_not_finite_have_the_references_codes(isa, dtype):  # noqa: F811
+def test_numbers_that_are_not_finite_have_the_references_codes(isa, dtype):
     inf, largest = torch.inf, torch.finfo(torch.float32).max
     values = torch.tensor([torch.nan, inf, -inf, largest, -largest, 1e-45, -0.0, 127.5, -127.5]).to(dtype)
     x = values.repeat(5, 3)
@@ -53,7 +54,7 @@ def test_numbers_that_are_not_finite_have_the_references_codes(isa, dtype):  # n
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
-def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, channels, bits, smooth, seed):  # noqa: F811
+def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, channels, bits, smooth, seed):
     random = draw(seed)
     x = (torch.randn(images, tokens, channels, generator=random) * 10.0 ** (seed % 80 - 40)).to(dtype)
     x = x.abs() if seed % 3 == 0 else x
@@ -65,7 +66,7 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
 @needs_library
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
-def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kind, seed):  # noqa: F811
+def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kind, seed):
     random = draw(seed)
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)
     arguments = (codes, *qparams(kind, images, tokens, 8, random))
@@ -78,7 +79,7 @@ def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kin
     st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.booleans(), st.integers(0, 7), SEEDS
 )
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
-def test_norm_and_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, rms, add, optional, seed):  # noqa: F811
+def test_norm_and_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, rms, add, optional, seed):
     random = draw(seed)
     scale, zero_point = qparams(kind, images, tokens, bits, random)
     scale = scale * 2 ** (8 - bits) / 20
@@ -123,7 +124,7 @@ def test_directional_convolutions_and_codes_are_the_references(
     bits,
     optional,
     strided,
-    seed,  # noqa: F811
+    seed,
 ):
     random = draw(seed)
     x = rows_of_more(torch.randn(images, tokens, channels, generator=random).to(dtype), strided)
@@ -173,7 +174,7 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     bits,
     optional,
     strided,
-    seed,  # noqa: F811
+    seed,
 ):
     random = draw(seed)
     tokens = height * width
@@ -216,7 +217,7 @@ def test_a_convolution_in_bfloat16_is_the_one_in_float32_rounded(
     taps,
     silu,
     strided,
-    seed,  # noqa: F811
+    seed,
 ):
     random = draw(seed)
     x = rows_of_more(torch.randn(images, tokens, channels, generator=random).bfloat16(), strided)
@@ -226,7 +227,7 @@ def test_a_convolution_in_bfloat16_is_the_one_in_float32_rounded(
 
 
 @needs_library
-def test_silu_keeps_its_ends(isa):  # noqa: F811
+def test_silu_keeps_its_ends(isa):
     """No overflow on the way, for one row of inputs as they are."""
     inf = torch.inf
     x = torch.tensor([torch.nan, inf, 1e30, 100, 88, 20, 1e-30, 0, -1e-30, -20, -80, -100, -1e30]).repeat(3)
@@ -237,7 +238,7 @@ def test_silu_keeps_its_ends(isa):  # noqa: F811
 
 @needs_library
 @DTYPES
-def test_the_number_of_threads_changes_no_bit(isa, dtype):  # noqa: F811
+def test_the_number_of_threads_changes_no_bit(isa, dtype):
     random = draw(0)
     x = torch.randn(2, 195, 200, generator=random).to(dtype)
     order = torch.stack((torch.arange(195), torch.arange(195).flip(0)))
@@ -268,7 +269,7 @@ def test_the_number_of_threads_changes_no_bit(isa, dtype):  # noqa: F811
 
 
 @needs_library
-def test_wrong_shapes_are_told(isa):  # noqa: F811
+def test_wrong_shapes_are_told(isa):
     x, order = torch.randn(1, 6, 4), torch.arange(6)[None]
     qparams_of = (torch.ones(1, 6), torch.ones(1, 6, dtype=torch.int32), None, 8)
     wrong = {

@@ -5,13 +5,14 @@
 #include <vector>
 
 #include "quantize.h"
+#include "taps.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
 constexpr int64_t CHUNK = 16;   // tokens of the adjoint
-constexpr int64_t WINDOW = 8;   // tokens of the convolution: their rows stay in the first cache whatever lies between them
+constexpr int64_t WINDOW = 8;   // tokens of the convolution: fewer lines of a cache than one set has
 
 // work(image, first channel, last channel) for groups [begin, end); images of all directions, one direction after another.
 template <class Work>
@@ -21,15 +22,6 @@ void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
     const int64_t group = begin % groups, count = std::min(groups - group, end - begin);
     work(begin / groups, group * LANES, std::min(c.channels, (group + count) * LANES));
     begin += count;
-  }
-}
-
-// One vector for each tap of the channels in lanes.
-void load_weights(const float* weight, int64_t taps, int64_t channels, f32xw* vectors) {
-  for (int64_t k = 0; k < taps; k++) {
-    float lanes[WIDTH] = {};
-    for (int64_t i = 0; i < std::min(WIDTH, channels); i++) lanes[i] = weight[i * taps + k];
-    vectors[k] = load_as<f32xw>(lanes);
   }
 }
 
@@ -61,64 +53,94 @@ struct Filter {
   }
 };
 
-// What a vector of channels keeps between chunks. The weights of its taps, and its last taps - 1 inputs, are apart.
-struct Channels {
+// A chunk of tokens [start, stop) of some vectors of channels.
+template <class T>
+struct Chunk {
+  const T* x;  // of the first token and channel, as y and codes
+  T* y;
+  int8_t* codes;         // or null
+  const int32_t* order;  // or null
+  const Grid* grids;     // of the chunk
+  int64_t start, stop, x_row, channels, taps;
+  bool silu;
+};
+
+// What it needs of a vector of channels, and keeps for the next chunk: the last taps - 1 inputs.
+struct Lanes {
+  const f32xw* weights;
+  f32xw* past;
   f32xw bias, inv_smooth;
 };
 
-// A chunk of tokens [start, stop) of one vector of channels, with weights and inputs in registers where TAPS says how many.
-template <int TAPS, class T>
-inline void window(const Conv& c, const T* x, T* y, int8_t* codes, const int32_t* order, const Grid* grids, int64_t start,
-                   int64_t stop, int64_t left, const f32xw* weights, f32xw* past, const Channels& channels) {
-  const int64_t taps = TAPS ? TAPS : c.taps;
-  f32xw own[TAPS ? 2 * TAPS : 1];
-  if (TAPS) {
-    std::copy_n(weights, taps, own);
-    std::copy_n(past, taps - 1, own + taps);
+// TAPS is the number of taps, which then lie in registers, or 0; `left` of the channels there are, all if WHOLE. A function
+// of its own, without calls: then there are enough registers.
+template <int TAPS, bool WHOLE, class T>
+__attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, int64_t vectors, int64_t count) {
+  const Chunk<T> c = chunk;  // codes could be anywhere, for all that the compiler knows
+  const int64_t taps = TAPS ? TAPS : c.taps, left = WHOLE ? WIDTH : count;
+  for (int64_t v = 0; v < vectors; v++) {
+    const f32xw bias = lanes[v].bias, inv_smooth = lanes[v].inv_smooth;
+    f32xw own[TAPS ? 2 * TAPS : 1];
+    for (int k = 0; k < TAPS; k++) own[k] = lanes[v].weights[k];
+    for (int k = 0; k + 1 < TAPS; k++) own[TAPS + k] = lanes[v].past[k];
+    const f32xw* w = TAPS ? own : lanes[v].weights;
+    f32xw* last = TAPS ? own + TAPS : lanes[v].past;
+    const T* x = c.x + v * WIDTH;
+    T* y = c.y + v * WIDTH;
+    int8_t* codes = c.codes ? c.codes + v * WIDTH : nullptr;
+    for (int64_t t = c.start; t < c.stop; t++) {
+      const int64_t token = c.order ? c.order[t] : t;
+      const f32xw now = load_lanes(x + token * c.x_row, left);
+      f32xw value = bias;
+      for (int64_t k = 0; k + 1 < taps; k++) value += w[k] * last[k];
+      value += w[taps - 1] * now;
+      for (int64_t k = 0; k + 2 < taps; k++) last[k] = last[k + 1];
+      if (taps > 1) last[taps - 2] = now;
+      if (c.silu) value = silu(value);
+      store_lanes(y + token * c.channels, value, left);
+      if (codes) store_codes(codes + token * c.channels, value * inv_smooth, c.grids[t - c.start], left);
+    }
+    for (int k = 0; k + 1 < TAPS; k++) lanes[v].past[k] = last[k];
   }
-  const f32xw* w = TAPS ? own : weights;
-  f32xw* last = TAPS ? own + taps : past;
-  const f32xw bias = channels.bias, inv_smooth = channels.inv_smooth;
-  for (int64_t t = start; t < stop; t++) {
-    const int64_t token = order ? order[t] : t;
-    const f32xw now = load_lanes(x + token * c.x_row, left);
-    f32xw value = bias;
-    for (int64_t k = 0; k + 1 < taps; k++) value += w[k] * last[k];
-    value += w[taps - 1] * now;
-    for (int64_t k = 0; k + 2 < taps; k++) last[k] = last[k + 1];
-    if (taps > 1) last[taps - 2] = now;
-    if (c.silu) value = silu(value);
-    store_lanes(y + token * c.channels, value, left);
-    if (codes) store_codes(codes + token * c.channels, value * inv_smooth, grids[t - start], left);
-  }
-  if (TAPS) std::copy_n(last, taps - 1, past);
 }
 
 template <int TAPS, class T>
 void forward(const Conv& c, int64_t begin, int64_t end) {
   const int64_t E = c.channels, taps = c.taps, vectors = (E + WIDTH - 1) / WIDTH;
   std::vector<f32xw> weights(vectors * taps), past(vectors * (taps - 1) + 1);
-  std::vector<Channels> channels(vectors);
+  std::vector<Lanes> lanes(vectors);
   std::vector<Grid> grids(WINDOW, Grid(1.0f, 0, 0, 0));
   for_images(c, begin, end, [&](int64_t item, int64_t first, int64_t last) {
-    const int64_t direction = item / c.batch, image = item % c.batch;
-    const T* x = static_cast<const T*>(c.x) + image * c.x_image;
-    T* y = static_cast<T*>(c.y) + item * c.tokens * E;
-    int8_t* codes = c.codes ? c.codes + item * c.tokens * E : nullptr;
-    const int32_t* order = c.order ? c.order + direction * c.tokens : nullptr;
+    const int64_t direction = item / c.batch, image = item % c.batch, whole = (last - first) / WIDTH;
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
       const int64_t at = direction * E + e, left = E - e;
-      load_weights(c.weight + at * taps, taps, left, &weights[v * taps]);
-      channels[v].bias = c.bias ? load_lanes(c.bias + at, left) : f32xw{};
-      channels[v].inv_smooth = c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f);
+      load_taps(c.weight + at * taps, taps, left, &weights[v * taps]);
+      lanes[v] = {&weights[v * taps], &past[v * (taps - 1)], c.bias ? load_lanes(c.bias + at, left) : f32xw{},
+                  c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f)};
     }
     std::fill(past.begin(), past.end(), f32xw{});
-    for (int64_t start = 0; start < c.tokens; start += WINDOW) {
-      const int64_t stop = std::min(start + WINDOW, c.tokens);
-      for (int64_t t = start; codes && t < stop; t++) grids[t - start] = Grid(c.qparams, order ? order[t] : t, direction);
-      for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-        window<TAPS>(c, x + e, y + e, codes ? codes + e : nullptr, order, grids.data(), start, stop, E - e,
-                     &weights[v * taps], &past[v * (taps - 1)], channels[v]);
+    Chunk<T> chunk{static_cast<const T*>(c.x) + image * c.x_image + first,
+                   static_cast<T*>(c.y) + item * c.tokens * E + first,
+                   c.codes ? c.codes + item * c.tokens * E + first : nullptr,
+                   c.order ? c.order + direction * c.tokens : nullptr,
+                   grids.data(),
+                   0,
+                   0,
+                   c.x_row,
+                   E,
+                   taps,
+                   c.silu};
+    for (chunk.start = 0; chunk.start < c.tokens; chunk.start = chunk.stop) {
+      chunk.stop = std::min(chunk.start + WINDOW, c.tokens);
+      for (int64_t t = chunk.start; c.codes && t < chunk.stop; t++) {
+        grids[t - chunk.start] = Grid(c.qparams, chunk.order ? chunk.order[t] : t, direction);
+      }
+      run<TAPS, true>(chunk, lanes.data(), whole, WIDTH);
+      if (first + whole * WIDTH < last) {
+        Chunk<T> rest = chunk;
+        rest.x += whole * WIDTH, rest.y += whole * WIDTH;
+        if (rest.codes) rest.codes += whole * WIDTH;
+        run<TAPS, false>(rest, &lanes[whole], 1, last - first - whole * WIDTH);
       }
     }
   });
@@ -130,7 +152,7 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = (E + WIDTH - 1) / WIDTH;
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c.weight + e * taps, taps, E - e, &weights[v * taps]);
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_taps(c.weight + e * taps, taps, E - e, &weights[v * taps]);
     std::fill(grad_weights.begin(), grad_weights.end(), f32xw{});
     std::fill(grad_bias.begin(), grad_bias.end(), f32xw{});
     for (int64_t start = 0; start < c.tokens; start += CHUNK) {

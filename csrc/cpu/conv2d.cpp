@@ -5,108 +5,115 @@
 #include <vector>
 
 #include "quantize.h"
+#include "taps.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-// Some rows of a map, with the memory that they need.
+// A row of a map.
 template <class T>
-class Rows {
- public:
-  explicit Rows(const Conv2d& conv)
-      : c(conv), vectors((c.channels + WIDTH - 1) / WIDTH), weights(vectors * c.rows * c.columns),
-        inv_smooth(vectors * c.directions), inputs(c.rows),
-        grids(c.directions * c.width, Grid(1.0f, 0, 0, 0)) {
-    const int64_t size = c.rows * c.columns;
-    for (int64_t v = 0; v < vectors; v++) {
-      const int64_t e = v * WIDTH, count = std::min(WIDTH, c.channels - e);
-      for (int64_t k = 0; k < size; k++) {
-        float lanes[WIDTH] = {};
-        for (int64_t i = 0; i < count; i++) lanes[i] = c.weight[(e + i) * size + k];
-        weights[v * size + k] = load_as<f32xw>(lanes);
-      }
-      for (int64_t k = 0; k < c.directions; k++) {
-        const float* smooth = c.qparams.inv_smooth;
-        inv_smooth[v * c.directions + k] = smooth ? load_lanes(smooth + k * c.channels + e, count) : fill(1.0f);
-      }
-    }
-  }
+struct Row {
+  const T* const* inputs;  // the rows that the kernel covers, null outside of the map
+  T* y;
+  int8_t* codes;      // of the first direction
+  const Grid* grids;  // (directions, width)
+  const f32xw *weights, *biases, *inv_smooth;  // (vectors, rows · columns), (vectors,), (vectors, directions)
+  int64_t x_row, channels, width, directions, map, rows, columns;  // map: codes of a direction
+};
 
-  void run(int64_t image, int64_t h) {
-    for (int64_t k = 0; k < c.directions; k++) {
-      for (int64_t w = 0; w < c.width; w++) grids[k * c.width + w] = Grid(c.qparams, h * c.width + w, k);
-    }
-    for (int64_t i = 0; i < c.rows; i++) {
-      const int64_t from = h + i - c.rows / 2;
-      const T* x = static_cast<const T*>(c.x) + image * c.x_image;
-      inputs[i] = 0 <= from && from < c.height ? x + from * c.width * c.x_row : nullptr;
-    }
-    const int64_t token = (image * c.height + h) * c.width;
-    for (int64_t v = 0; v < vectors; v++) c.rows == 3 && c.columns == 3 ? three(v, token) : any(v, token);
+// One output of a vector of channels.
+template <class T>
+inline void finish(const Row<T>& r, f32xw sum, int64_t v, int64_t w, int64_t left) {
+  const int64_t at = w * r.channels + v * WIDTH;
+  const f32xw u = silu(sum);
+  store_lanes(r.y + at, u, left);
+  for (int64_t k = 0; k < r.directions; k++) {
+    store_codes(r.codes + k * r.map + at, u * r.inv_smooth[v * r.directions + k], r.grids[k * r.width + w], left);
   }
+}
 
- private:
-  f32xw input(int64_t i, int64_t w, int64_t e) const {
-    return inputs[i] ? load_lanes(inputs[i] + w * c.x_row + e, c.channels - e) : f32xw{};
-  }
-
-  void finish(f32xw sum, int64_t v, int64_t token, int64_t w) {
-    const int64_t e = v * WIDTH, left = c.channels - e, at = (token + w) * c.channels + e;
-    const f32xw u = silu(sum);
-    store_lanes(static_cast<T*>(c.y) + at, u, left);
-    for (int64_t k = 0; k < c.directions; k++) {
-      int8_t* codes = c.codes + k * c.batch * c.height * c.width * c.channels + at;
-      store_codes(codes, u * inv_smooth[v * c.directions + k], grids[k * c.width + w], left);
-    }
-  }
-
-  void three(int64_t v, int64_t token) {
-    const int64_t e = v * WIDTH;
-    const f32xw bias = c.bias ? load_lanes(c.bias + e, c.channels - e) : f32xw{};
+// Vectors [first, last); `count` channels of each, all of a vector if WHOLE. A function of its own, without calls: then
+// there are enough registers.
+template <bool WHOLE, class T>
+__attribute__((noinline)) void three_by_three(const Row<T>& row, int64_t first, int64_t last, int64_t count) {
+  const Row<T> r = row;  // codes could be anywhere, for all that the compiler knows
+  const T *above = r.inputs[0], *middle = r.inputs[1], *below = r.inputs[2];
+  const int64_t left = WHOLE ? WIDTH : count;
+  for (int64_t v = first; v < last; v++) {
     f32xw k[9];
-    std::copy_n(&weights[9 * v], 9, k);
-    f32xw before = bias, here = bias;
-    for (int64_t w = 0; w < c.width; w++) {
-      f32xw after = bias;
-      for (int i = 0; i < 3; i++) {
-        const f32xw x = input(i, w, e);
-        before += k[3 * i + 2] * x;
-        here += k[3 * i + 1] * x;
-        after += k[3 * i] * x;
-      }
-      if (w) finish(before, v, token, w - 1);
+    for (int i = 0; i < 9; i++) k[i] = r.weights[9 * v + i];
+    f32xw before = r.biases[v], here = before;
+    for (int64_t w = 0; w < r.width; w++) {
+      const int64_t at = w * r.x_row + v * WIDTH;
+      f32xw after = r.biases[v];
+      const auto add = [&](const T* x, int i) {
+        const f32xw value = load_lanes(x + at, left);
+        before += k[i + 2] * value;
+        here += k[i + 1] * value;
+        after += k[i] * value;
+      };
+      if (above) add(above, 0);
+      add(middle, 3);
+      if (below) add(below, 6);
+      if (w) finish(r, before, v, w - 1, left);
       before = here, here = after;
     }
-    finish(before, v, token, c.width - 1);
+    finish(r, before, v, r.width - 1, left);
   }
+}
 
-  void any(int64_t v, int64_t token) {
-    const int64_t e = v * WIDTH;
-    for (int64_t w = 0; w < c.width; w++) {
-      f32xw sum = c.bias ? load_lanes(c.bias + e, c.channels - e) : f32xw{};
-      for (int64_t i = 0; i < c.rows; i++) {
-        for (int64_t j = 0; j < c.columns; j++) {
-          const int64_t from = w + j - c.columns / 2;
-          if (0 <= from && from < c.width) sum += weights[(v * c.rows + i) * c.columns + j] * input(i, from, e);
-        }
+template <class T>
+void any_size(const Row<T>& r, int64_t v) {
+  const int64_t left = r.channels - v * WIDTH;
+  for (int64_t w = 0; w < r.width; w++) {
+    f32xw sum = r.biases[v];
+    for (int64_t i = 0; i < r.rows; i++) {
+      for (int64_t j = 0; r.inputs[i] && j < r.columns; j++) {
+        const int64_t from = w + j - r.columns / 2;
+        if (from < 0 || from >= r.width) continue;
+        sum += r.weights[(v * r.rows + i) * r.columns + j] * load_lanes(r.inputs[i] + from * r.x_row + v * WIDTH, left);
       }
-      finish(sum, v, token, w);
     }
+    finish(r, sum, v, w, left);
   }
-
-  const Conv2d& c;
-  const int64_t vectors;
-  std::vector<f32xw> weights;     // (vectors, rows, columns)
-  std::vector<f32xw> inv_smooth;  // (vectors, directions)
-  std::vector<const T*> inputs;   // rows of the map that the kernel covers, null outside
-  std::vector<Grid> grids;        // (directions, width)
-};
+}
 
 template <class T>
 void run(const Conv2d& c, int64_t begin, int64_t end) {
-  Rows<T> rows(c);
-  for (int64_t i = begin; i < end; i++) rows.run(i / c.height, i % c.height);
+  const int64_t E = c.channels, K = c.directions, size = c.rows * c.columns, vectors = (E + WIDTH - 1) / WIDTH;
+  std::vector<f32xw> weights(vectors * size), biases(vectors), inv_smooth(vectors * K);
+  for (int64_t e = 0, v = 0; e < E; e += WIDTH, v++) {
+    load_taps(c.weight + e * size, size, E - e, &weights[v * size]);
+    if (c.bias) biases[v] = load_lanes(c.bias + e, E - e);
+    for (int64_t k = 0; k < K; k++) {
+      const float* smooth = c.qparams.inv_smooth;
+      inv_smooth[v * K + k] = smooth ? load_lanes(smooth + k * E + e, E - e) : fill(1.0f);
+    }
+  }
+  std::vector<const T*> inputs(c.rows);
+  std::vector<Grid> grids(K * c.width, Grid(1.0f, 0, 0, 0));
+  for (int64_t row = begin; row < end; row++) {
+    const int64_t h = row % c.height;
+    const T* x = static_cast<const T*>(c.x) + row / c.height * c.x_image;
+    for (int64_t i = 0; i < c.rows; i++) {
+      const int64_t from = h + i - c.rows / 2;
+      inputs[i] = 0 <= from && from < c.height ? x + from * c.width * c.x_row : nullptr;
+    }
+    for (int64_t k = 0; k < K; k++) {
+      for (int64_t w = 0; w < c.width; w++) grids[k * c.width + w] = Grid(c.qparams, h * c.width + w, k);
+    }
+    const int64_t at = row * c.width * E;
+    const Row<T> r{inputs.data(),     static_cast<T*>(c.y) + at, c.codes + at, grids.data(), weights.data(), biases.data(),
+                   inv_smooth.data(), c.x_row,                   E,            c.width,      K,
+                   c.batch * c.height * c.width * E,             c.rows,       c.columns};
+    if (c.rows == 3 && c.columns == 3) {
+      three_by_three<true>(r, 0, E / WIDTH, WIDTH);
+      if (E % WIDTH) three_by_three<false>(r, E / WIDTH, vectors, E % WIDTH);
+    } else {
+      for (int64_t v = 0; v < vectors; v++) any_size(r, v);
+    }
+  }
 }
 
 }  // namespace

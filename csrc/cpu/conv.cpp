@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t CHUNK = 16;  // tokens of the adjoint
 constexpr int64_t WINDOW = 8;  // tokens of the convolution: fewer than the lines that a set of the first cache holds
 
-// work(image, first channel, last channel) for groups [begin, end); a direction's images follow those of the one before.
+// work(image, first channel, last channel) for groups [begin, end), where a direction's images follow the one's before.
 template <class Work>
 void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
   const int64_t groups = (c.channels + LANES - 1) / LANES;

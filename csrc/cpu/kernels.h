@@ -93,7 +93,7 @@ struct ScanBackward {
 };
 
 // fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
-// rows of E that lie x_row numbers apart, and images that lie x_image apart; y, of x's type, and codes are (K, B, L, E),
+// rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
 // weight (K, E, taps). There are K sets of qparams.
 struct Conv {
   const void* x;

@@ -11,10 +11,10 @@ namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-constexpr int64_t CHUNK = 16;   // tokens of the adjoint
-constexpr int64_t WINDOW = 8;   // tokens of the convolution: fewer lines of a cache than one set has
+constexpr int64_t CHUNK = 16;  // tokens of the adjoint
+constexpr int64_t WINDOW = 8;  // tokens of the convolution: fewer than the lines that a set of the first cache holds
 
-// work(image, first channel, last channel) for groups [begin, end); images of all directions, one direction after another.
+// work(image, first channel, last channel) for groups [begin, end), where a direction's images follow the one's before.
 template <class Work>
 void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
   const int64_t groups = (c.channels + LANES - 1) / LANES;
@@ -35,8 +35,9 @@ struct Filter {
   f32xw bias;
 
   Filter(const Conv& conv, int64_t image, int64_t channel, const f32xw* vectors)
-      : c(conv), x(static_cast<const float*>(conv.x) + image * conv.tokens * conv.channels + channel), left(conv.channels - channel),
-        weights(vectors), bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
+      : c(conv), x(static_cast<const float*>(conv.x) + image * conv.tokens * conv.channels + channel),
+        left(conv.channels - channel), weights(vectors),
+        bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
 
   int64_t taps() const { return TAPS ? TAPS : c.taps; }
   f32xw input(int64_t t, int64_t k) const { return load_lanes(x + (t + 1 - taps() + k) * c.channels, left); }
@@ -72,8 +73,8 @@ struct Lanes {
   f32xw bias, inv_smooth;
 };
 
-// TAPS is the number of taps, which then lie in registers, or 0; `left` of the channels there are, all if WHOLE. A function
-// of its own, without calls: then there are enough registers.
+// TAPS is the number of taps, which then lie in registers, or 0; vectors have `count` channels, all lanes if WHOLE. A
+// function of its own, without calls: then there are enough registers.
 template <int TAPS, bool WHOLE, class T>
 __attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, int64_t vectors, int64_t count) {
   const Chunk<T> c = chunk;  // codes could be anywhere, for all that the compiler knows
@@ -152,7 +153,9 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = (E + WIDTH - 1) / WIDTH;
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_taps(c.weight + e * taps, taps, E - e, &weights[v * taps]);
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
+      load_taps(c.weight + e * taps, taps, E - e, &weights[v * taps]);
+    }
     std::fill(grad_weights.begin(), grad_weights.end(), f32xw{});
     std::fill(grad_bias.begin(), grad_bias.end(), f32xw{});
     for (int64_t start = 0; start < c.tokens; start += CHUNK) {

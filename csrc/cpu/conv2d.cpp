@@ -104,9 +104,9 @@ void run(const Conv2d& c, int64_t begin, int64_t end) {
       for (int64_t w = 0; w < c.width; w++) grids[k * c.width + w] = Grid(c.qparams, h * c.width + w, k);
     }
     const int64_t at = row * c.width * E;
-    const Row<T> r{inputs.data(),     static_cast<T*>(c.y) + at, c.codes + at, grids.data(), weights.data(), biases.data(),
-                   inv_smooth.data(), c.x_row,                   E,            c.width,      K,
-                   c.batch * c.height * c.width * E,             c.rows,       c.columns};
+    const int64_t map = c.batch * c.height * c.width * E;
+    const Row<T> r{inputs.data(), static_cast<T*>(c.y) + at, c.codes + at, grids.data(),
+                   weights.data(), biases.data(), inv_smooth.data(), c.x_row, E, c.width, K, map, c.rows, c.columns};
     if (c.rows == 3 && c.columns == 3) {
       three_by_three<true>(r, 0, E / WIDTH, WIDTH);
       if (E % WIDTH) three_by_three<false>(r, E / WIDTH, vectors, E % WIDTH);

@@ -120,8 +120,8 @@ struct ScanBackward {
 };
 
 // fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
-// rows of E that lie x_row numbers apart, and images that lie x_image apart; y, codes (K, B, L, E) have x's type and int8;
-// weight (K, E, taps). Sets of qparams: K.
+// rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
+// weight (K, E, taps). There are K sets of qparams.
 struct Conv {
   const void* x;
   Float type;
@@ -135,7 +135,8 @@ struct Conv {
   bool silu;
 };
 
-// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E), weight (E, rows, columns).
+// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
+// weight (E, rows, columns).
 struct Conv2d {
   const void* x;
   Float type;
@@ -147,8 +148,8 @@ struct Conv2d {
   int64_t directions, batch, height, width, channels, rows, columns;
 };
 
-// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias (batch, E)
-// are written for every image.
+// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
+// (batch, E) are written for every image.
 struct ConvBackward {
   Conv forward;  // y unused
   const float* grad;

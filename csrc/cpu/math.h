@@ -163,8 +163,9 @@ inline f32xw softplus(f32xw x) {
 // 1 + exp(-x), within 2e-7 for x >= -1 and (1 - x) · 1e-7 below, where silu is small.
 inline f32xw one_plus_exp_minus(f32xw x) {
 #ifdef __AVX512DQ__
-  // Needs no bounds. A division by it costs nothing next to all this: Newton's step from an estimate is slower.
-  const f32xw t = x * -1.442695041f, f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT);
+  // Bounded only against denormals. A division by it costs nothing next to all this: Newton's step is slower.
+  const f32xw t = at_least(-125.0f, x * -1.442695041f);
+  const f32xw f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT);
   return 1.0f + (f32xw)_mm512_maskz_scalef_ps(0xffff, exp2_near_zero(f, 1.0f), t - f);
 #else
   return 1.0f + exp(-x);

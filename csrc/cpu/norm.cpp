@@ -1,5 +1,6 @@
 // fused.norm_quantize: the sum with the residual, RMS norm or layer norm, and the codes, row by row in the first cache.
 // Sums have one order, whatever the division of work; codes may differ from the reference's by one at rounding ties.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -11,43 +12,50 @@ namespace {
 
 constexpr int SUMS = 4;  // at once: one alone would wait for itself
 
-// Sum of term(value) over the row.
+// Σ term(d, count) over vectors of `count` channels from d on. Terms of lanes beyond the channels must be zero.
 template <class Term>
-float sum_of(const float* row, int64_t channels, Term term) {
+inline float sum_of(int64_t channels, Term term) {
   f32xw sums[SUMS] = {};
   int64_t d = 0;
   for (; d + SUMS * WIDTH <= channels; d += SUMS * WIDTH) {
-    for (int i = 0; i < SUMS; i++) sums[i] += term(load_all(row + d + i * WIDTH));
+    for (int i = 0; i < SUMS; i++) sums[i] += term(d + i * WIDTH, WIDTH);
   }
-  for (; d + WIDTH <= channels; d += WIDTH) sums[0] += term(load_all(row + d));
-  float rest = 0.0f;
-  for (; d < channels; d++) rest += term(fill(row[d]))[0];
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest;
+  for (; d < channels; d += WIDTH) sums[0] += term(d, std::min(WIDTH, channels - d));
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <class T>
 void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
   const int64_t D = q.channels;
-  const float share = 1.0f / static_cast<float>(D);
-  std::vector<float> own(q.total ? 0 : D);
+  const float share = 1.0f / static_cast<float>(D), eps = q.eps;
+  const bool rms = q.rms;
+  std::vector<float> own(q.total ? 0 : D), ones(WIDTH, 1.0f);
   for (int64_t r = begin; r < end; r++) {
     const T* x = input + r * D;
+    const float *residual = q.residual ? q.residual + r * D : nullptr, *one = ones.data();
     float* row = q.total ? q.total + r * D : own.data();
-    for (int64_t d = 0; d < D; d += WIDTH) {
-      f32xw value = load_lanes(x + d, D - d);
-      if (q.residual) value += load_lanes(q.residual + r * D + d, D - d);
-      store_lanes(row + d, value, D - d);
-    }
-    const float mean = q.rms ? 0.0f : sum_of(row, D, [](f32xw x) { return x; }) * share;
-    const float squares = sum_of(row, D, [mean](f32xw x) { return (x - mean) * (x - mean); });
-    const float scale = 1.0f / std::sqrt(squares * share + q.eps);
+    const float first = sum_of(D, [=](int64_t d, int64_t count) {
+      f32xw value = load_lanes(x + d, count);
+      if (residual) value += load_lanes(residual + d, count);
+      store_lanes(row + d, value, count);
+      return rms ? value * value : value;
+    });
+    const float mean = rms ? 0.0f : first * share;
+    const auto deviation = [=](int64_t d, int64_t count) {
+      const f32xw value = (load_lanes(row + d, count) - mean) * load_lanes(one, count);
+      return value * value;
+    };
+    const float squares = rms ? first : sum_of(D, deviation);
+    const float scale = 1.0f / std::sqrt(squares * share + eps);
     const Grid grid(q.qparams, r);
+    const float *weight = q.weight, *bias = q.bias, *inv_smooth = q.qparams.inv_smooth;
+    int8_t* codes = q.codes + r * D;
     for (int64_t d = 0; d < D; d += WIDTH) {
       f32xw y = (load_lanes(row + d, D - d) - mean) * scale;
-      if (q.weight) y *= load_lanes(q.weight + d, D - d);
-      if (q.bias) y += load_lanes(q.bias + d, D - d);
-      if (q.qparams.inv_smooth) y *= load_lanes(q.qparams.inv_smooth + d, D - d);
-      store_codes(q.codes + r * D + d, y, grid, D - d);
+      if (weight) y *= load_lanes(weight + d, D - d);
+      if (bias) y += load_lanes(bias + d, D - d);
+      if (inv_smooth) y *= load_lanes(inv_smooth + d, D - d);
+      store_codes(codes + d, y, grid, D - d);
     }
   }
 }

@@ -25,7 +25,8 @@ struct Codes {
   Codes(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits, int64_t scales_of_set)
       : inv_scale(as(inv, ScalarType::Float)), zero_point(as(zero, ScalarType::Int)),
         inv_smooth(as(smooth, ScalarType::Float)), scales(scales_of_set), low((check_bits(bits), lowest(bits))) {
-    STD_TORCH_CHECK(zero.numel() == inv.numel(), "there are ", inv.numel(), " scales and ", zero.numel(), " zero points");
+    STD_TORCH_CHECK(zero.numel() == inv.numel(), "there are ", inv.numel(), " scales and ", zero.numel(),
+                    " zero points");
   }
 
   Qparams view() const {
@@ -34,8 +35,8 @@ struct Codes {
 };
 
 // Those of K directions: scales (K, L) or (K, 1), inv_smooth (K, E).
-Codes codes_of_directions(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits, int64_t directions,
-                          int64_t tokens, int64_t channels) {
+Codes codes_of_directions(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits,
+                          int64_t directions, int64_t tokens, int64_t channels) {
   STD_TORCH_CHECK(inv.dim() == 2 && inv.size(0) == directions, "scales of ", directions, " directions must be (",
                   directions, ", L) or (", directions, ", 1)");
   STD_TORCH_CHECK(inv.size(1) == 1 || inv.size(1) == tokens, "token scales were calibrated for ", inv.size(1),
@@ -100,8 +101,9 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional weight, Optional bias, double eps, bool rms,
-                                         Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
+std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional weight, Optional bias, double eps,
+                                         bool rms, Tensor inv_scale, Tensor zero_point, Optional inv_smooth,
+                                         int64_t bits) {
   STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
   const int64_t channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(!residual || (residual->dim() == x.dim() &&
@@ -161,9 +163,9 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
   const Input input(x, true);
   Tensor u = make(input.values, {directions, batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
-  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight), in<float>(bias),
-            in<int32_t>(order), u.mutable_data_ptr(), out<int8_t>(result), codes.view(), directions, batch, tokens,
-            channels, taps, true});
+  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
+            in<float>(bias), in<int32_t>(order), u.mutable_data_ptr(), out<int8_t>(result), codes.view(), directions,
+            batch, tokens, channels, taps, true});
   return {typed(u, x), result};
 }
 
@@ -172,8 +174,8 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
   STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x must be (B, H * W, E) and the weight (E, rows, columns)");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   const int64_t rows = weight.size(1), columns = weight.size(2);
-  STD_TORCH_CHECK(height >= 0 && width >= 0 && height * width == tokens, "a map of ", height, " by ", width, " has not ",
-                  tokens, " tokens");
+  STD_TORCH_CHECK(height >= 0 && width >= 0 && height * width == tokens, "a map of ", height, " by ", width,
+                  " has not ", tokens, " tokens");
   STD_TORCH_CHECK(rows % 2 == 1 && columns % 2 == 1, "a kernel of ", rows, " by ", columns,
                   " has no middle: both must be odd");
   check_shape("weight", weight, {channels, rows, columns});
@@ -215,14 +217,17 @@ struct ConvInputs {
     type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     x = as(x, type), weight = as(weight, type), bias = as(bias, type);
   }
+
+  float64::Conv exact(bool silu) const {
+    return {in<double>(x), in<double>(weight), in<double>(bias), batch, tokens, channels, taps, silu};
+  }
 };
 
 Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
   if (x.scalar_type() == ScalarType::Double) {
     const ConvInputs c(x, weight, bias);
     Tensor y = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
-    float64::conv({in<double>(c.x), in<double>(c.weight), in<double>(c.bias), c.batch, c.tokens, c.channels, c.taps, silu},
-                  out<double>(y));
+    float64::conv(c.exact(silu), out<double>(y));
     return y;
   }
   check_conv(x, weight, bias);
@@ -231,12 +236,14 @@ Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
   bias = as(bias, ScalarType::Float);
   const Input input(x, true);
   Tensor y = make(x, {batch, tokens, channels}, input.values.scalar_type());
-  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight), in<float>(bias),
-            nullptr, y.mutable_data_ptr(), nullptr, {}, 1, batch, tokens, channels, weight.size(1), silu});
+  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
+            in<float>(bias), nullptr, y.mutable_data_ptr(), nullptr, {}, 1, batch, tokens, channels, weight.size(1),
+            silu});
   return typed(y, x);
 }
 
-std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Optional bias, bool silu) {
+std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Optional bias,
+                                                          bool silu) {
   const ConvInputs c(x, weight, bias);
   check_shape("grad", grad, {c.batch, c.tokens, c.channels});
   const ScalarType grad_type = grad.scalar_type();
@@ -247,15 +254,14 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x,
     dx = zeros(c.x, {c.batch, c.tokens, c.channels}, c.type);
     dweight = zeros(c.x, {c.channels, c.taps}, c.type);
     if (bias) dbias = zeros(c.x, {c.channels}, c.type);
-    float64::conv_backward(
-        {in<double>(c.x), in<double>(c.weight), in<double>(c.bias), c.batch, c.tokens, c.channels, c.taps, silu},
-        in<double>(grad), out<double>(dx), out<double>(dweight), out<double>(dbias));
+    float64::conv_backward(c.exact(silu), in<double>(grad), out<double>(dx), out<double>(dweight), out<double>(dbias));
   } else {
     dx = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
     dweight = make(c.x, {c.batch, c.channels, c.taps}, c.type);
     if (bias) dbias = make(c.x, {c.batch, c.channels}, c.type);
     const Conv forward{in<float>(c.x), Float::f32, c.tokens * c.channels, c.channels, in<float>(c.weight),
-                       in<float>(c.bias), nullptr, nullptr, nullptr, {}, 1, c.batch, c.tokens, c.channels, c.taps, silu};
+                       in<float>(c.bias), nullptr, nullptr, nullptr, {}, 1, c.batch, c.tokens, c.channels, c.taps,
+                       silu};
     const ConvBackward q{forward,
                          in<float>(grad),
                          out<float>(dx),

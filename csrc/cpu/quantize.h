@@ -10,7 +10,7 @@ namespace {
 
 // The qparams of a token.
 struct Grid {
-  float inv_scale, low, high;  // bounds of the code less the zero point: then one conversion rounds, and cannot overflow
+  float inv_scale, low, high;  // bounds of the code less the zero point: one conversion rounds, and cannot overflow
   int32_t zero_point;
 
   Grid(float inv, int32_t zero, int least, int most)
@@ -19,7 +19,10 @@ struct Grid {
 
   // Of a row of a set.
   Grid(const Qparams& q, int64_t row, int64_t set = 0)
-      : Grid(q.inv_scale[set * q.scales + row % q.scales], q.zero_point[set * q.scales + row % q.scales], q.low, q.high) {}
+      : Grid(q, q.inv_scale + set * q.scales, q.zero_point + set * q.scales, row % q.scales) {}
+
+ private:
+  Grid(const Qparams& q, const float* inv, const int32_t* zero, int64_t at) : Grid(inv[at], zero[at], q.low, q.high) {}
 };
 
 // The codes of a vector, already smoothed (multiplied by inv_smooth). NaN has the code 0, as in torch.
@@ -31,8 +34,8 @@ inline void store_codes(int8_t* to, f32xw value, Grid grid) {
                                                _mm512_set1_epi32(grid.zero_point));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, codes));
 #elif defined(__AVX2__)
-  const __m256i codes = _mm256_and_si256(_mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(grid.zero_point)),
-                                         _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q)));
+  const __m256i shifted = _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(grid.zero_point));
+  const __m256i codes = _mm256_and_si256(shifted, _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_ORD_Q)));
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
 #elif defined(__SSE2__)

@@ -8,7 +8,7 @@
 namespace ptq4vm {
 namespace {
 
-// weight (channels, taps) → one vector for each tap, of as many channels as there are lanes; zeros where there are none.
+// weight (channels, taps) → a vector for each tap, of as many channels as there are lanes; zeros where there are none.
 inline void load_taps(const float* weight, int64_t taps, int64_t channels, f32xw* vectors) {
   for (int64_t k = 0; k < taps; k++) {
     float lanes[WIDTH] = {};

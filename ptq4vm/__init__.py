@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptq4vm.api import calibrate, convert, prepare, quantize
+    from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.checkpoint import load, save
     from ptq4vm.config import Granularity, Learning, QuantConfig
 
@@ -23,6 +23,7 @@ _HOMES = {
     "prepare": "api",
     "calibrate": "api",
     "convert": "api",
+    "fuse": "api",
     "quantize": "api",
     "save": "checkpoint",
     "load": "checkpoint",
@@ -37,6 +38,7 @@ __all__ = [
     "QuantConfig",
     "calibrate",
     "convert",
+    "fuse",
     "load",
     "prepare",
     "quantize",

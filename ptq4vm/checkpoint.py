@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 
 import ptq4vm
 from ptq4vm.config import QuantConfig
+from ptq4vm.passes.fuse import fusions
 from ptq4vm.passes.lower import is_lowered
 from ptq4vm.pipeline import skeleton
 from ptq4vm.record import LinearRecord, Record, Stage, record_of, set_record
@@ -42,6 +43,8 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     Raises ValueError for a graph that is not lowered, and FileExistsError for a folder that holds something else.
     """
     record, folder = record_of(quantized), free_folder(folder)
+    if fusions(quantized):
+        raise ValueError("a fused model is laid out for this machine: save the one that ptq4vm.fuse was given")
     if not is_lowered(quantized):
         raise ValueError("only lowered models are saved: call ptq4vm.convert(prepared) without lower=False")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")

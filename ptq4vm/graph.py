@@ -279,12 +279,16 @@ class Insertion:
     def call(self, target: Any, *args: Any) -> Node:
         with self.gm.graph.inserting_before(self.before):
             node = self.gm.graph.call_function(target, args)
-        values = fx.map_arg(args, lambda arg: arg.meta.get("val"))
+        values = fx.map_arg(args, self._value)
         mode = _fake_mode(self.gm)
         if mode is not None:
             with mode, enable_python_dispatcher():
                 node.meta["val"] = target(*_to_fake(values, mode))
         return self._tag(node)
+
+    def _value(self, node: Node) -> Any:
+        """A parameter that a torch pass has put in has none recorded."""
+        return node.meta["val"] if "val" in node.meta or node.op != "get_attr" else attribute(self.gm, str(node.target))
 
     def _tag(self, node: Node) -> Node:
         if "nn_module_stack" in self.before.meta:

@@ -48,12 +48,13 @@ def prepared_graph(model: nn.Module, example_inputs: tuple[Any, ...], config: Qu
 
 
 def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:
-    """`prepared`, which stays as it is, with its fake-quantizers replaced."""
+    """A copy of `prepared` after some passes that make it a converted graph."""
     with warnings.catch_warnings():
         # torch 2.11 warns about its own classes when a graph is copied
         warnings.simplefilter("ignore", FutureWarning)
-        gm = passes(copy.deepcopy(prepared))
-    gm = fx.GraphModule(gm, gm.graph, type(prepared).__name__)
+        made = passes(copy.deepcopy(prepared))
+    gm = fx.GraphModule(made, made.graph, type(prepared).__name__)
+    gm.meta.update(made.meta)
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
     return set_record(gm, dataclasses.replace(record_of(prepared), stage=Stage.CONVERTED))

@@ -30,7 +30,7 @@ Isa probe() {
 #ifdef __linux__
   // Linux gives a process the tile registers when it asks for them.
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  if (vnni && __builtin_cpu_supports("amx-int8") &&
+  if (vnni && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512bf16") &&
       syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {
     return Isa::amx;
   }

@@ -65,18 +65,25 @@ inline void check_shape(const char* name, const Optional& x, Sizes want) {
   if (x) check_shape(name, *x, want);
 }
 
-// Qparams of x (…, L, D): per tensor (1,), per token (L,), or per image and token (…, L).
-inline int64_t qparams(const Tensor& x, const Tensor& scale) {
-  const int64_t tokens = x.dim() > 1 ? x.size(x.dim() - 2) : 1;
-  if (scale.dim() == 1) {
-    STD_TORCH_CHECK(scale.size(0) == 1 || scale.size(0) == tokens, "token scales were calibrated for ", scale.size(0),
-                    " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+// Qparams of x (…, L, D): per tensor (1,), per token (L,), or per image and token (…, L). With `stacked`, x and its
+// qparams have an axis of directions before these. The number of qparams (of a direction).
+inline int64_t qparams(const Tensor& x, const Tensor& scale, bool stacked = false) {
+  const int64_t axes = x.dim() - stacked, own = scale.dim() - stacked;
+  const int64_t tokens = axes > 1 ? x.size(x.dim() - 2) : 1;
+  STD_TORCH_CHECK(!stacked || (own >= 0 && scale.size(0) == x.size(0)), "qparams of stacked inputs need an axis of ",
+                  x.size(0), " directions");
+  if (own == 1) {
+    const int64_t have = scale.size(stacked);
+    STD_TORCH_CHECK(have == 1 || have == tokens, "token scales were calibrated for ", have, " tokens, the input has ",
+                    tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   } else {
-    bool same = scale.dim() == x.dim() - 1;
+    bool same = own == axes - 1;
     for (int64_t i = 0; same && i < scale.dim(); i++) same = scale.size(i) == x.size(i);
     STD_TORCH_CHECK(same, "scales do not fit the input: they need its shape without the last axis");
   }
-  return std::max<int64_t>(1, scale.numel());
+  int64_t count = 1;
+  for (int64_t i = stacked; i < scale.dim(); i++) count *= scale.size(i);
+  return std::max<int64_t>(1, count);
 }
 
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {

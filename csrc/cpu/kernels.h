@@ -9,6 +9,8 @@ namespace ptq4vm {
 
 enum class Float { f32, bf16 };
 
+constexpr int64_t FEATURES_IN_BLOCK = 64;
+
 // reference.quantize: x (rows, D) → codes (rows, D). Qparams belong to a row r: the one at r % scales.
 struct Quantize {
   const void* x;
@@ -21,18 +23,42 @@ struct Quantize {
   int low, high;
 };
 
-// reference.linear: codes (rows, D) with qparams as above, weight int8 (N, D) or two 4-bit codes a byte (N, ceil(D / 2)).
+// fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
+struct PackedWeight {
+  const void* tiles;
+  bool nibbles;
+  const int32_t* sum;  // (N,) of each row's codes
+  const float* scale;  // (N,)
+  const float* bias;   // (N,) or null
+  int64_t channels, features;
+};
+
+// Packs a plain weight: int8 (N, D), or two 4-bit codes a byte (N, ceil(D / 2)).
+struct Pack {
+  const void* weight;
+  bool nibbles;
+  int8_t* tiles;
+  int32_t* sum;  // (N,)
+  int64_t channels, features;
+};
+
+// fused.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
+// gelu.codes, fused.linear_gelu_quantize: those are written, and not y.
 struct Linear {
   const int8_t* x;
   const float* x_scale;
   const int32_t* zero_point;
-  const void* weight;
-  bool packed;
-  const float* weight_scale;  // (N,)
-  const float* bias;          // (N,) or null
+  PackedWeight weight;
   void* y;
   Float y_type;
-  int64_t rows, channels, features, scales;
+  bool normal;    // no result but zero is so small that float32 has it denormal
+  Quantize gelu;  // x unused
+  int64_t directions, rows, scales;
+  int64_t rows_in_block;  // a multiple of 32
+
+  int64_t row_blocks() const { return (rows + rows_in_block - 1) / rows_in_block; }
+  int64_t feature_blocks() const { return (weight.features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK; }
+  int64_t blocks() const { return directions * row_blocks() * feature_blocks(); }
 };
 
 // reference.selective_scan: u, delta, z, y (B, L, E); A (E, S); B, C (B, L, S); D, delta_bias (E,). All float32.
@@ -68,11 +94,10 @@ struct ConvBackward {
   float *x, *weight, *bias;  // bias or null
 };
 
-constexpr int64_t ROWS_IN_BLOCK = 512, FEATURES_IN_BLOCK = 64;
-
 struct Kernels {
   void (*quantize)(const Quantize&, int64_t begin, int64_t end);            // rows
-  void (*linear)(const Linear&, int64_t begin, int64_t end);                // feature blocks × row blocks
+  void (*pack)(const Pack&, int64_t begin, int64_t end);                    // groups of 16 features
+  void (*linear)(const Linear&, int64_t begin, int64_t end);                // blocks()
   void (*scan)(const Scan&, int64_t begin, int64_t end);                    // images × groups of LANES channels
   void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images
   void (*conv)(const Conv&, int64_t begin, int64_t end);                    // images × groups of LANES channels

@@ -1,32 +1,29 @@
-// reference.linear: the accumulators are exact, and every output is rounded as the reference rounds it.
+// fused.linear_packed and what is built on it: the accumulators are exact, and every output is rounded as the reference
+// rounds it. Compiled without contraction.
 //
-// The work is cut into blocks of rows by blocks of 64 output channels. A block's weight is rearranged once, 16 channels
-// to a vector, and stays in the first caches while all rows of the block pass; the codes are read as they lie. The sums
-// of the weight's rows, for the zero points, come with the rearrangement. Compiled without contraction.
-#include "kernels.h"
-#include "vec.h"
+// Weights come in tiles: 64 input channels of 16 output channels, the operand of AMX and of VNNI as it lies in memory.
+// The work is cut into blocks of rows by blocks of 64 output channels. Within one, two or four groups of 16 channels
+// pass over all rows; the sums of a few rows go through a small buffer to be rescaled and stored.
+#include "linear.h"
 
 #include <algorithm>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "math.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-constexpr int64_t TILE = 16;  // rows, or output channels
-constexpr int64_t STEP = 64;  // channels in that a tile holds
-constexpr int64_t WIDTH = FEATURES_IN_BLOCK;
-#if defined(__AVX512VNNI__)
-constexpr int ROWS_AT_ONCE = 6, GROUPS_AT_ONCE = 4;  // as many sums as there are registers for
-#elif defined(__AVX2__)
-constexpr int ROWS_AT_ONCE = 4, GROUPS_AT_ONCE = 1;
-#else
-constexpr int ROWS_AT_ONCE = 2, GROUPS_AT_ONCE = 1;
-#endif
+constexpr int64_t TILE = 16;                 // rows, or output channels
+constexpr int64_t STEP = 64;                 // channels in that a tile holds
+constexpr int64_t CODES = TILE * STEP;       // in a tile
+constexpr int64_t PARTS = LANES / WIDTH;     // registers of 16 sums
+
+typedef int32_t i32xw __attribute__((vector_size(WIDTH * sizeof(int32_t))));
+typedef int16_t i16xw __attribute__((vector_size(WIDTH * sizeof(int16_t))));
+typedef int8_t i8xw __attribute__((vector_size(WIDTH)));
+typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -39,7 +36,56 @@ struct Scratch {
   }
 };
 
-thread_local Scratch weight_memory, row_memory, code_memory;
+thread_local Scratch weight_memory, row_memory, code_memory, qparam_memory;
+
+// --- codes as the products want them ---
+
+#ifdef __AVX512VNNI__
+using Code = int8_t;  // four channels in a lane
+#else
+using Code = int16_t;  // two channels in a lane: the first and third of four, then the second and fourth
+#endif
+constexpr int64_t PER_LANE = 4 / static_cast<int64_t>(sizeof(Code));
+constexpr int64_t VECTOR = LANES * PER_LANE;
+
+typedef int16_t i16x32 __attribute__((vector_size(64)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+
+// The codes of `tiles` tiles.
+void unpack(int8_t* to, const uint8_t* from, int64_t tiles) {
+  for (int64_t i = 0; i < tiles * CODES; i += STEP, from += STEP / 2) {
+    const auto bytes = load_as<u8x32>(from);
+    const u8x32 low = ((bytes & 15) ^ 8) - 8, high = ((bytes >> 4) ^ 8) - 8;
+    std::memcpy(to + i, &low, sizeof(low));
+    std::memcpy(to + i + STEP / 2, &high, sizeof(high));
+  }
+}
+
+// int8 pairs → the int16 of their even places, then those of the odd ones.
+inline void widen(int16_t* to, const int8_t* from, int64_t tiles) {
+  for (int64_t i = 0; i < tiles * CODES; i += STEP) {
+    const auto pairs = load_as<i16x32>(from + i);
+    const i16x32 even = (pairs << 8) >> 8, odd = pairs >> 8;
+    std::memcpy(to + i, &even, sizeof(even));
+    std::memcpy(to + i + STEP / 2, &odd, sizeof(odd));
+  }
+}
+
+// Groups [begin, end) of 16 output channels, where they are or in memory for (end - begin) · tiles of both kinds.
+const Code* read_weight(const PackedWeight& w, int64_t begin, int64_t end, Code* codes, int8_t* unpacked) {
+  const int64_t steps = (w.channels + STEP - 1) / STEP, tiles = (end - begin) * steps;
+  const auto* from = static_cast<const int8_t*>(w.tiles) + begin * steps * (w.nibbles ? CODES / 2 : CODES);
+  if (w.nibbles) {
+    unpack(unpacked, reinterpret_cast<const uint8_t*>(from), tiles);
+    from = unpacked;
+  }
+#ifdef __AVX512VNNI__
+  return from;
+#else
+  widen(codes, from, tiles);
+  return codes;
+#endif
+}
 
 // Transposes a 16×16 matrix of 32-bit lanes.
 template <class V>
@@ -69,253 +115,374 @@ inline void transpose(V (&m)[16]) {
   }
 }
 
-// --- the weight ---
-
-#ifdef __AVX512VNNI__
-using Code = int8_t;  // four channels in a lane
-#else
-using Code = int16_t;  // two channels in a lane
-#endif
-constexpr int64_t PER_LANE = 4 / static_cast<int64_t>(sizeof(Code));
-constexpr int64_t VECTOR = LANES * PER_LANE;
-
-// 64 output channels from n on, zeros where there are none: [4][padded / PER_LANE][16 channels][PER_LANE].
-struct Weights {
-  Code* codes = nullptr;
-  int64_t n = -1, padded = 0, group = 0;  // group: codes of 16 channels
-  alignas(64) int32_t sums[WIDTH];
-  alignas(64) float scales[WIDTH];
-  alignas(64) float bias[WIDTH];
-};
-
-// The sum of the codes of each lane, added to the sums so far.
-inline i32x16 add_codes(i32x16 sums, i32x16 lanes) {
-#ifdef __AVX512VNNI__
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, _mm512_set1_epi8(1), (__m512i)lanes);
-#else
-  return sums + ((lanes << 16) >> 16) + (lanes >> 16);
-#endif
-}
-
-typedef int8_t i8x32 __attribute__((vector_size(32)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
-
-// Two codes a byte, low nibble first → int8.
-void unpack(int8_t* to, const uint8_t* from, int64_t channels) {
-  int64_t d = 0;
-  for (; d + 32 <= channels; d += 32) {
-    const u16x16 wide = __builtin_convertvector(load_as<u8x16>(from + d / 2), u16x16);
-    const u16x16 nibbles = (wide & 15) | ((wide << 4) & 0x0f00);
-    const i8x32 codes = ((i8x32)nibbles ^ 8) - 8;
-    std::memcpy(to + d, &codes, sizeof(codes));
-  }
-  for (; d < channels; d++) {
-    const int code = (from[d / 2] >> (d % 2 * 4)) & 15;
-    to[d] = static_cast<int8_t>((code ^ 8) - 8);
+// Rows, `stride` apart, padded with zeros.
+void copy_rows(int8_t* to, int64_t padded, const int8_t* x, int64_t stride, int64_t rows, int64_t channels) {
+  for (int64_t r = 0; r < rows; r++, to += padded) {
+    std::memcpy(to, x + r * stride, channels);
+    std::memset(to + channels, 0, padded - channels);
   }
 }
 
-void read_weights(Weights& to, const Linear& q, int64_t n) {
-  to.n = n;
-  to.padded = round_up(std::max<int64_t>(q.channels, 1), STEP);
-  to.group = to.padded * TILE;
-  to.codes = weight_memory.take<Code>(WIDTH * to.padded);
-  auto* rows = row_memory.take<int8_t>(TILE * to.padded);
-  for (int64_t first = 0; first < WIDTH; first += TILE) {
-    const int8_t* row[TILE];
-    for (int64_t i = 0; i < TILE; i++) {
-      const int64_t feature = n + first + i;
-      int8_t* copy = rows + i * to.padded;
-      const bool there = feature < q.features;
-      row[i] = copy;
-      if (there && q.packed) {
-        unpack(copy, static_cast<const uint8_t*>(q.weight) + feature * ((q.channels + 1) / 2), q.channels);
-      } else if (there && to.padded == q.channels) {
-        row[i] = static_cast<const int8_t*>(q.weight) + feature * q.channels;
-        continue;
-      } else if (there) {
-        std::memcpy(copy, static_cast<const int8_t*>(q.weight) + feature * q.channels, q.channels);
-      }
-      std::memset(copy + (there ? q.channels : 0), 0, to.padded - (there ? q.channels : 0));
+// In place of padded rows: what dot products take, and the number that was added to every code.
+#ifdef __AVX512VNNI__
+constexpr int OFFSET = 128;  // dpbusd multiplies unsigned by signed
+void convert_rows(Code* to, const int8_t* x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) to[i] = static_cast<int8_t>(x[i] ^ -128);
+}
+#else
+constexpr int OFFSET = 0;
+void convert_rows(Code* to, const int8_t* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 4) {
+    int16_t pairs[2];
+    std::memcpy(pairs, x + i, sizeof(pairs));
+    for (int j = 0; j < 2; j++) {
+      to[i + j] = static_cast<int16_t>(static_cast<int16_t>(static_cast<uint16_t>(pairs[j]) << 8) >> 8);
+      to[i + 2 + j] = static_cast<int16_t>(pairs[j] >> 8);
     }
-    i32x16 sum = {};
-    Code* group = to.codes + first * to.padded;
-    for (int64_t d = 0; d < to.padded; d += VECTOR) {
-      i32x16 block[TILE];
-      for (int64_t i = 0; i < TILE; i++) {
-#ifdef __AVX512VNNI__
-        block[i] = load_as<i32x16>(row[i] + d);
-#else
-        typedef int16_t i16x32 __attribute__((vector_size(64)));
-        block[i] = (i32x16)__builtin_convertvector(load_as<i8x32>(row[i] + d), i16x32);
-#endif
-      }
-      transpose(block);
-      for (const i32x16& lanes : block) sum = add_codes(sum, lanes);
-      std::memcpy(group + d * TILE, block, sizeof(block));
-    }
-    std::memcpy(to.sums + first, &sum, sizeof(sum));
-  }
-  for (int64_t i = 0; i < WIDTH; i++) {
-    const int64_t feature = std::min(n + i, q.features - 1);
-    to.scales[i] = q.weight_scale[feature];
-    to.bias[i] = q.bias ? q.bias[feature] : 0.0f;
   }
 }
+#endif
 
 // --- the result ---
 
-// Rows of a block: their codes, `stride` apart, their qparams, and where their results go.
-template <class T>
+// Qparams of rows, and of what their results become.
 struct Rows {
-  const Code* x;
-  int64_t stride, count;
-  T* y;
-  float scales[ROWS_IN_BLOCK];
-  int32_t zero_points[ROWS_IN_BLOCK];
+  const float* scale;
+  const int32_t* zero_point;
+  const float* inv_scale;
+  const float* new_zero_point;
 };
 
-// 16 output channels of one row: zero point, rescale, bias.
-template <class T>
-inline void finish(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t r, int64_t half, i32x16 acc,
-                   int offset) {
-  acc = acc - load_as<i32x16>(w.sums + half) * (rows.zero_points[r] + offset);
-  f32x16 value = (__builtin_convertvector(acc, f32x16) * splat(rows.scales[r])) * load(w.scales + half);
-  if (q.bias) value = value + load(w.bias + half);
-  store_some(rows.y + r * q.features + w.n + half, value, q.features - w.n - half);
+// Parameters of a block of output channels, zeros where there are no channels.
+struct Features {
+  int64_t count;
+  alignas(64) int32_t sum[FEATURES_IN_BLOCK];
+  alignas(64) float scale[FEATURES_IN_BLOCK], bias[FEATURES_IN_BLOCK], inv_smooth[FEATURES_IN_BLOCK];
+
+  void read(const PackedWeight& w, const float* smooth, int64_t begin, int64_t end) {
+    count = std::min(end, w.features) - begin;
+    const auto copy = [&](auto* to, const auto* from) {
+      std::fill(std::copy(from + begin, from + begin + count, to), to + (end - begin), 0);
+    };
+    copy(sum, w.sum);
+    copy(scale, w.scale);
+    // what is not there changes nothing, not even the sign of a zero
+    w.bias ? copy(bias, w.bias) : std::fill(bias, bias + (end - begin), -0.0f);
+    smooth ? copy(inv_smooth, smooth) : std::fill(inv_smooth, inv_smooth + (end - begin), 1.0f);
+  }
+};
+
+// All lanes of a vector, or the first ones; none if their number is negative.
+template <bool ALL, class T, class V>
+inline void store(T* to, V value, int64_t count) {
+  if constexpr (ALL) {
+    std::memcpy(to, &value, sizeof(value));
+  } else {
+    T lanes[WIDTH];
+    std::memcpy(lanes, &value, sizeof(value));
+    for (int64_t i = 0; i < std::min(count, WIDTH); i++) to[i] = lanes[i];
+  }
+}
+
+// Where results go: put() takes N vectors of row r, from channel c on, of which `count` lanes are there.
+struct Floats {
+  float* y;
+  int64_t stride;
+
+  Floats at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
+
+  template <bool ALL, int N>
+  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+    for (int i = 0; i < N; i++) store<ALL>(y + r * stride + c + i * WIDTH, values[i], count - i * WIDTH);
+  }
+};
+
+struct Halves {
+  uint16_t* y;
+  int64_t stride;
+
+  Halves at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
+
+  template <bool ALL, int N>
+  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+    for (int i = 0; i < N; i++) {
+      const auto bits = (u32xw)values[i];
+      const u32xw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
+      const auto half = __builtin_convertvector(values[i] == values[i] ? rounded : quiet, u16xw);
+      store<ALL>(y + r * stride + c + i * WIDTH, half, count - i * WIDTH);
+    }
+  }
+};
+
+#ifdef __AVX512VNNI__
+// The same with an instruction that all processors with AMX have, and that takes denormal numbers for zeros.
+struct NormalHalves {
+  uint16_t* y;
+  int64_t stride;
+
+  NormalHalves at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
+
+  template <bool ALL, int N>
+  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+    for (int i = 0; i < N; i += 2) {
+      __m512i halves;
+      __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(values[i + 1]), "v"(values[i]));
+      uint16_t* to = y + r * stride + c + i * WIDTH;
+      const int64_t left = std::min(count - i * WIDTH, 2 * WIDTH);
+      ALL ? _mm512_storeu_si512(to, halves) : _mm512_mask_storeu_epi16(to, left > 0 ? ~uint32_t{0} >> (32 - left) : 0, halves);
+    }
+  }
+};
+#endif
+
+// reference.quantize of the GELU, rounded as in quantize.cpp.
+struct Codes {
+  int8_t* y;
+  int64_t stride;
+  float low, high;
+
+  Codes at(int64_t r, int64_t c) const { return {y + r * stride + c, stride, low, high}; }
+
+  template <bool ALL, int N>
+  void put(const Rows& rows, const Features& f, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+    constexpr float FAR = 1024.0f, MAGIC = 12582912.0f;
+    const f32xw inv_scale = fill(rows.inv_scale[r]), zero_point = fill(rows.new_zero_point[r]);
+    for (int i = 0; i < N; i++) {
+      const f32xw v = gelu(values[i]) * load_as<f32xw>(f.inv_smooth + c + i * WIDTH) * inv_scale;
+      const f32xw rounded = (at_most(FAR, at_least(-FAR, v)) + MAGIC) - MAGIC;
+      const f32xw code = at_most(high, at_least(low, rounded + zero_point));
+      store<ALL>(y + r * stride + c + i * WIDTH, __builtin_convertvector(__builtin_convertvector(code, i32xw), i8xw),
+                 count - i * WIDTH);
+    }
+  }
+};
+
+// Rows [begin, end) of sums, GROUPS groups of 16 from channel c of a block on: zero point, rescale, bias.
+template <int GROUPS, bool ALL, class Out>
+inline void finish_rows(const Out out, const Rows rows, const Features& f, int64_t row, int64_t c, const int32_t* acc,
+                        int64_t begin, int64_t end, int offset) {
+  constexpr int N = GROUPS * PARTS;
+  for (int64_t r = begin; r < end; r++) {
+    const i32xw zero_point = i32xw{} + (rows.zero_point[row + r] + offset);
+    const f32xw scale = fill(rows.scale[row + r]);
+    f32xw values[N];
+    for (int i = 0; i < N; i++) {
+      const int64_t at = c + i * WIDTH;
+      const i32xw exact = load_as<i32xw>(acc + (r * N + i) * WIDTH) - load_as<i32xw>(f.sum + at) * zero_point;
+      values[i] = (__builtin_convertvector(exact, f32xw) * scale) * load_as<f32xw>(f.scale + at);
+      values[i] = values[i] + load_as<f32xw>(f.bias + at);
+    }
+    out.template put<ALL>(rows, f, row + r, c, f.count - c, values);
+  }
+}
+
+template <int GROUPS, class Out>
+inline void finish(const Out& out, const Rows& rows, const Features& f, int64_t row, int64_t c, const int32_t* acc,
+                   int64_t begin, int64_t end, int offset) {
+  if (f.count - c >= GROUPS * TILE) {
+    finish_rows<GROUPS, true>(out, rows, f, row, c, acc, begin, end, offset);
+  } else {
+    finish_rows<GROUPS, false>(out, rows, f, row, c, acc, begin, end, offset);
+  }
 }
 
 // --- dot products without tiles ---
 
-// 16 lanes of sums are PARTS registers.
 #if defined(__AVX512VNNI__)
-constexpr int OFFSET = 128;  // dpbusd takes unsigned times signed: the rows' codes are 128 more than they are
-using Register = __m512i;
-inline Register dot(Register sum, int32_t x, Register w) { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(x), w); }
+constexpr int ROWS_AT_ONCE = 6, GROUPS_AT_ONCE = 4;  // as many sums as there are registers for
+inline i32xw dot(i32xw sum, int32_t x, i32xw w) {
+  return (i32xw)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+}
 #elif defined(__AVX2__)
-constexpr int OFFSET = 0;
-using Register = __m256i;
-inline Register dot(Register sum, int32_t x, Register w) {
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(w, _mm256_set1_epi32(x)));
-}
+constexpr int ROWS_AT_ONCE = 4, GROUPS_AT_ONCE = 1;
+inline i32xw dot(i32xw sum, int32_t x, i32xw w) { return sum + (i32xw)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x)); }
 #elif defined(__SSE2__)
-constexpr int OFFSET = 0;
-using Register = __m128i;
-inline Register dot(Register sum, int32_t x, Register w) {
-  return _mm_add_epi32(sum, _mm_madd_epi16(w, _mm_set1_epi32(x)));
-}
+constexpr int ROWS_AT_ONCE = 2, GROUPS_AT_ONCE = 1;
+inline i32xw dot(i32xw sum, int32_t x, i32xw w) { return sum + (i32xw)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(x)); }
 #else
-constexpr int OFFSET = 0;
-using Register = i32x16;
-inline Register dot(Register sum, int32_t x, Register w) {
+constexpr int ROWS_AT_ONCE = 2, GROUPS_AT_ONCE = 1;
+inline i32xw dot(i32xw sum, int32_t x, i32xw w) {
   return sum + ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
 }
 #endif
-constexpr int PARTS = sizeof(i32x16) / sizeof(Register);
 
-// The codes of one row that one lane multiplies.
-inline int32_t lane(const Code* x) {
-  uint32_t codes;
-  std::memcpy(&codes, x, sizeof(codes));
-  return static_cast<int32_t>(OFFSET ? codes ^ 0x80808080u : codes);
-}
-
-// ROWS rows from r on by 64 output channels.
-template <int ROWS, class T>
-void multiply(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t r0) {
-  const Code* x = rows.x + r0 * rows.stride;
-  constexpr int GROUPS = WIDTH / TILE;
-  for (int64_t half = 0; half < GROUPS; half += GROUPS_AT_ONCE) {
-    Register sums[ROWS][GROUPS_AT_ONCE][PARTS] = {};
-    const Code* codes = w.codes + half * w.group;
-    for (int64_t d = 0; d < w.padded; d += PER_LANE) {
-      Register weights[GROUPS_AT_ONCE][PARTS];
-      for (int g = 0; g < GROUPS_AT_ONCE; g++) {
-        for (int p = 0; p < PARTS; p++) {
-          weights[g][p] = load_as<Register>(codes + g * w.group + d * TILE + p * (VECTOR / PARTS));
-        }
-      }
-      for (int r = 0; r < ROWS; r++) {
-        const int32_t x_codes = lane(x + r * rows.stride + d);
-        for (int g = 0; g < GROUPS_AT_ONCE; g++) {
-          for (int p = 0; p < PARTS; p++) sums[r][g][p] = dot(sums[r][g][p], x_codes, weights[g][p]);
-        }
-      }
+// Sums of ROWS rows by GROUPS groups of 16 output channels, `group` codes apart.
+template <int ROWS, int GROUPS>
+inline void multiply(int32_t* acc, const Code* x, int64_t stride, const Code* w, int64_t group, int64_t padded) {
+  i32xw sums[ROWS][GROUPS][PARTS] = {};
+  for (int64_t d = 0; d < padded; d += PER_LANE) {
+    i32xw weights[GROUPS][PARTS];
+    for (int g = 0; g < GROUPS; g++) {
+      for (int p = 0; p < PARTS; p++) weights[g][p] = load_as<i32xw>(w + g * group + d * TILE + p * (VECTOR / PARTS));
     }
     for (int r = 0; r < ROWS; r++) {
-      for (int g = 0; g < GROUPS_AT_ONCE && w.n + (half + g) * TILE < q.features; g++) {
-        alignas(64) Register all[PARTS];
-        for (int p = 0; p < PARTS; p++) all[p] = sums[r][g][p];
-        const auto acc = load_as<i32x16>(all);
-        finish(q, rows, w, r0 + r, (half + g) * TILE, acc, OFFSET);
+      const auto codes = load_as<int32_t>(x + r * stride + d);
+      for (int g = 0; g < GROUPS; g++) {
+        for (int p = 0; p < PARTS; p++) sums[r][g][p] = dot(sums[r][g][p], codes, weights[g][p]);
       }
     }
   }
+  std::memcpy(acc, sums, sizeof(sums));
 }
 
-struct DotProducts {
-  template <class T>
-  void operator()(const Linear& q, const Rows<T>& rows, const Weights& w, int64_t first = 0) const {
-    int64_t r = first;
-    for (; r + ROWS_AT_ONCE <= rows.count; r += ROWS_AT_ONCE) multiply<ROWS_AT_ONCE>(q, rows, w, r);
-    for (; r < rows.count; r++) multiply<1>(q, rows, w, r);
+// Rows from r on, ROWS at once, fewer at the end.
+template <int GROUPS, int ROWS = ROWS_AT_ONCE, class Out>
+void multiply_rows(const Out& out, const Rows& rows, const Features& f, const Code* x, const Code* w, int64_t padded,
+                   int64_t c, int64_t count, int64_t r = 0) {
+  for (; r + ROWS <= count; r += ROWS) {
+    alignas(64) int32_t acc[ROWS * GROUPS * TILE];
+    multiply<ROWS, GROUPS>(acc, x + r * padded, padded, w + c * padded, TILE * padded, padded);
+    finish<GROUPS>(out, rows, f, r, c, acc, 0, ROWS, OFFSET);
   }
-};
+  if constexpr (ROWS > 1) multiply_rows<GROUPS, ROWS / 2>(out, rows, f, x, w, padded, c, count, r);
+}
+
+// Output channels from c on, GROUPS groups at once, fewer at the end.
+template <int GROUPS = GROUPS_AT_ONCE, class Out>
+void multiply_all(const Out& out, const Rows& rows, const Features& f, const Code* x, const Code* w, int64_t padded,
+                  int64_t count, int64_t c = 0) {
+  for (; c + (GROUPS - 1) * TILE < f.count; c += GROUPS * TILE) {
+    multiply_rows<GROUPS>(out, rows, f, x, w, padded, c, count);
+  }
+  if constexpr (GROUPS > 1) multiply_all<GROUPS / 2>(out, rows, f, x, w, padded, count, c);
+}
 
 // --- the work ---
 
-// The codes where they are, or padded with zeros and as wide as the dot products want them.
-template <class T>
-void read_rows(Rows<T>& rows, const Linear& q, int64_t row, int64_t padded) {
-  const int8_t* x = q.x + row * q.channels;
-  rows.stride = padded;
-  if constexpr (sizeof(Code) == sizeof(int8_t)) {
-    if (padded == q.channels) {
-      rows.x = x;
-      return;
+// A block of rows, of one direction.
+struct RowBlock {
+  int64_t direction = 0, first = 0, count = 0, stride = 0;
+  const int8_t* x = nullptr;  // padded to whole tiles
+  Rows rows = {};
+
+  void read(const Linear& q, int64_t block) {
+    direction = block / q.row_blocks(), first = block % q.row_blocks() * q.rows_in_block;
+    count = std::min(q.rows_in_block, q.rows - first);
+    stride = round_up(q.weight.channels, STEP);
+    x = q.x + (direction * q.rows + first) * q.weight.channels;
+    if (stride != q.weight.channels) {
+      auto* copy = row_memory.take<int8_t>(count * stride);
+      copy_rows(copy, stride, x, q.weight.channels, count, q.weight.channels);
+      x = copy;
     }
+    auto* memory = qparam_memory.take<float>(4 * count);
+    const auto copy = [&](auto* to, const auto* from, int64_t scales) {
+      for (int64_t r = 0, i = first % scales; r < count; r++, i = i + 1 == scales ? 0 : i + 1) to[r] = from[i];
+    };
+    auto* zero_point = reinterpret_cast<int32_t*>(memory + count);
+    copy(memory, q.x_scale + direction * q.scales, q.scales);
+    copy(zero_point, q.zero_point + direction * q.scales, q.scales);
+    if (q.gelu.codes) {
+      copy(memory + 2 * count, q.gelu.inv_scale, q.gelu.scales);
+      copy(memory + 3 * count, q.gelu.zero_point, q.gelu.scales);
+    }
+    rows = {memory, zero_point, memory + 2 * count, memory + 3 * count};
   }
-  auto* copy = code_memory.take<Code>(rows.count * padded);
-  for (int64_t r = 0; r < rows.count; r++) {
-    Code* to = copy + r * padded;
-    std::copy(x + r * q.channels, x + (r + 1) * q.channels, to);
-    std::fill(to + q.channels, to + padded, Code{0});
-  }
-  rows.x = copy;
+};
+
+// The part of q's weight that is one direction's.
+PackedWeight one_direction(const Linear& q, int64_t direction) {
+  PackedWeight w = q.weight;
+  const int64_t tiles = round_up(w.features, TILE) / TILE * (round_up(w.channels, STEP) / STEP);
+  w.tiles = static_cast<const uint8_t*>(w.tiles) + direction * tiles * (w.nibbles ? CODES / 2 : CODES);
+  w.sum += direction * w.features;
+  w.scale += direction * w.features;
+  if (w.bias) w.bias += direction * w.features;
+  return w;
 }
 
-// Items [begin, end) of the blocks: rows pass fastest, so that a weight that is rearranged serves several blocks.
-template <class T, class Products>
-void blocks(const Linear& q, T* y, int64_t begin, int64_t end, const Products& products) {
-  const int64_t row_blocks = (q.rows + ROWS_IN_BLOCK - 1) / ROWS_IN_BLOCK;
-  Weights w;
-  Rows<T> rows;
+template <class Out>
+void dot_blocks(const Linear& q, const Out& y, int64_t begin, int64_t end) {
+  RowBlock block;
+  Features f;
+  const Code* x = nullptr;
   for (int64_t item = begin; item < end; item++) {
-    const int64_t n = item / row_blocks * WIDTH, row = item % row_blocks * ROWS_IN_BLOCK;
-    if (w.n != n) read_weights(w, q, n);
-    rows.count = std::min(ROWS_IN_BLOCK, q.rows - row);
-    rows.y = y + row * q.features;
-    for (int64_t r = 0, i = row % q.scales; r < rows.count; r++, i = i + 1 == q.scales ? 0 : i + 1) {
-      rows.scales[r] = q.x_scale[i];
-      rows.zero_points[r] = q.zero_point[i];
+    if (item == begin || item % q.feature_blocks() == 0) {
+      block.read(q, item / q.feature_blocks());
+      auto* codes = code_memory.take<Code>(block.count * block.stride);
+      convert_rows(codes, block.x, block.count * block.stride);
+      x = codes;
     }
-    read_rows(rows, q, row, w.padded);
-    products(q, rows, w);
+    const PackedWeight w = one_direction(q, block.direction);
+    const int64_t n = item % q.feature_blocks() * FEATURES_IN_BLOCK;
+    f.read(w, q.gelu.inv_smooth, n, n + FEATURES_IN_BLOCK);
+    const int64_t groups = round_up(f.count, TILE) / TILE, size = TILE * block.stride;
+    auto* memory = weight_memory.take<int8_t>(groups * size * (1 + sizeof(Code)));
+    auto* codes = reinterpret_cast<Code*>(memory);
+    const Code* weights = read_weight(w, n / TILE, n / TILE + groups, codes, memory + groups * size * sizeof(Code));
+    multiply_all(y.at(block.direction * q.rows + block.first, n), block.rows, f, x, weights, block.stride, block.count);
   }
 }
 
-template <class Products>
-void run(const Linear& q, int64_t begin, int64_t end, const Products& products) {
-  if (q.y_type == Float::f32) {
-    blocks(q, static_cast<float*>(q.y), begin, end, products);
+// run(where results go)
+template <class Run>
+void with_output(const Linear& q, const Run& run) {
+  const int64_t stride = q.weight.features;
+  if (q.gelu.codes) {
+    run(Codes{q.gelu.codes, stride, static_cast<float>(q.gelu.low), static_cast<float>(q.gelu.high)});
+  } else if (q.y_type == Float::f32) {
+    run(Floats{static_cast<float*>(q.y), stride});
   } else {
-    blocks(q, static_cast<bfloat16*>(q.y), begin, end, products);
+    run(Halves{static_cast<uint16_t*>(q.y), stride});
   }
 }
 
 }  // namespace
 
-void linear(const Linear& q, int64_t begin, int64_t end) { run(q, begin, end, DotProducts{}); }
+void linear(const Linear& q, int64_t begin, int64_t end) {
+  with_output(q, [&](const auto& y) { dot_blocks(q, y, begin, end); });
+}
+
+void pack(const Pack& q, int64_t begin, int64_t end) {
+  const int64_t steps = round_up(q.channels, STEP) / STEP, padded = steps * STEP;
+  const int64_t columns = q.nibbles ? (q.channels + 1) / 2 : q.channels;
+  auto* rows = row_memory.take<int8_t>(TILE * padded);
+  std::memset(rows, 0, TILE * padded);
+  for (int64_t group = begin; group < end; group++) {
+    for (int64_t i = 0; i < TILE; i++) {
+      const int64_t n = group * TILE + i;
+      int8_t* row = rows + i * padded;
+      if (n >= q.features) {
+        std::memset(row, 0, q.channels);
+        continue;
+      }
+      const auto* from = static_cast<const int8_t*>(q.weight) + n * columns;
+      if (q.nibbles) {
+        for (int64_t d = 0; d < q.channels; d++) {
+          const int code = from[d / 2] >> (d % 2 * 4) & 15;
+          row[d] = static_cast<int8_t>((code ^ 8) - 8);
+        }
+      } else {
+        std::memcpy(row, from, q.channels);
+      }
+      int32_t sum = 0;
+      for (int64_t d = 0; d < q.channels; d++) sum += row[d];
+      q.sum[n] = sum;
+    }
+    for (int64_t step = 0; step < steps; step++) {
+      i32x16 tile[TILE];
+      for (int64_t i = 0; i < TILE; i++) tile[i] = load_as<i32x16>(rows + i * padded + step * STEP);
+      transpose(tile);
+      std::memcpy(q.tiles + (group * steps + step) * CODES, tile, sizeof(tile));
+    }
+  }
+}
+
+void linear_rows(const LinearRows& q, int64_t begin, int64_t end) {
+  const int64_t padded = round_up(q.weight.channels, STEP), size = TILE * padded;
+  auto* x = code_memory.take<Code>(FEW_ROWS * padded);
+  for (int64_t r = 0; r < q.rows; r++) convert_rows(x + r * padded, q.x + r * q.x_stride, padded);
+  const Rows rows{q.x_scale, q.zero_point, nullptr, nullptr};
+  Features f;
+  for (int64_t group = begin; group < end; group++) {
+    auto* memory = weight_memory.take<int8_t>(size * (1 + sizeof(Code)));
+    auto* codes = reinterpret_cast<Code*>(memory);
+    const Code* weights = read_weight(q.weight, group, group + 1, codes, memory + size * sizeof(Code));
+    f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
+    f.count = TILE;
+    multiply_rows<1>(Floats{q.y + (group - begin) * TILE, q.y_stride}, rows, f, x, weights, padded, 0, q.rows);
+  }
+}
 
 #ifdef __AVX512VNNI__
 
@@ -323,61 +490,146 @@ namespace {
 
 #define PTQ4VM_TILES __attribute__((target("amx-tile,amx-int8")))
 
-// Two tiles of rows by two of output channels: four tile registers of sums, two of each operand.
-struct TileProducts {
-  template <class T>
-  PTQ4VM_TILES void operator()(const Linear& q, const Rows<T>& rows, const Weights& w) const {
-    alignas(64) int32_t acc[4][TILE][TILE];
-    const int64_t whole = rows.count / (2 * TILE) * (2 * TILE);
-    for (int64_t half = 0; half < WIDTH && w.n + half < q.features; half += 2 * TILE) {
-      const int8_t* w0 = w.codes + half * w.padded;
-      const int8_t* w1 = w0 + w.group;
-      for (int64_t r = 0; r < whole; r += 2 * TILE) {
-        const int8_t* x0 = rows.x + r * rows.stride;
-        const int8_t* x1 = x0 + TILE * rows.stride;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t d = 0; d < w.padded; d += STEP) {
-          _tile_loadd(6, w0 + d * TILE, STEP);
-          _tile_loadd(4, x0 + d, rows.stride);
-          _tile_dpbssd(0, 4, 6);
-          _tile_loadd(7, w1 + d * TILE, STEP);
-          _tile_dpbssd(1, 4, 7);
-          _tile_loadd(5, x1 + d, rows.stride);
-          _tile_dpbssd(2, 5, 6);
-          _tile_dpbssd(3, 5, 7);
-        }
-        _tile_stored(0, acc[0], STEP);
-        _tile_stored(1, acc[1], STEP);
-        _tile_stored(2, acc[2], STEP);
-        _tile_stored(3, acc[3], STEP);
-        for (int64_t t = 0; t < 2 * TILE; t++) {
-          for (int64_t g = 0; g < 2 && w.n + half + g * TILE < q.features; g++) {
-            finish(q, rows, w, r + t, half + g * TILE, load_as<i32x16>(acc[t / TILE * 2 + g][t % TILE]), 0);
-          }
-        }
-      }
-    }
-    DotProducts{}(q, rows, w, whole);
+// All eight tiles have 64 bytes a row.
+PTQ4VM_TILES void configure(int64_t rows) {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+  } config;
+  std::fill(config.rows, config.rows + 8, static_cast<uint8_t>(rows));
+  for (int i = 6; i < 8; i++) config.rows[i] = TILE;  // the weight's
+  __asm__ volatile("" : : "r"(&config) : "memory");  // for GCC, which believes that eight bytes are read
+  _tile_loadconfig(&config);
+}
+
+// Two tiles of rows by two of output channels, whose results wait until the next products are under way.
+template <class Out>
+struct Pending {
+  alignas(64) int32_t acc[2 * TILE * 2 * TILE];
+  Out out;
+  const Rows* rows;
+  const Features* features;
+  int64_t row, c, next = 0, end = 0;
+
+  inline void finish_some(int64_t count) {
+    const int64_t until = std::min(next + count, end);
+    if (next >= until) return;
+    finish<2>(out, *rows, *features, row, c, acc, next, until, 0);
+    next = until;
   }
 };
 
-// All eight tiles are 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+// Four tile registers of sums, two of each operand; `gap`: rows from the first tile to the second.
+template <class Out>
+PTQ4VM_TILES inline void multiply_tiles(int32_t* acc, const int8_t* x, int64_t stride, int64_t gap, const int8_t* w0,
+                                        const int8_t* w1, int64_t padded, Pending<Out>& before) {
+  constexpr int64_t ACROSS = 2 * TILE;
+  const int64_t share = 2 * TILE * STEP / std::max(padded, STEP) + 1;
+  const int8_t* x1 = x + gap * stride;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t d = 0; d < padded; d += STEP) {
+    _tile_loadd(6, w0 + d * TILE, STEP);
+    _tile_loadd(4, x + d, stride);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, w1 + d * TILE, STEP);
+    _tile_dpbssd(1, 4, 7);
+    _tile_loadd(5, x1 + d, stride);
+    _tile_dpbssd(2, 5, 6);
+    _tile_dpbssd(3, 5, 7);
+    before.finish_some(share);
+  }
+  before.finish_some(2 * TILE);
+  _tile_stored(0, acc, ACROSS * sizeof(int32_t));
+  _tile_stored(1, acc + TILE, ACROSS * sizeof(int32_t));
+  _tile_stored(2, acc + gap * ACROSS, ACROSS * sizeof(int32_t));
+  _tile_stored(3, acc + gap * ACROSS + TILE, ACROSS * sizeof(int32_t));
+}
+
+template <class Out>
+PTQ4VM_TILES void tile_blocks(const Linear& q, const Out& y, int64_t begin, int64_t end) {
+  RowBlock block;
+  Features features[2];
+  Pending<Out> pending[2];
+  int64_t height = 0, turn = 0;
+  for (int64_t item = begin; item < end; item++) {
+    if (item == begin || item % q.feature_blocks() == 0) {
+      pending[turn].finish_some(2 * TILE);
+      block.read(q, item / q.feature_blocks());
+      // Pairs of equally high tiles, the last of which may overlap the one before.
+      const int64_t pairs = (block.count + 2 * TILE - 1) / (2 * TILE);
+      height = (block.count + 2 * pairs - 1) / (2 * pairs);
+      configure(height);
+    }
+    const PackedWeight w = one_direction(q, block.direction);
+    const int64_t n = item % q.feature_blocks() * FEATURES_IN_BLOCK;
+    Features& f = features[item % 2];
+    f.read(w, q.gelu.inv_smooth, n, n + FEATURES_IN_BLOCK);
+    const int64_t groups = round_up(f.count, TILE) / TILE, size = TILE * block.stride;
+    auto* unpacked = weight_memory.take<int8_t>(w.nibbles ? groups * size : 0);
+    const Code* weights = read_weight(w, n / TILE, n / TILE + groups, nullptr, unpacked);
+    __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read memory
+    const Out out = y.at(block.direction * q.rows + block.first, n);
+    for (int64_t c = 0; c < f.count; c += 2 * TILE) {
+      const int8_t* w0 = weights + c * block.stride;
+      const int8_t* w1 = c + TILE < f.count ? w0 + size : w0;
+      for (int64_t row = 0; row < block.count; row += 2 * height) {
+        const int64_t start = std::max<int64_t>(0, std::min(row, block.count - 2 * height));
+        const int64_t gap = std::min(height, block.count - height);
+        Pending<Out>& now = pending[turn ^ 1];
+        multiply_tiles(now.acc, block.x + start * block.stride, block.stride, gap, w0, w1, block.stride, pending[turn]);
+        now.out = out, now.rows = &block.rows, now.features = &f, now.row = start, now.c = c;
+        now.next = row - start, now.end = std::min(2 * height, block.count);
+        turn ^= 1;
+      }
+    }
+  }
+  pending[turn].finish_some(2 * TILE);
+  _tile_release();
+}
 
 }  // namespace
 
-PTQ4VM_TILES void linear_amx(const Linear& q, int64_t begin, int64_t end) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  run(q, begin, end, TileProducts{});
-  _tile_release();
+void linear_amx(const Linear& q, int64_t begin, int64_t end) {
+  if (!q.gelu.codes && q.y_type == Float::bf16 && q.normal) {
+    return tile_blocks(q, NormalHalves{static_cast<uint16_t*>(q.y), q.weight.features}, begin, end);
+  }
+  with_output(q, [&](const auto& y) { tile_blocks(q, y, begin, end); });
+}
+
+void begin_tiles() { configure(TILE); }
+
+PTQ4VM_TILES void end_tiles() { _tile_release(); }
+
+PTQ4VM_TILES void linear_rows_amx(const LinearRows& q, int64_t begin, int64_t end) {
+  const int64_t padded = round_up(q.weight.channels, STEP);
+  auto* unpacked = weight_memory.take<int8_t>(q.weight.nibbles ? TILE * padded : 0);
+  const Rows rows{q.x_scale, q.zero_point, nullptr, nullptr};
+  alignas(64) int32_t acc[FEW_ROWS * TILE];
+  Features f;
+  for (int64_t group = begin; group < end; group++) {
+    f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
+    f.count = TILE;
+    const int8_t* w = read_weight(q.weight, group, group + 1, nullptr, unpacked);
+    __asm__ volatile("" ::: "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t d = 0; d < padded; d += STEP) {
+      _tile_loadd(6, w + d * TILE, STEP);
+      _tile_loadd(4, q.x + d, q.x_stride);
+      _tile_dpbssd(0, 4, 6);
+      if (q.rows > TILE) {
+        _tile_loadd(5, q.x + TILE * q.x_stride + d, q.x_stride);
+        _tile_dpbssd(1, 5, 6);
+      }
+    }
+    _tile_stored(0, acc, STEP);
+    _tile_stored(1, acc + TILE * TILE, STEP);
+    finish<1>(Floats{q.y + (group - begin) * TILE, q.y_stride}, rows, f, 0, 0, acc, 0, q.rows, 0);
+  }
 }
 
 #endif

@@ -31,42 +31,6 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
   return codes;
 }
 
-Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Optional bias,
-              ScalarType type) {
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1, "x must be int8 codes with a channel axis");
-  const bool packed = weight.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK((packed || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2,
-                  "the weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte");
-  const int64_t scales = qparams(x, x_scale), channels = x.size(x.dim() - 1), features = weight.size(0);
-  const int64_t columns = packed ? (channels + 1) / 2 : channels;
-  STD_TORCH_CHECK(weight.size(1) == columns, "a ", packed ? "packed 4-bit" : "int8", " weight for ", channels,
-                  " channels has ", columns, " columns, this one ", weight.size(1));
-  STD_TORCH_CHECK(zero_point.numel() == x_scale.numel(), "there are ", x_scale.numel(), " scales and ",
-                  zero_point.numel(), " zero points");
-  check_shape("weight_scale", weight_scale, {features});
-  check_shape("bias", bias, {features});
-  x = torch::stable::contiguous(x);
-  weight = torch::stable::contiguous(weight);
-  x_scale = as(x_scale, ScalarType::Float);
-  zero_point = as(zero_point, ScalarType::Int);
-  weight_scale = as(weight_scale, ScalarType::Float);
-  bias = as(bias, ScalarType::Float);
-  const bool half = type == ScalarType::BFloat16;
-  const auto shape = with_last(x, features);
-  Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, half ? ScalarType::BFloat16 : ScalarType::Float);
-  int64_t rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) rows *= x.size(i);
-  const Linear q{in<int8_t>(x), in<float>(x_scale),     in<int32_t>(zero_point),         weight.const_data_ptr(), packed,
-                 in<float>(weight_scale), in<float>(bias), y.mutable_data_ptr(), half ? Float::bf16 : Float::f32,
-                 rows,          channels,               features,                        scales};
-  const auto run = kernels().linear;
-  const int64_t row_blocks = (rows + ROWS_IN_BLOCK - 1) / ROWS_IN_BLOCK;
-  const int64_t feature_blocks = (features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK;
-  torch::stable::parallel_for(0, row_blocks * feature_blocks, 1,
-                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
-  return y.scalar_type() == type ? y : torch::stable::to(y, type);
-}
-
 struct ScanInputs {
   Tensor u, delta, A, B, C;
   Optional D, z, delta_bias;
@@ -247,7 +211,6 @@ std::string use_isa_named(std::string wanted) {
 
 STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
   m.impl("quantize", TORCH_BOX(&ptq4vm::quantize));
-  m.impl("linear", TORCH_BOX(&ptq4vm::linear));
   m.impl("selective_scan", TORCH_BOX(&ptq4vm::selective_scan));
   m.impl("selective_scan_backward", TORCH_BOX(&ptq4vm::selective_scan_backward));
   m.impl("causal_conv1d", TORCH_BOX(&ptq4vm::causal_conv1d));

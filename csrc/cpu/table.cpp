@@ -8,6 +8,7 @@ namespace ptq4vm {
 namespace PTQ4VM_SET {
 
 void quantize(const Quantize&, int64_t, int64_t);
+void pack(const Pack&, int64_t, int64_t);
 void linear(const Linear&, int64_t, int64_t);
 void linear_amx(const Linear&, int64_t, int64_t);
 void scan(const Scan&, int64_t, int64_t);
@@ -19,14 +20,14 @@ void conv_backward(const ConvBackward&, int64_t, int64_t);
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, pack, linear, scan, scan_backward, conv, conv_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear_amx, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, conv, conv_backward};
   return table;
 }
 #endif

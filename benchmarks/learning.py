@@ -1,0 +1,113 @@
+"""How long JLSS (learning smoothing scales and step sizes) of one Vim-S block takes, beside the reference operators.
+
+    python benchmarks/learning.py [--images 32] [--rounds 3] [--threads 2]
+
+197 tokens of 384 channels, W4A4, random images; a round is one epoch, forward and backward, with each. Both run in this
+process and take turns. The reference is the same graph with scan and convolution in plain PyTorch (`reference.py`).
+"""
+
+import argparse
+import statistics
+import time
+
+import timm
+import torch
+from torch import fx
+
+import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+from ptq4vm import QuantConfig, native, ops, prepare, reference
+from ptq4vm.config import Learning
+from ptq4vm.fake_quantize import Mode
+from ptq4vm.graph import Part, cut
+from ptq4vm.passes.calibrate import calibrate_blocks
+from ptq4vm.passes.learn import learn_block
+from ptq4vm.quantizer import QuantizedLinear, quantized_linears
+from ptq4vm.record import prepared_record
+
+
+def in_pytorch(forward, backward) -> type[torch.autograd.Function]:
+    """An operator of `reference.py` with its explicit gradient."""
+
+    class Reference(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.flag = inputs[-1]
+            ctx.save_for_backward(*inputs[:-1])
+            return forward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            inputs = ctx.saved_tensors
+            grads = backward(grad.contiguous(), *inputs, ctx.flag)
+            return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None
+
+    return Reference
+
+
+Scan = in_pytorch(reference.selective_scan, reference.selective_scan_backward)
+Conv = in_pytorch(reference.causal_conv1d, reference.causal_conv1d_backward)
+
+
+def plain_scan(*inputs):
+    return Scan.apply(*inputs)
+
+
+def plain_conv(*inputs):
+    return Conv.apply(*inputs)
+
+
+PLAIN = {ops.selective_scan.default: plain_scan, ops.causal_conv1d.default: plain_conv}
+
+
+def block(images: torch.Tensor) -> tuple[Part, list[QuantizedLinear], dict[str, torch.Tensor]]:
+    """One calibrated block, its linears and its inputs."""
+    model = timm.create_model("vim_small_patch16_224", depth=1).eval()
+    config = QuantConfig(weight_bits=4, activation_bits=4)
+    prepared = prepare(model, (images[:2],), config)
+    linears = quantized_linears(prepared, [linear.name for linear in prepared_record(prepared).linears])
+    calibrate_blocks(prepared, linears, {"x": images}, config, None, False)
+    stem, part, _ = cut(prepared, [linear.node for linear in linears])
+    with torch.no_grad():
+        return part, linears, stem({"x": images})
+
+
+def plain(part: Part) -> Part:
+    """The same block, its parameters too, on the reference operators."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(part.module.graph, {}))
+    for node in graph.nodes:
+        if node.target in PLAIN:
+            node.target = PLAIN[node.target]
+    return Part(part.name, fx.GraphModule(part.module, graph), part.inputs, part.outputs)
+
+
+def main(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    part, linears, inputs = block(torch.randn(options.images, 3, 224, 224))
+    for linear in linears:
+        linear.input.mode = linear.weight.mode = Mode.PASS
+    with torch.no_grad():
+        targets = part(inputs)
+    for linear in linears:
+        linear.input.mode = linear.weight.mode = Mode.QUANTIZE
+    learning = Learning(epochs=1, batch_size=options.images)
+    seconds: dict[str, list[float]] = {"native": [], "reference": []}
+    losses = {}
+    for _ in range(options.rounds + 1):  # the first warms up
+        for name, one in (("native", part), ("reference", plain(part))):
+            start = time.perf_counter()
+            losses[name] = learn_block(one, linears, inputs, targets, learning, 0, lambda *_: None)
+            seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    print(f"kernels {native.isa()}, {options.threads} threads, torch {torch.__version__}, {options.images} images")
+    print(", ".join(f"{name} {median:.2f} s" for name, median in medians.items()))
+    print(f"ratio {medians['reference'] / medians['native']:.1f}; losses before and after {losses}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    main(parser.parse_args())

@@ -1,0 +1,148 @@
+// The integer linears on a CPU: a plain weight is packed first, and then all go one way.
+#include <cmath>
+
+#include "glue.h"
+
+namespace ptq4vm {
+namespace {
+
+constexpr int64_t STEP = 64;  // channels of a tile, which are 16 by 16 output channels
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// So many rows that their codes stay in the second cache while all weights pass; fewer, where threads would be idle.
+int64_t rows_in_block(const Linear& q) {
+  constexpr int64_t BYTES = 768 << 10, LEAST = 32;
+  const int64_t threads = torch::stable::get_num_threads(), others = q.directions * q.feature_blocks();
+  const int64_t wanted = threads > 1 ? ceil_div(4 * threads, std::max<int64_t>(1, others)) : 1;
+  const int64_t fitting = BYTES / (ceil_div(q.weight.channels, STEP) * STEP + 1);
+  return std::max(LEAST, std::min(fitting, ceil_div(q.rows, wanted)) / LEAST * LEAST);
+}
+
+// The smallest magnitude, but for zeros; at most 1.
+float smallest(const Tensor& x) {
+  float least = 1.0f;
+  for (const float *at = in<float>(x), *end = at + x.numel(); at < end; at++) {
+    const float size = *at == 0.0f ? 1.0f : std::fabs(*at);
+    least = size < least ? size : least;
+  }
+  return least;
+}
+
+// The inputs of one linear, or of K stacked ones, contiguous and of the types that kernels take.
+struct LinearInputs {
+  Tensor x, x_scale, zero_point, weight, sum, scale;
+  Optional bias;
+  bool stacked, nibbles;
+  int64_t directions, rows = 1, scales, channels, features;
+
+  LinearInputs(const Tensor& x_, const Tensor& x_scale_, const Tensor& zero_point_, const Tensor& weight_,
+               const Tensor& sum_, const Tensor& scale_, const Optional& bias_)
+      : x(x_), x_scale(x_scale_), zero_point(zero_point_), weight(weight_), sum(sum_), scale(scale_), bias(bias_) {
+    stacked = scale.dim() == 2;
+    STD_TORCH_CHECK(stacked || scale.dim() == 1, "weight_scale must be (N,), or (K, N) for K linears");
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1 + stacked, "x must be int8 codes with a channel axis",
+                    stacked ? ", and one of directions" : "");
+    directions = stacked ? scale.size(0) : 1;
+    features = scale.size(scale.dim() - 1), channels = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(!stacked || x.size(0) == directions, "x has ", x.size(0), " directions, the weight ", directions);
+    scales = qparams(x, x_scale, stacked);
+    STD_TORCH_CHECK(zero_point.numel() == x_scale.numel(), "there are ", x_scale.numel(), " scales and ",
+                    zero_point.numel(), " zero points");
+    nibbles = weight.scalar_type() == ScalarType::Byte;
+    const int64_t groups = ceil_div(features, LANES), steps = ceil_div(channels, STEP), bytes = nibbles ? STEP / 2 : STEP;
+    STD_TORCH_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 4 + stacked &&
+                        weight.numel() == directions * groups * steps * LANES * bytes && weight.size(stacked) == groups,
+                    "a weight of ", features, " × ", channels, " channels is packed into (", groups, ", ", steps,
+                    ", 16, 64) int8 or (…, 32) uint8; pack it with ptq4vm.fused.pack_weight");
+    if (stacked) {
+      check_shape("weight_sum", sum, {directions, features});
+      check_shape("bias", bias, {directions, features});
+    } else {
+      check_shape("weight_sum", sum, {features});
+      check_shape("bias", bias, {features});
+    }
+    for (int64_t i = stacked; i + 1 < x.dim(); i++) rows *= x.size(i);
+    x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
+    x_scale = as(x_scale, ScalarType::Float), zero_point = as(zero_point, ScalarType::Int);
+    sum = as(sum, ScalarType::Int), scale = as(scale, ScalarType::Float), bias = as(bias, ScalarType::Float);
+  }
+
+  Tensor run(ScalarType type, const Quantize* gelu = nullptr) const {
+    const auto shape = with_last(x, features);
+    Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
+    Linear q{};
+    q.x = in<int8_t>(x), q.x_scale = in<float>(x_scale), q.zero_point = in<int32_t>(zero_point);
+    q.weight = {weight.const_data_ptr(), nibbles, in<int32_t>(sum), in<float>(scale), in<float>(bias), channels, features};
+    if (gelu) {
+      q.gelu = *gelu;
+      q.gelu.codes = out<int8_t>(y);
+    } else {
+      q.y = y.mutable_data_ptr(), q.y_type = type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
+      // Then also sums with the bias are multiples of numbers that are not denormal.
+      constexpr float FAR_FROM_DENORMAL = 0x1p-100f;
+      q.normal = smallest(x_scale) * smallest(scale) > FAR_FROM_DENORMAL && (!bias || smallest(*bias) > FAR_FROM_DENORMAL);
+    }
+    q.directions = directions, q.rows = rows, q.scales = scales;
+    q.rows_in_block = rows_in_block(q);
+    const auto kernel = kernels().linear;
+    torch::stable::parallel_for(0, q.blocks(), 1, [&](int64_t begin, int64_t end) { kernel(q, begin, end); });
+    return y;
+  }
+
+  // float32 and bfloat16 at once, others by way of float32
+  Tensor run_as(ScalarType type) const {
+    const Tensor y = run(type == ScalarType::BFloat16 ? type : ScalarType::Float);
+    return y.scalar_type() == type ? y : torch::stable::to(y, type);
+  }
+};
+
+Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale, Optional bias,
+                     ScalarType type) {
+  return LinearInputs(x, x_scale, zero_point, weight, sum, scale, bias).run_as(type);
+}
+
+Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias, ScalarType type) {
+  const bool nibbles = weight.scalar_type() == ScalarType::Byte;
+  STD_TORCH_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2 && x.dim() >= 1,
+                  "the weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte");
+  const int64_t channels = x.size(x.dim() - 1), features = weight.size(0), columns = nibbles ? ceil_div(channels, 2) : channels;
+  STD_TORCH_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
+                  " channels has ", columns, " columns, this one ", weight.size(1));
+  check_shape("weight_scale", scale, {features});
+  weight = torch::stable::contiguous(weight);
+  const int64_t groups = ceil_div(features, LANES);
+  Tensor tiles = make(weight, {groups, ceil_div(channels, STEP), LANES, STEP}, ScalarType::Char);
+  Tensor sum = make(weight, {features}, ScalarType::Int);
+  const Pack q{weight.const_data_ptr(), nibbles, out<int8_t>(tiles), out<int32_t>(sum), channels, features};
+  const auto kernel = kernels().pack;
+  torch::stable::parallel_for(0, groups, 4, [&](int64_t begin, int64_t end) { kernel(q, begin, end); });
+  return LinearInputs(x, x_scale, zero_point, tiles, sum, scale, bias).run_as(type);
+}
+
+Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
+                            Optional bias, Tensor inv_scale, Tensor new_zero_point, Optional inv_smooth, int64_t bits) {
+  STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
+  const LinearInputs linear(x, x_scale, zero_point, weight, sum, scale, bias);
+  STD_TORCH_CHECK(!linear.stacked, "a GELU follows one linear, not ", linear.directions, " stacked ones");
+  const int64_t scales = qparams(x, inv_scale);
+  STD_TORCH_CHECK(new_zero_point.numel() == inv_scale.numel(), "there are ", inv_scale.numel(), " scales and ",
+                  new_zero_point.numel(), " zero points");
+  check_shape("inv_smooth", inv_smooth, {linear.features});
+  inv_scale = as(inv_scale, ScalarType::Float), new_zero_point = as(new_zero_point, ScalarType::Int);
+  inv_smooth = as(inv_smooth, ScalarType::Float);
+  Quantize gelu{};
+  gelu.inv_scale = in<float>(inv_scale), gelu.zero_point = in<int32_t>(new_zero_point);
+  gelu.inv_smooth = in<float>(inv_smooth), gelu.scales = scales;
+  gelu.low = -(1 << (bits - 1)), gelu.high = (1 << (bits - 1)) - 1;
+  return linear.run(ScalarType::Char, &gelu);
+}
+
+}  // namespace
+}  // namespace ptq4vm
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
+  m.impl("linear", TORCH_BOX(&ptq4vm::linear));
+  m.impl("linear_packed", TORCH_BOX(&ptq4vm::linear_packed));
+  m.impl("linear_gelu_quantize", TORCH_BOX(&ptq4vm::linear_gelu_quantize));
+}

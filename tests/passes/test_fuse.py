@@ -1,0 +1,193 @@
+"""Fused graphs compute what the lowered ones do, for all families, and say what they left."""
+
+import collections
+import copy
+
+import pytest
+import timm
+import torch
+from lowering import Recorder
+from public_models import NANO
+
+import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
+from ptq4vm.passes.fuse import fuse, fusions
+
+CONFIGS = {
+    "w8a8": QuantConfig.w8a8(),
+    "w4a4": QuantConfig(weight_bits=4, activation_bits=4),
+    "per tensor": QuantConfig.minmax(8),
+}
+
+
+def copied(gm):
+    return copy.deepcopy(gm)
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """Bundled models by name and config, on random images; made once."""
+    made = {}
+
+    def make(name, config="w8a8"):
+        if (name, config) not in made:
+            torch.manual_seed(0)
+            model = timm.create_model(name, pretrained=True).eval()
+            made[name, config] = quantize(model, [torch.randn(8, 3, 32, 32)], CONFIGS[config], progress=False)
+        return made[name, config]
+
+    return make
+
+
+def counted(gm):
+    return collections.Counter(
+        node.target.name().removeprefix("ptq4vm::")
+        for node in gm.graph.nodes
+        if node.op == "call_function" and str(node.target).startswith("ptq4vm.")
+    )
+
+
+EXPECTED = {
+    "vim_nano_patch4_32": dict(
+        norm_quantize=6, linear_packed=18, conv1d_quantize=6, directional_scan_quantize=6
+    ),
+    "local_vim_nano_patch4_32": dict(
+        norm_quantize=4, linear_packed=12, conv1d_quantize=4, directional_scan=4, quantize=4
+    ),
+    "vmamba_nano_32": dict(
+        norm_quantize=12, linear_packed=16, conv2d_quantize=4, directional_scan=4, linear_gelu_quantize=4
+    ),
+    "local_vmamba_nano_32": dict(
+        norm_quantize=4, linear_packed=12, conv2d_quantize=4, directional_scan=4, quantize=4
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_every_family_is_fused(lowered, name):
+    gm = fuse(copied(lowered(name)))
+    assert counted(gm) == EXPECTED[name]
+    left = [fusion for fusion in fusions(gm) if fusion.left]
+    assert len(left) == EXPECTED[name].get("quantize", 0)  # the sum, or the gate, of LocalMamba's channel attention
+
+
+FUSED = {
+    getattr(torch.ops.ptq4vm, name).default: getattr(fused, name)
+    for name in (
+        "linear_packed",
+        "linear_gelu_quantize",
+        "norm_quantize",
+        "conv1d_quantize",
+        "conv2d_quantize",
+        "directional_scan",
+        "directional_scan_quantize",
+    )
+}
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def compare(gm, images):
+    """Every fused operator of a graph against its meaning, on the same inputs: codes, and those that differ."""
+    recorder = Recorder(gm, images)
+    codes = moved = 0
+    for node in gm.graph.nodes:
+        if node.target not in FUSED:
+            continue
+        arguments = torch.fx.map_arg(node.args, recorder.values.__getitem__)
+        for ours, want in zip(results(recorder.values[node]), results(FUSED[node.target](*arguments)), strict=True):
+            if ours.dtype == torch.int8:
+                difference = (ours.int() - want.int()).abs()
+                assert difference.max() <= 1, node
+                codes, moved = codes + ours.numel(), moved + int(difference.sum())
+            elif node.target is ops.linear_packed.default:
+                assert torch.equal(ours, want), node
+            else:
+                torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+    return codes, moved
+
+
+def sets():
+    names = ("portable", "avx2", "vnni", "amx")
+    return ["reference"] if native.problem() else list(names[: names.index(native.isa()) + 1])
+
+
+@pytest.mark.parametrize("isa", sets())
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", NANO)
+def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, name, config, isa):
+    gm = fuse(copied(lowered(name, config)))
+    before = native.isa()
+    if isa != "reference":
+        torch.ops.ptq4vm._use_isa(isa)
+    try:
+        codes, moved = compare(gm, torch.randn(3, 3, 32, 32))
+    finally:
+        if isa != "reference":
+            torch.ops.ptq4vm._use_isa(before)
+    assert codes > 50_000 and moved <= codes / 1000
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", NANO)
+def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
+    plain = lowered(name, config)
+    gm = fuse(copied(plain))
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = torch.randn(count, 3, 32, 32)
+            ours, theirs = gm(images), plain(images)
+            # a code that moves by one at a tie moves all that follows a little
+            assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+            assert (ours - theirs).abs().median() <= 0.02 * theirs.abs().max()
+
+
+def test_fusing_again_changes_nothing(lowered):
+    gm = fuse(copied(lowered("vmamba_nano_32")))
+    code = gm.code
+    assert fuse(gm).code == code
+
+
+def test_unfused_weights_are_dropped(lowered):
+    plain = lowered("vim_nano_patch4_32", "w4a4")
+    names = {name for name, _ in fuse(copied(plain)).named_buffers()}
+    assert names and not any(name.endswith(("weight_q", "A_log")) for name in names)
+
+
+def test_dynamic_scales_are_left_and_named(roads):
+    config = QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    plain = convert(roads.calibrated(config))
+    gm = fuse(copied(plain))
+    reasons = {fusion.left for fusion in fusions(gm) if "scan" in fusion.pattern}
+    assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(gm(images), plain(images))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "reason"),
+    [("*dt_proj", "its steps do not come from an integer linear"), ("*x_proj*", "its projection is not")],
+)
+def test_scans_with_float_projections_are_left_and_named(roads, exclude, reason):
+    plain = convert(roads.calibrated(QuantConfig(exclude=(exclude,))))
+    gm = fuse(copied(plain))
+    found = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    assert found and all(text.startswith(reason) for text in found)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)
+
+
+def test_an_inverse_that_is_none_is_left_and_named():
+    """LocalVMamba's columns on maps that are not square, as published, come back in another order."""
+    torch.manual_seed(0)
+    directions = [("v", "h", "w2", "v_flip")] * 3
+    options = {"depths": (1, 1, 1), "directions": directions}
+    model = timm.create_model("local_vmamba_nano_32", **options).eval()
+    images = torch.randn(2, 3, 32, 48)
+    plain = quantize(model, [images], progress=False)
+    gm = fuse(copied(plain))
+    left = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    assert "its result is put back in another order than the natural one" in left
+    torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,149 @@
+"""`torch.compile(model, backend="ptq4vm")`, and packages for processes that have the native library alone."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import ptq4vm
+from ptq4vm import backend, convert, native
+from ptq4vm.config import QuantConfig
+
+FAST = {"inductor": False}
+
+
+@pytest.fixture(scope="module")
+def quantized(roads):
+    return convert(roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4)))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def close(ours, theirs):
+    """A code that moves by one at a rounding tie moves all that follows a little."""
+    return float((ours - theirs).norm() / theirs.norm()) <= 0.02
+
+
+@pytest.mark.parametrize("options", [FAST, {}], ids=["fused alone", "with Inductor"])
+def test_one_compilation_of_the_whole_graph_runs_any_batch(quantized, images, options):
+    compiled = torch.compile(quantized, backend="ptq4vm", fullgraph=True, options=options)
+    with torch.inference_mode():
+        for count in (1, 8, 32, 3):
+            batch = images.repeat(3, 1, 1, 1)[:count]
+            assert close(compiled(batch), quantized(batch))
+
+
+def test_the_exchange_form_is_lowered(roads, images):
+    prepared = roads.calibrated(QuantConfig.w8a8())
+    compiled = torch.compile(convert(prepared, lower=False), backend="ptq4vm", fullgraph=True, options=FAST)
+    with torch.inference_mode():
+        assert close(compiled(images), convert(prepared)(images))
+
+
+def test_what_is_compiled_is_fused(quantized, images, monkeypatch):
+    seen = []
+    monkeypatch.setattr(backend, "fuse", lambda gm, fuse=backend.fuse: seen.append(fuse(gm)) or seen[-1])
+    torch.compile(quantized, backend="ptq4vm", options=FAST)(images)
+    (gm,) = seen
+    targets = {str(node.target) for node in gm.graph.nodes if node.op == "call_function"}
+    assert "ptq4vm.directional_scan_quantize.default" in targets and "ptq4vm.linear.default" not in targets
+
+
+def test_a_quantized_model_inside_another_one(quantized, images):
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = quantized
+
+        def forward(self, x):
+            return torch.relu(2 * self.inner(x + 1))
+
+    model = Doubled()
+    compiled = torch.compile(model, backend="ptq4vm", fullgraph=True, options=FAST)
+    with torch.inference_mode():
+        assert close(compiled(images), model(images))
+
+
+def test_a_model_without_integers_is_left_to_inductor():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(3, 4)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(model, backend="ptq4vm", options=FAST)(x), model(x))
+
+
+def test_compilations_of_one_model_share_their_weights(quantized, images, monkeypatch):
+    kept = []
+    monkeypatch.setattr(
+        backend, "_share_constants", lambda *a, f=backend._share_constants: kept.append(f(*a)) or kept[-1]
+    )
+    compiled = torch.compile(quantized, backend="ptq4vm", options=FAST)
+    with torch.inference_mode():
+        compiled(images[:1])
+        compiled(images[:4])
+    one, many = (dict(gm.named_buffers()) for gm in kept)
+    packed = [name for name in one if name.endswith("_packed")]
+    assert packed and all(one[name] is many[name] for name in packed)
+    del kept[:], one, many, compiled
+    torch._dynamo.reset()
+    gc.collect()
+
+
+def test_a_wrong_resolution_is_named(quantized):
+    compiled = torch.compile(quantized, backend="ptq4vm", options=FAST)
+    with pytest.raises(Exception, match="resolution"):
+        compiled(torch.randn(2, 3, 20, 20))
+
+
+def test_the_backend_is_found_without_an_import():
+    code = (
+        "import sys, torch\n"
+        "assert 'ptq4vm' in torch.compiler.list_backends() and 'ptq4vm' not in sys.modules\n"
+        "f = torch.compile(lambda x: (x + 1).relu(), backend='ptq4vm', options={'inductor': False})\n"
+        "print(f(torch.ones(2)).tolist(), 'ptq4vm.backend' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[2.0, 2.0] True", done.stderr
+
+
+def test_a_fused_model_runs_and_is_not_saved(quantized, images, tmp_path):
+    fused = ptq4vm.fuse(quantized)
+    with torch.inference_mode():
+        assert close(fused(images), quantized(images))
+    with pytest.raises(ValueError, match=r"save the one that ptq4vm\.fuse was given"):
+        ptq4vm.save(fused, tmp_path / "fused")
+
+
+def test_only_lowered_models_are_fused(roads):
+    with pytest.raises(ValueError, match="lower=False"):
+        ptq4vm.fuse(convert(roads.calibrated(QuantConfig.w8a8()), lower=False))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+def test_a_package_runs_where_only_the_native_library_is(quantized, images, tmp_path):
+    package = backend.package(quantized, tmp_path / "vim.pt2")
+    with torch.inference_mode():
+        torch.save((images, quantized(images)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch\n"
+        f"torch.ops.load_library({str(native.LIBRARY)!r})\n"
+        f"run = torch._inductor.aoti_load_package({str(package)!r})\n"
+        "images, logits = torch.load('expected.pt', weights_only=True)\n"
+        "for count in (1, 7, 12):\n"
+        "    wrong = (run(images[:count]) - logits[:count]).norm() / logits[:count].norm()\n"
+        "    assert wrong <= 0.02, wrong\n"
+        "print('ptq4vm' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "False", done.stderr

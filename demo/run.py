@@ -113,7 +113,7 @@ class Subject:
                 modules[f"{bits} {method}"] = quantized
         timings = benchmark.compare(modules, self.test[0][0][:TIMED], warmup=1, repeats=5)
         for row, timing in zip(rows, timings, strict=True):
-            row |= {"ms_per_image": round(1e3 * timing.median / TIMED, 2), "speed": round(timing.ratio, 2)}
+            row |= {"ms_per_image": round(1e3 * timing.median / TIMED, 2), "speed": round(1 / timing.ratio, 2)}
         return rows
 
     def phenomena(self) -> list[dict[str, Any]]:

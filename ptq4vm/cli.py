@@ -24,12 +24,17 @@ from ptq4vm import __version__
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.fx import GraphModule
 
     from ptq4vm.config import QuantConfig
     from ptq4vm.data import ImageDataset
     from ptq4vm.models.recognize import Match
 
 RANDOM = "random"
+KINDS = (
+    "quantized, compiled, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, torchao-int8, onnxruntime-int8, "
+    "openvino-int8"
+)
 PRESETS = "w8a8, w6a6, w4a4, minmaxN, smoothquantN (N bits)"
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
@@ -151,40 +156,38 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 
 def benchmark(args: argparse.Namespace) -> Outcome:
-    """Time models in turn on random images; models given by name get random weights."""
-    import torch
+    """Time a quantized model against other ways to run the same network, on random images."""
+    from ptq4vm.benchmark.run import Plan, check_picture, run
+    from ptq4vm.record import record_of
+    from ptq4vm.report import write_csv
 
-    from ptq4vm.benchmark import compare, machine
-    from ptq4vm.report import table, write_csv
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    names = [args.model, *args.others]
-    twice = [name for name in names if names.count(name) > 1]
+    if args.picture is not None:
+        check_picture(args.picture)
+    kinds = (args.kind, *args.against)
+    twice = [kind for kind in kinds if kinds.count(kind) > 1]
     if twice:
-        raise ValueError(f"{twice[0]} is given twice; a model is compared with other ones")
-    models = {name: _model(name, RANDOM) for name in names}
-    shapes = {name: _input_shape(model) for name, model in models.items()}
+        raise ValueError(f"{twice[0]} is given twice; a kind is compared with other ones")
+    others: dict[str, Any] = {name: _model(name, None) for name in args.against if _is_saved(name)}
+    plan = Plan(
+        kinds=kinds,
+        others=tuple(others),
+        batch_sizes=tuple(args.batch_size),
+        threads=tuple(args.threads),
+        repeats=args.repeats,
+        layers=args.layers or args.picture is not None,
+        memory=args.memory,
+    )
+    model, quantized = _both(args.model)
+    shapes = {name: record_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
     if len(set(shapes.values())) > 1:
         sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
         raise ValueError(f"models are compared on the same images, but these take different ones: {sizes}")
-    images = torch.randn(args.batch_size, *shapes[args.model], generator=torch.Generator().manual_seed(0))
-    timings = [timing.to_dict() for timing in compare(models, images, repeats=args.repeats)]
-    facts = machine()
+    findings = run(args.model, shapes[args.model], model, quantized, plan, others)
     if args.csv is not None:
-        write_csv(args.csv, [timing | facts for timing in timings])
-    shown = [timing | {"median": 1000 * timing["median"], "spread": 1000 * timing["spread"]} for timing in timings]
-    columns = {
-        "name": "model",
-        "median": "median ms",
-        "spread": "spread ms",
-        "images_per_second": "images/s",
-        "ratio": f"times {args.model}",
-    }
-    about = f"batch {args.batch_size}, {args.repeats} rounds; " + ", ".join(
-        f"{key} {value}" for key, value in facts.items()
-    )
-    return Outcome(result={"machine": facts, "timings": timings}, text=f"{table(shown, columns)}\n{about}")
+        write_csv(args.csv, findings.rows())
+    if args.picture is not None:
+        findings.draw(args.picture)
+    return Outcome(result=findings.to_dict(), text=str(findings))
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
@@ -420,6 +423,28 @@ def _from_command_line(match: Match) -> bool:
     return match.fits and not match.features_only and "in_chans" not in match.arguments
 
 
+def _both(name: str) -> tuple[nn.Module, GraphModule]:
+    """A model in floating point, with random weights, and quantized: its folder's, or W8A8 with scales from noise."""
+    import timm
+    import torch
+
+    import ptq4vm
+    from ptq4vm.record import record_of
+
+    with _stage("load", {}):
+        torch.manual_seed(0)
+        if _is_saved(name):
+            quantized = ptq4vm.load(name)
+            architecture = record_of(quantized).architecture
+            assert architecture is not None
+            return timm.create_model(architecture["name"], **architecture["arguments"]).eval(), quantized
+        model = _named_model(name, RANDOM, False)
+    with _stage("quantize", {}):
+        noise = torch.randn(2, *_input_shape(model))
+        config = ptq4vm.QuantConfig(range_search=False)
+        return model, ptq4vm.quantize(model, [noise], config, progress=False)
+
+
 def _input_shape(model: nn.Module) -> tuple[int, ...]:
     from timm.data import resolve_model_data_config
 
@@ -480,7 +505,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False
+        silent = action.default is None or action.default is False or isinstance(action.default, list)
         return action.help if silent else super()._get_help_string(action)
 
 
@@ -535,12 +560,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--against", metavar="MODEL", help="count the images on which both models say the same")
 
     made = add(benchmark)
-    made.add_argument("model", metavar="MODEL", help=f"the baseline: {either}")
-    made.add_argument("others", nargs="*", metavar="OTHER", help="models to compare with it")
-    made.add_argument("--batch-size", type=_count, default=8, metavar="N", help="images at once")
-    made.add_argument("--threads", type=_count, metavar="N", help="CPU threads; else as many as torch takes")
+    made.add_argument("model", metavar="MODEL", help=f"{either}, whose model is quantized to W8A8 on noise")
+    made.add_argument("--kind", default="quantized", help=f"how MODEL runs: {KINDS}")
+    made.add_argument("--against", nargs="+", default=[], metavar="KIND", help="compare with these, or saved folders")
+    made.add_argument("--batch-size", type=_count, nargs="+", default=[8], metavar="N", help="images at once; else 8")
+    made.add_argument("--threads", type=_count, nargs="+", default=[1], metavar="N", help="CPU threads; else 1")
     made.add_argument("--repeats", type=_count, default=20, metavar="N", help="rounds to time, after 3 to warm up")
-    made.add_argument("--csv", metavar="FILE", help="write the timings and the machine here")
+    made.add_argument("--layers", action="store_true", help="time each operator, in FP32 and quantized")
+    made.add_argument("--memory", action="store_true", help="measure what a forward adds to a fresh process")
+    made.add_argument("--csv", metavar="FILE", help="write the timings here, under the names of timm's columns")
+    made.add_argument("--picture", metavar="FILE", help="draw here where the time goes (.png, .svg or .pdf)")
 
     made = add(inspect)
     made.add_argument("path", metavar="PATH", help="folder of a quantized model, or a file of weights")

@@ -41,6 +41,14 @@ BACKBONES = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15", "loc
 NANO = ("vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32")
 """For 32×32 images, one a family."""
 
+SHORT: dict[str, dict[str, Any]] = {
+    "vim_nano_patch4_32": {"depth": 1},
+    "local_vim_nano_patch4_32": {"directions": local_vim.NANO[:2]},
+    "vmamba_nano_32": {"depths": (1, 1)},
+    "local_vmamba_nano_32": {"depths": (1, 1), "directions": local_vmamba.NANO[:2]},
+}
+"""Arguments with which those have fewer blocks."""
+
 
 def facts(name: str, features_only: bool = False) -> dict[str, Any]:
     """Names and shapes of the public checkpoint's tensors, and the linears that the paper quantizes."""

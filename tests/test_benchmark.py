@@ -1,3 +1,4 @@
+import csv
 import json
 import time
 
@@ -5,14 +6,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from public_models import create
+from strategies import normal
 
+from ptq4vm import benchmark, native, quantize
 from ptq4vm.benchmark import compare, machine
+from ptq4vm.benchmark.layers import Category
+from ptq4vm.benchmark.run import Plan, run
+from ptq4vm.config import QuantConfig
+from ptq4vm.report import write_csv
 
 seconds = st.integers(1, 1000)
 
 
 class Clock:
-    """Time passes only in models: each call takes the next of its durations."""
+    """Time passes only in models: each call takes the next of its durations, on the CPU twice as long."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,11 +36,13 @@ class Clock:
         return call
 
 
-def timed(durations, batch=4, **options):
+def timed(durations, batch=4, threads=1, **options):
     clock = Clock()
     models = {name: clock.model(name, values) for name, values in durations.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time, "perf_counter", lambda: clock.now)
+        patch.setattr(time, "process_time", lambda: 2 * clock.now)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         return compare(models, torch.zeros(batch, 1), **options), clock.calls
 
 
@@ -41,9 +51,10 @@ def test_models_take_turns_and_the_warm_up_does_not_count(one, other, warmup, re
     slow_start = [10_000] * warmup
     durations = {"one": slow_start + [one] * repeats, "other": slow_start + [other] * repeats}
     (a, b), calls = timed(durations, warmup=warmup, repeats=repeats)
-    assert calls == ["one", "other"] * (warmup + repeats)
-    assert (a.name, a.median, a.spread, a.ratio) == ("one", one, 0, 1)
-    assert (b.name, b.median, b.spread, b.ratio) == ("other", other, 0, one / other)
+    assert calls == [name for i in range(warmup + repeats) for name in (("one", "other"), ("other", "one"))[i % 2]]
+    assert (a.name, a.median, a.spread, a.ratio, a.ratio_spread) == ("one", one, 0, 1, 0)
+    assert (b.name, b.median, b.cpu, b.spread, b.cpu_spread) == ("other", other, 2 * other, 0, 0)
+    assert b.ratio == other / one
     assert (b.images_per_second, b.batch_size, b.repeats) == (4 / other, 4, repeats)
 
 
@@ -51,6 +62,26 @@ def test_models_take_turns_and_the_warm_up_does_not_count(one, other, warmup, re
 def test_one_slow_round_moves_neither_median_nor_spread(durations):
     (timing,), _ = timed({"model": durations}, warmup=0, repeats=5)
     assert (timing.median, timing.spread) == (3, 2)
+
+
+@given(st.lists(seconds, min_size=1, max_size=9), st.integers(1, 8))
+def test_a_ratio_is_of_the_same_round(durations, factor):
+    """However the machine's speed varies, one that takes three times as long does."""
+    slower = [factor * value for value in durations]
+    (_, timing), _ = timed({"a": durations, "b": slower}, warmup=0, repeats=len(durations))
+    assert (timing.ratio, timing.ratio_spread) == (factor, 0)
+
+
+def test_with_more_than_one_thread_the_ratio_is_of_the_time_on_the_wall():
+    timings, _ = timed({"a": [1], "b": [2]}, warmup=0, repeats=1, threads=2)
+    assert [(timing.clock, timing.threads) for timing in timings] == [("wall", 2)] * 2
+    assert timed({"a": [1]}, warmup=0, repeats=1)[0][0].clock == "cpu"
+
+
+def test_every_call_is_told():
+    calls = []
+    compare({"a": len, "b": len}, torch.zeros(1, 1), warmup=1, repeats=2, tick=lambda: calls.append(1))
+    assert len(calls) == 6
 
 
 def test_real_time_passes_without_gradients():
@@ -78,3 +109,93 @@ def test_the_machine_is_named():
     facts = machine()
     assert facts["threads"] == torch.get_num_threads() and facts["torch"] == torch.__version__
     assert json.loads(json.dumps(facts)) == facts
+
+
+@pytest.fixture(scope="module")
+def nano():
+    """A model in floating point and quantized."""
+    torch.manual_seed(0)
+    model = create("vim_nano_patch4_32", depth=2).eval()
+    config = QuantConfig(range_search=False, smoothing=None)
+    return model, quantize(model, [normal(2, 3, 32, 32, seed=0)], config, progress=False)
+
+
+@pytest.fixture(scope="module")
+def findings(nano):
+    plan = Plan(
+        kinds=("quantized", "eager-fp32", "twin"),
+        others=("twin",),
+        batch_sizes=(1, 3),
+        threads=(2, 1),
+        repeats=2,
+        layers=True,
+    )
+    return run("vim_nano", (3, 32, 32), *nano, plan, {"twin": nano[1]})
+
+
+def test_every_setting_is_measured_and_torch_keeps_its_threads(findings):
+    threads = torch.get_num_threads()
+    settings = [(setting.batch_size, setting.threads) for setting in findings.settings]
+    assert settings == [(1, 2), (1, 1), (3, 2), (3, 1)] and torch.get_num_threads() == threads
+    for setting in findings.settings:
+        assert [timing.name for timing in setting.timings] == ["quantized", "eager-fp32", "twin"]
+        assert {timing.clock for timing in setting.timings} == {"cpu" if setting.threads == 1 else "wall"}
+        assert setting.timings[0].ratio == 1 and all(timing.ratio > 0 for timing in setting.timings)
+        assert list(setting.layers) == ["FP32", "quantized"]
+
+
+def test_the_first_columns_are_those_of_timm(findings, tmp_path):
+    write_csv(tmp_path / "times.csv", findings.rows())
+    with (tmp_path / "times.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = "model infer_samples_per_sec infer_step_time infer_batch_size infer_img_size infer_gmacs param_count"
+    assert list(rows[0])[:7] == columns.split()
+    assert {"kind", "threads", "isa", "ratio", "spread", "clock"} <= set(rows[0])
+    assert len(rows) == 12 and {row["isa"] for row in rows} == {native.isa()}
+    for row in rows:
+        seconds = 1e-3 * float(row["infer_step_time"])
+        assert float(row["infer_samples_per_sec"]) == pytest.approx(int(row["infer_batch_size"]) / seconds, rel=0.01)
+    assert rows[0]["infer_img_size"] == "32" and rows[0]["param_count"] == "0.09"
+
+
+def test_json_has_everything(findings):
+    result = findings.to_dict()
+    assert json.loads(json.dumps(result)) == result
+    assert len(result["timings"]) == 12 and result["memory"] == [] and result["unknown_operators"] == []
+    whole = [row["share"] for row in result["layers"] if (row["batch_size"], row["threads"]) == (3, 1)]
+    assert sum(whole) == pytest.approx(2)  # of two graphs
+    patches, tokens = 64 * 48 * 64, 65 * (64 * 256 + 2 * (128 * (4 + 2 * 16) + 4 * 128) + 128 * 64)
+    assert 1e9 * result["gmacs"] == patches + 2 * tokens + 64 * 10
+    assert result["parameters"] < result["file_bytes"] < 2 * result["parameters"] + 100_000
+    assert result["float16_bytes"] == 2 * result["parameters"]
+
+
+def test_text_names_threads_instruction_set_and_ratio(findings):
+    text = str(findings)
+    for words in (
+        f"batch 3, 1 thread, {native.isa()} kernels",
+        "2 threads",
+        "time / quantized",
+        "FP32: slowest",
+        "GOP/s",
+        "in FP16",
+    ):
+        assert words in text
+    assert all(f"\n{kind}" in text for kind in Category)
+
+
+def test_a_picture_is_one(findings, tmp_path):
+    from PIL import Image
+
+    findings.draw(tmp_path / "time.png")
+    with Image.open(tmp_path / "time.png") as picture:
+        width, height = picture.size
+        assert picture.format == "PNG" and width > 1200 and height > 600
+        assert len(picture.convert("RGB").getcolors(2**24)) > 7  # a bar has parts
+    assert [path.name for path in tmp_path.iterdir()] == ["time.png"]
+
+
+@pytest.mark.parametrize("name", ["time.txt", "time", "png"])
+def test_a_file_that_is_no_picture_is_refused(name):
+    with pytest.raises(ValueError, match=r"is no picture: its name must end with .png, .svg, .pdf"):
+        benchmark.run.check_picture(name)

@@ -220,17 +220,25 @@ def test_a_file_in_place_of_a_name_is_told(run, file):
     )
 
 
-def test_benchmark_compares_with_the_first(run, saved, tmp_path):
-    threads = torch.get_num_threads()
-    options = ("--batch-size", 2, "--repeats", 2, "--threads", threads, "--csv", tmp_path / "times.csv")
-    code, out, _ = run("benchmark", MODEL, saved, *options, "--json")
+def test_benchmark_compares_kinds_and_saved_models(run, saved, tmp_path):
+    copy = str(shutil.copytree(saved, tmp_path / "copy"))
+    options = ("--batch-size", 2, "--repeats", 2, "--csv", tmp_path / "out" / "times.csv")
+    argv = ("benchmark", saved, "--against", "eager-fp32", copy, *options, "--picture", tmp_path / "time.png")
+    code, out, err = run(*argv, "--json")
     result = json.loads(out)
-    assert code == 0 and result["machine"]["threads"] == threads
-    assert [timing["name"] for timing in result["timings"]] == [MODEL, saved]
-    assert result["timings"][0]["ratio"] == 1
-    heading, *lines = (tmp_path / "times.csv").read_text().splitlines()
-    assert len(lines) == 2 and {"median", "ratio", "threads", "torch"} <= set(heading.split(","))
-    assert f"times {MODEL}" in run("benchmark", MODEL, *options)[1]
+    assert code == 0 and [line for line in err.splitlines() if not line.endswith(" …")] == []
+    assert [timing["name"] for timing in result["timings"]] == ["quantized", "eager-fp32", copy]
+    assert result["timings"][0]["ratio"] == 1 and result["timings"][0]["threads"] == 1
+    assert {row["graph"] for row in result["layers"]} == {"FP32", "quantized"}  # a picture shows them
+    assert result["file_bytes"] == (Path(saved) / "model.safetensors").stat().st_size < result["float16_bytes"]
+    heading, *lines = (tmp_path / "out" / "times.csv").read_text().splitlines()
+    assert len(lines) == 3 and heading.startswith("model,infer_samples_per_sec,infer_step_time,")
+    assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_benchmark_quantizes_a_model_given_by_name(run):
+    code, out, _ = run("benchmark", MODEL, "--batch-size", 1, "--repeats", 1)
+    assert code == 0 and "time / quantized" in out and "slowest" not in out
 
 
 def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
@@ -262,8 +270,10 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (("evaluate", MODEL, "--data-dir", "digits", "--split", "eval", *WEIGHTS), "split must be one of"),
         (("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", "no.pth"), "no.pth: no such checkpoint"),
         (("quantize", "resnet18", "--data-dir", "digits", "--output", "x", *WEIGHTS), "no linear to quantize"),
-        (("benchmark", MODEL, MODEL), f"{MODEL} is given twice"),
-        (("benchmark", MODEL, "resnet18"), f"different ones: {MODEL} 3×32×32, resnet18 3×224×224"),
+        (("benchmark", MODEL, "--against", "quantized"), "quantized is given twice"),
+        (("benchmark", MODEL, "--against", "resnet18"), "'resnet18' is no way to run a model; there are eager-fp32"),
+        (("benchmark", MODEL, "--picture", "a.txt"), "a.txt is no picture"),
+        (("benchmark", "resnet18"), "no linear to quantize"),
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
         (calibration("x", config="minmax9"), "weight_bits must be .* between 2 and 8, got 9"),
         (calibration("x", config="no.json"), "No such file .*no.json"),
@@ -351,6 +361,16 @@ def test_an_interrupt_of_another_command_is_just_that(run, monkeypatch):
     assert run("doctor") == (130, "", "ptq4vm: interrupted\n")
 
 
+def test_an_interrupted_benchmark_says_so(run, tmp_path, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptq4vm.benchmark.run.compare", interrupted)
+    code, out, err = run("benchmark", MODEL, "--csv", tmp_path / "times.csv")
+    assert code == 130 and not out and err.splitlines()[-1] == "ptq4vm: interrupted"
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "argv",
     [
@@ -359,6 +379,7 @@ def test_an_interrupt_of_another_command_is_just_that(run, monkeypatch):
         ("inspect",),
         ("quantize", MODEL),
         ("benchmark", MODEL, "--repeats", "0"),
+        ("benchmark", MODEL, "--batch-size", "1", "0"),
         ("benchmark", MODEL, "--repeat", "2"),  # no abbreviations: they break when options are added
         ("evaluate", MODEL, "--data-dir", "digits", "--limit", "few"),
     ],
@@ -377,7 +398,7 @@ def test_help_is_short_and_shows_defaults(capsys, command):
     options = re.findall(r"^  (--[a-z-]+)(.*)", text, re.MULTILINE)
     assert stop.value.code == 0 and len(options) <= 10 and "--json" in dict(options)
     assert "None" not in text and "False" not in text
-    defaults = {"quantize": "w8a8 256 32 0", "evaluate": "test 64", "benchmark": "8 20"}
+    defaults = {"quantize": "w8a8 256 32 0", "evaluate": "test 64", "benchmark": "quantized 20"}
     shown = re.findall(r"\(default:\s+(\S+)\)", text)
     assert shown == defaults.get(command, "").split()
 

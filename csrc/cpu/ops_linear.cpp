@@ -63,7 +63,7 @@ struct LinearInputs {
       check_shape("bias", bias, {features});
     }
     for (int64_t i = stacked; i + 1 < x.dim(); i++) rows *= x.size(i);
-    x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
+    x = as_contiguous(x), weight = as_contiguous(weight);
     x_scale = as(x_scale, ScalarType::Float), zero_point = as(zero_point, ScalarType::Int);
     const int32_t *zero_points = in<int32_t>(zero_point), *end = zero_points + zero_point.numel();
     const auto not_code = std::find_if(zero_points, end, [](int32_t z) { return z != static_cast<int8_t>(z); });
@@ -114,7 +114,7 @@ Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor
   STD_TORCH_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
                   " channels has ", columns, " columns, this one ", weight.size(1));
   check_shape("weight_scale", scale, {features});
-  weight = torch::stable::contiguous(weight);
+  weight = as_contiguous(weight);
   const int64_t groups = ceil_div(features, LANES);
   Tensor tiles = make(weight, {groups, ceil_div(channels, STEP), LANES, STEP}, ScalarType::Char);
   Tensor sum = make(weight, {features}, ScalarType::Int);

@@ -79,6 +79,10 @@ inline int64_t qparams(const Tensor& x, const Tensor& scale) {
   return std::max<int64_t>(1, scale.numel());
 }
 
+inline Tensor typed(const Tensor& value, const Tensor& original) {
+  return value.scalar_type() == original.scalar_type() ? value : torch::stable::to(value, original.scalar_type());
+}
+
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());

@@ -21,43 +21,94 @@ constexpr int64_t WIDTH = 4;
 #endif
 
 typedef float f32xw __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t i32xw __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint32_t u32xw __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
 
 inline f32xw fill(float value) { return f32xw{} + value; }
 
 // The first `count` lanes, at least one; the others are zero.
 inline f32xw load_lanes(const float* from, int64_t count) {
   if (count >= WIDTH) return load_as<f32xw>(from);
+#ifdef __AVX512F__
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), from);
+#else
   f32xw value{};
   std::memcpy(&value, from, count * sizeof(float));
   return value;
+#endif
 }
 
 inline void store_lanes(float* to, f32xw value, int64_t count) {
   if (count >= WIDTH) {
     std::memcpy(to, &value, sizeof(value));
   } else {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1 << count) - 1), value);
+#else
     std::memcpy(to, &value, count * sizeof(float));
+#endif
+  }
+}
+
+inline f32xw load_lanes(const bfloat16* from, int64_t count) {
+  u16xw half{};
+  if (count >= WIDTH) {
+    half = load_as<u16xw>(from);
+  } else {
+    std::memcpy(&half, from, count * sizeof(bfloat16));
+  }
+#ifdef __AVX512F__
+  return (f32xw)((u32xw)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)half) << 16);  // GCC takes two halves
+#else
+  return (f32xw)(__builtin_convertvector(half, u32xw) << 16);
+#endif
+}
+
+inline void store_lanes(bfloat16* to, f32xw value, int64_t count) {
+  const u32xw bits = (u32xw)value;
+  const u32xw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32xw quiet = (bits >> 16) | 0x40;  // a NaN stays one
+  const u16xw half = __builtin_convertvector(value == value ? rounded : quiet, u16xw);
+  if (count >= WIDTH) {
+    std::memcpy(to, &half, sizeof(half));
+  } else {
+    std::memcpy(to, &half, count * sizeof(bfloat16));
   }
 }
 
 // NaN where x is. GCC compares and selects where x86 has one instruction: a fifth of a whole scan.
 #if defined(__AVX512F__)
 // Its header warns of the intrinsics without a mask.
-inline f32xw at_least(float bound, f32xw x) { return _mm512_maskz_max_ps(0xffff, fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm512_maskz_min_ps(0xffff, fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm512_maskz_max_ps(0xffff, y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm512_maskz_min_ps(0xffff, y, x); }
 #elif defined(__AVX__)
-inline f32xw at_least(float bound, f32xw x) { return _mm256_max_ps(fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm256_min_ps(fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm256_max_ps(y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm256_min_ps(y, x); }
 #elif defined(__SSE2__)
-inline f32xw at_least(float bound, f32xw x) { return _mm_max_ps(fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm_min_ps(fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm_max_ps(y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm_min_ps(y, x); }
 #else
-inline f32xw at_least(float bound, f32xw x) { return fill(bound) > x ? fill(bound) : x; }
-inline f32xw at_most(float bound, f32xw x) { return fill(bound) < x ? fill(bound) : x; }
+inline f32xw larger(f32xw y, f32xw x) { return y > x ? y : x; }
+inline f32xw smaller(f32xw y, f32xw x) { return y < x ? y : x; }
 #endif
 
+inline f32xw at_least(float bound, f32xw x) { return larger(fill(bound), x); }
+inline f32xw at_most(float bound, f32xw x) { return smaller(fill(bound), x); }
+
 inline f32xw minus_abs(f32xw x) { return (f32xw)((u32xw)x | 0x80000000u); }
+inline f32xw abs(f32xw x) { return (f32xw)((u32xw)x & 0x7fffffffu); }
+
+// Whether |x| is at most this in all lanes; NaN is not.
+inline bool all_within(float bound, f32xw x) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask(abs(x), fill(bound), _CMP_NLE_UQ) == 0;
+#else
+  bool within = true;
+  for (int64_t i = 0; i < WIDTH; i++) within &= abs(x)[i] <= bound;
+  return within;
+#endif
+}
 
 // unit · 2^f for |f| <= 1/2, within 1e-7, and exact at 0 so that slow decays have no bias.
 inline f32xw exp2_near_zero(f32xw f, float unit) {
@@ -74,28 +125,58 @@ constexpr float TO_EXPONENT = 12582912.0f + 126.0f;
 
 inline f32xw half_power(f32xw shifted) { return (f32xw)((u32xw)shifted << 23); }
 
+// (2^x - 1) / x for -1/2 <= x <= 0 and for -2 <= x <= 0, within 1e-6.
+inline f32xw exp2_slope_to_half(f32xw x) {
+  f32xw p = x * 8.384758323e-3f + 5.512808407e-2f;
+  p = p * x + 2.401892734e-1f;
+  return p * x + 6.931465999e-1f;
+}
+
+inline f32xw exp2_slope_to_two(f32xw x) {
+  f32xw p = x * 8.643896294e-5f + 1.196837496e-3f;
+  p = p * x + 9.483656765e-3f;
+  p = p * x + 5.544275431e-2f;
+  p = p * x + 2.402161257e-1f;
+  return p * x + 6.931468929e-1f;
+}
+
+#ifdef __AVX512DQ__
+// -126 <= x <= 128
+inline f32xw exp2_within_range(f32xw x) {
+  const f32xw f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_maskz_scalef_ps(0xffff, exp2_near_zero(f, 1.0f), x - f);
+}
+
 // Zero where x < lowest, which is at least -125.5.
 inline f32xw exp2(f32xw x, float lowest = -125.5f) {
-#ifdef __AVX512DQ__
-  // Faster by a seventh of a whole scan.
   const f32xw f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, fill(lowest), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, exp2_near_zero(f, 1.0f), x - f);
-#else
-  const f32xw bounded = at_most(128.0f, at_least(-126.0f, x)), shifted = bounded + TO_EXPONENT;
-  const f32xw power = exp2_near_zero(bounded - (shifted - TO_EXPONENT), 2.0f) * half_power(shifted);
-  return lowest <= -125.5f ? power : (f32xw)((u32xw)power & ~(u32xw)(x < lowest));
-#endif
 }
 
-inline f32xw exp(f32xw x) {
-  x = at_most(89.0f, at_least(-87.3f, x));
-  const f32xw shifted = x * 1.442695041f + TO_EXPONENT;
-  const f32xw n = shifted - TO_EXPONENT;
-  // ln 2 in two parts, the first so short that n times it is exact.
-  const f32xw rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  return exp2_near_zero(rest * 1.442695041f, 2.0f) * half_power(shifted);
+// x >= 1 and below 2^127. The division takes as long as sixteen other operations.
+inline f32xw reciprocal(f32xw x) {
+  const f32xw r = _mm512_maskz_rcp14_ps(0xffff, x);
+  return r * (1.0f - x * r) + r;
 }
+#else
+inline f32xw exp2_within_range(f32xw x) {
+  const f32xw shifted = x + TO_EXPONENT;
+  return exp2_near_zero(x - (shifted - TO_EXPONENT), 2.0f) * half_power(shifted);
+}
+
+inline f32xw exp2(f32xw x, float lowest = -125.5f) {
+  const f32xw power = exp2_within_range(at_most(128.0f, at_least(-126.0f, x)));
+  return lowest <= -125.5f ? power : (f32xw)((u32xw)power & ~(u32xw)(x < lowest));
+}
+
+inline f32xw reciprocal(f32xw x) { return 1.0f / x; }
+#endif
+
+constexpr float LOG2_E = 1.442695041f, LN_2 = 0.6931471806f;
+
+// Constant below -87 and above 87. The rounding of x · log2(e) adds an error of at most 6e-8 · |x|.
+inline f32xw exp(f32xw x) { return exp2_within_range(at_most(87.0f, at_least(-87.0f, x)) * LOG2_E); }
 
 // log(1 + x) for 0 <= x <= 1
 inline f32xw log1p_of_fraction(f32xw x) {
@@ -111,11 +192,14 @@ inline f32xw log1p_of_fraction(f32xw x) {
 }
 
 // Above 20 the logarithm is below half a unit in the last place of x: linear, as in torch.
-inline f32xw softplus(f32xw x) { return at_least(0.0f, x) + log1p_of_fraction(exp(minus_abs(x))); }
+inline f32xw softplus(f32xw x) {
+  const f32xw fraction = exp2_within_range(at_least(-87.0f, minus_abs(x)) * LOG2_E);
+  return at_least(0.0f, x) + log1p_of_fraction(fraction);
+}
 
-inline f32xw sigmoid(f32xw x) { return 1.0f / (1.0f + exp(-x)); }
+inline f32xw sigmoid(f32xw x) { return reciprocal(1.0f + exp(-x)); }
 
-inline f32xw silu(f32xw x) { return x / (1.0f + exp(-x)); }
+inline f32xw silu(f32xw x) { return x * sigmoid(x); }
 
 struct Gate {
   f32xw value, slope;
@@ -124,7 +208,7 @@ struct Gate {
 // silu and its derivative, which is within 1e-7 of the true one next to its zero.
 inline Gate silu_with_slope(f32xw x) {
   x = at_least(-80.0f, x);  // there both are zero for all purposes, and the exponential is finite
-  const f32xw e = exp(-x), s = 1.0f / (1.0f + e);
+  const f32xw e = exp(-x), s = reciprocal(1.0f + e);
   return {x * s, s * (x * (e * s) + 1.0f)};
 }
 

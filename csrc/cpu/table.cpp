@@ -12,6 +12,7 @@ void linear(const Linear&, int64_t, int64_t);
 void linear_amx(const Linear&, int64_t, int64_t);
 void scan(const Scan&, int64_t, int64_t);
 void scan_backward(const ScanBackward&, int64_t, int64_t);
+void directional_scan(const DirectionalScan&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
 void conv_backward(const ConvBackward&, int64_t, int64_t);
 
@@ -19,14 +20,14 @@ void conv_backward(const ConvBackward&, int64_t, int64_t);
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, linear, scan, scan_backward, directional_scan, conv, conv_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear_amx, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, linear_amx, scan, scan_backward, directional_scan, conv, conv_backward};
   return table;
 }
 #endif

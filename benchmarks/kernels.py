@@ -4,7 +4,8 @@
 
 Linears at the sizes of Vim's projections (197 tokens) against F.linear in bfloat16 and float32; scan and convolution
 against the PyTorch reference operators, forward, and forward with backward; norms and convolutions that give codes
-against the same operators one by one. Medians; the kernels' inputs are codes.
+against the same operators one by one; the scans of whole blocks, with the steps' linears, for one image. Medians; the
+kernels' inputs are codes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import native, ops, reference
+from ptq4vm import fused, native, ops, reference
 
 TOKENS = 197
 PROJECTIONS = {
@@ -31,6 +32,13 @@ PROJECTIONS = {
     "Vim-B out_proj": (1536, 768),
     "Vim-B x_proj": (1536, 80),
     "Vim-B dt_proj": (48, 1536),
+}
+
+
+DIRECTIONAL = {
+    "Vim-S": {"directions": 2, "side": 0, "tokens": 197, "channels": 768, "rank": 24, "states": 16},
+    "VMamba-T 56×56": {"directions": 4, "side": 56, "tokens": 3136, "channels": 96, "rank": 6, "states": 1},
+    "VMamba-T 14×14": {"directions": 4, "side": 14, "tokens": 196, "channels": 384, "rank": 24, "states": 1},
 }
 
 
@@ -86,6 +94,17 @@ def scans(rounds: int) -> None:
         pairs = {
             f"scan, {states} states": (ops.selective_scan, reference.selective_scan, inputs),
             f"scan, {states} states, backward": (backward, reference.selective_scan_backward, (grad, *inputs)),
+        }
+        compare(pairs, rounds)
+    for name, sizes in DIRECTIONAL.items():
+        inputs, qparams = directional(**sizes)
+        pairs = {
+            f"directional scan, {name}": (ops.directional_scan, fused.directional_scan, (*inputs, True, 1.0)),
+            f"directional scan, {name}, codes": (
+                ops.directional_scan_quantize,
+                fused.directional_scan_quantize,
+                (*inputs, 1.0, *qparams),
+            ),
         }
         compare(pairs, rounds)
     x, weight, bias = torch.randn(8, TOKENS, 768), torch.randn(768, 4), torch.randn(768)
@@ -153,13 +172,41 @@ def producers(rounds: int) -> None:
                 (maps, kernel, shifts, 56, 56, *of_maps),
             ),
         }
-        for name, (fused, plain, inputs) in cases.items():
+        for name, (one, plain, inputs) in cases.items():
             found = milliseconds(
-                {"fused": lambda f=fused, a=inputs: f(*a), "plain": lambda f=plain, a=inputs: f(*a)}, 10 * rounds
+                {"fused": lambda f=one, a=inputs: f(*a), "plain": lambda f=plain, a=inputs: f(*a)}, 10 * rounds
             )
             ratio = found["plain"] / found["fused"]
             kind = str(dtype).removeprefix("torch.")
             print(f"| {name}, {kind} | {1000 * found['fused']:.0f} | {1000 * found['plain']:.0f} | {ratio:.1f} |")
+
+
+def directional(directions: int, side: int, tokens: int, channels: int, rank: int, states: int) -> tuple[tuple, tuple]:
+    """One image; alternate directions are reversed, and on a map of this side the second half goes down the columns."""
+    ways = torch.arange(tokens).repeat(directions, 1)
+    if side:
+        ways[directions // 2 :] = torch.arange(tokens).view(side, side).t().flatten()
+    ways[1::2] = ways[1::2].flip(1)
+    weight = torch.randint(-127, 128, (directions, channels, rank), dtype=torch.int8)
+    scale, zero_point = torch.full((directions, tokens), 0.03), torch.zeros(directions, tokens, dtype=torch.int32)
+    inputs = (
+        torch.randn(1 if side else directions, 1, tokens, channels),
+        torch.randn(directions, 1, tokens, rank + 2 * states),
+        1 / scale,
+        scale,
+        zero_point,
+        None,
+        8,
+        fused.pack_weight(weight, 8),
+        weight.sum(-1, dtype=torch.int32),
+        torch.full((directions, channels), 0.5 / 127 / rank**0.5),
+        torch.rand(directions, channels) * 5 - 7,
+        -torch.arange(1.0, states + 1).expand(directions, channels, states),
+        torch.ones(directions, channels),
+        None if side else torch.randn(1, tokens, 2 * channels)[..., channels:],
+        ways.int(),
+    )
+    return inputs, (torch.full((tokens,), 20.0), zero_point[0], None, 8)
 
 
 def compare(pairs: dict[str, tuple[Callable, Callable, tuple]], rounds: int) -> None:

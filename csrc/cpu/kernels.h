@@ -101,22 +101,56 @@ struct Linear {
   int64_t blocks() const { return directions * row_blocks() * feature_blocks(); }
 };
 
-// reference.selective_scan: u, delta, z, y (B, L, E); A (E, S); B, C (B, L, S); D, delta_bias (E,). All float32.
+// A tensor (B, L, channels) that may be a part of a larger one: its channels are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  Float type = Float::f32;
+  int64_t image = 0, row = 0;  // elements from one to the next
+};
+
+// reference.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
 struct Scan {
-  const float *u, *delta, *A, *B, *C;
-  const float *D, *z, *delta_bias;  // or null
-  float* y;
+  Rows u, delta, B, C, z;  // z may have no data
+  const float *A, *D, *delta_bias;  // the last two may be null
+  void* y;
+  Float y_type;
   int64_t batch, tokens, channels, states;
   bool softplus;
 };
 
-// Its adjoint. Gradients of what is shared between images are written for every image, and summed by the caller:
-// A (batch, E, S), D and delta_bias (batch, E).
+constexpr int64_t PANEL = 256;  // channels
+
+// Its adjoint. Gradients of what is shared between images are written for every image, those of what is shared between
+// channels for every panel of channels, and summed by the caller: A (batch, E, S), D and delta_bias (batch, E), B and C
+// (panels, batch, L, S).
 struct ScanBackward {
   Scan forward;  // y unused
   const float* grad;
   float *u, *delta, *A, *B, *C;
   float *D, *z, *delta_bias;  // or null
+};
+
+// fused.directional_scan, and fused.directional_scan_quantize where there are codes instead of y. Layouts as there; what
+// is not of type Rows is contiguous.
+struct DirectionalScan {
+  Rows u, z;  // z may have no data
+  int64_t u_direction;  // elements from one direction's u to the next one's; 0 where they share it
+  const float* projected;
+  Qparams step;             // K sets, with inv_smooth (K, R)
+  const float* step_scale;  // (K, step.scales)
+  const void* step_weight;
+  bool packed;  // two 4-bit codes a byte
+  const int32_t* step_weight_sum;
+  const float *step_weight_scale, *step_bias, *A, *D;  // D may be null
+  const int32_t* order;  // of every direction, `steps` tokens or -1
+  int64_t directions, batch, tokens, steps, channels, rank, states;
+  float factor;
+  bool merge;
+  void* y;
+  Float y_type;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t panel;  // channels of an item, a multiple of 16
 };
 
 // fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
@@ -161,7 +195,8 @@ struct Kernels {
   void (*pack)(const Pack&, int64_t begin, int64_t end);                    // groups of 16 features
   void (*linear)(const Linear&, int64_t begin, int64_t end);                // blocks()
   void (*scan)(const Scan&, int64_t begin, int64_t end);                    // images × groups of LANES channels
-  void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images
+  void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images × panels of channels
+  void (*directional_scan)(const DirectionalScan&, int64_t begin, int64_t end);  // images × panels of channels
   void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);        // rows
   void (*norm_quantize)(const NormQuantize&, int64_t begin, int64_t end);   // rows

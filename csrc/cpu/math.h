@@ -84,20 +84,35 @@ inline void store_lanes(T* to, f32xw value, int64_t count) {
 // NaN where x is. GCC compares and selects where x86 has one instruction: a fifth of a whole scan.
 #if defined(__AVX512F__)
 // Its header warns of the intrinsics without a mask.
-inline f32xw at_least(float bound, f32xw x) { return _mm512_maskz_max_ps(0xffff, fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm512_maskz_min_ps(0xffff, fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm512_maskz_max_ps(0xffff, y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm512_maskz_min_ps(0xffff, y, x); }
 #elif defined(__AVX__)
-inline f32xw at_least(float bound, f32xw x) { return _mm256_max_ps(fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm256_min_ps(fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm256_max_ps(y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm256_min_ps(y, x); }
 #elif defined(__SSE2__)
-inline f32xw at_least(float bound, f32xw x) { return _mm_max_ps(fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return _mm_min_ps(fill(bound), x); }
+inline f32xw larger(f32xw y, f32xw x) { return _mm_max_ps(y, x); }
+inline f32xw smaller(f32xw y, f32xw x) { return _mm_min_ps(y, x); }
 #else
-inline f32xw at_least(float bound, f32xw x) { return fill(bound) > x ? fill(bound) : x; }
-inline f32xw at_most(float bound, f32xw x) { return fill(bound) < x ? fill(bound) : x; }
+inline f32xw larger(f32xw y, f32xw x) { return y > x ? y : x; }
+inline f32xw smaller(f32xw y, f32xw x) { return y < x ? y : x; }
 #endif
 
+inline f32xw at_least(float bound, f32xw x) { return larger(fill(bound), x); }
+inline f32xw at_most(float bound, f32xw x) { return smaller(fill(bound), x); }
+
 inline f32xw minus_abs(f32xw x) { return (f32xw)((u32xw)x | 0x80000000u); }
+inline f32xw abs(f32xw x) { return (f32xw)((u32xw)x & 0x7fffffffu); }
+
+// Whether |x| is at most this in all lanes; NaN is not.
+inline bool all_within(float bound, f32xw x) {
+#ifdef __AVX512F__
+  return _mm512_cmp_ps_mask(abs(x), fill(bound), _CMP_NLE_UQ) == 0;
+#else
+  bool within = true;
+  for (int64_t i = 0; i < WIDTH; i++) within &= abs(x)[i] <= bound;
+  return within;
+#endif
+}
 
 // unit · 2^f for |f| <= 1/2, within 1e-7, and exact at 0 so that slow decays have no bias.
 inline f32xw exp2_near_zero(f32xw f, float unit) {
@@ -114,19 +129,47 @@ constexpr float TO_EXPONENT = 12582912.0f + 126.0f;
 
 inline f32xw half_power(f32xw shifted) { return (f32xw)((u32xw)shifted << 23); }
 
+// (2^x - 1) / x for -1/2 <= x <= 0 and for -2 <= x <= 0, within 1e-6.
+inline f32xw exp2_slope_to_half(f32xw x) {
+  f32xw p = x * 8.384758323e-3f + 5.512808407e-2f;
+  p = p * x + 2.401892734e-1f;
+  return p * x + 6.931465999e-1f;
+}
+
+inline f32xw exp2_slope_to_two(f32xw x) {
+  f32xw p = x * 8.643896294e-5f + 1.196837496e-3f;
+  p = p * x + 9.483656765e-3f;
+  p = p * x + 5.544275431e-2f;
+  p = p * x + 2.402161257e-1f;
+  return p * x + 6.931468929e-1f;
+}
+
+#ifdef __AVX512DQ__
+// -126 <= x <= 128
+inline f32xw exp2_within_range(f32xw x) {
+  const f32xw f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
+  return _mm512_maskz_scalef_ps(0xffff, exp2_near_zero(f, 1.0f), x - f);
+}
+
 // Zero where x < lowest, which is at least -125.5.
 inline f32xw exp2(f32xw x, float lowest = -125.5f) {
-#ifdef __AVX512DQ__
-  // Faster by a seventh of a whole scan.
   const f32xw f = _mm512_maskz_reduce_ps(0xffff, x, _MM_FROUND_TO_NEAREST_INT);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, fill(lowest), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, exp2_near_zero(f, 1.0f), x - f);
-#else
-  const f32xw bounded = at_most(128.0f, at_least(-126.0f, x)), shifted = bounded + TO_EXPONENT;
-  const f32xw power = exp2_near_zero(bounded - (shifted - TO_EXPONENT), 2.0f) * half_power(shifted);
-  return lowest <= -125.5f ? power : (f32xw)((u32xw)power & ~(u32xw)(x < lowest));
-#endif
 }
+#else
+inline f32xw exp2_within_range(f32xw x) {
+  const f32xw shifted = x + TO_EXPONENT;
+  return exp2_near_zero(x - (shifted - TO_EXPONENT), 2.0f) * half_power(shifted);
+}
+
+inline f32xw exp2(f32xw x, float lowest = -125.5f) {
+  const f32xw power = exp2_within_range(at_most(128.0f, at_least(-126.0f, x)));
+  return lowest <= -125.5f ? power : (f32xw)((u32xw)power & ~(u32xw)(x < lowest));
+}
+#endif
+
+constexpr float LOG2_E = 1.442695041f, LN_2 = 0.6931471806f;
 
 // For -87.3 <= x <= 89.
 inline f32xw exp_bounded(f32xw x) {
@@ -157,7 +200,8 @@ inline f32xw log1p_of_fraction(f32xw x) {
 
 // Above 20 the logarithm is below half a unit in the last place of x: linear, as in torch.
 inline f32xw softplus(f32xw x) {
-  return at_least(0.0f, x) + log1p_of_fraction(exp_bounded(at_least(-87.3f, minus_abs(x))));
+  const f32xw fraction = exp2_within_range(at_least(-87.0f, minus_abs(x)) * LOG2_E);
+  return at_least(0.0f, x) + log1p_of_fraction(fraction);
 }
 
 // 1 + exp(-x), within 2e-7 for x >= -1 and (1 - x) · 1e-7 below, where silu is small.

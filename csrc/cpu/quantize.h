@@ -52,6 +52,13 @@ inline void store_codes(int8_t* to, f32xw value, Grid grid) {
 #endif
 }
 
+// The codes as floats.
+inline f32xw rounded_codes(f32xw value, Grid grid) {
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
+  value = at_most(grid.high, at_least(grid.low, value * grid.inv_scale));
+  return ((value + MAGIC) - MAGIC) + static_cast<float>(grid.zero_point);
+}
+
 // The first `count` of them, at least one.
 inline void store_codes(int8_t* to, f32xw value, Grid grid, int64_t count) {
   if (count >= WIDTH) {

@@ -16,6 +16,7 @@ void scan_backward(const ScanBackward&, int64_t, int64_t);
 void choose_qparams(const ChooseQparams&, int64_t, int64_t);
 void dequantize(const Dequantize&, int64_t, int64_t);
 void norm_quantize(const NormQuantize&, int64_t, int64_t);
+void directional_scan(const DirectionalScan&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
 void conv2d(const Conv2d&, int64_t, int64_t);
 void conv_backward(const ConvBackward&, int64_t, int64_t);
@@ -24,16 +25,16 @@ void conv_backward(const ConvBackward&, int64_t, int64_t);
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear, scan, scan_backward, choose_qparams, dequantize, norm_quantize,
-                             conv, conv2d, conv_backward};
+  static const Kernels table{quantize, pack, linear, scan, scan_backward, directional_scan, choose_qparams,
+                             dequantize, norm_quantize, conv, conv2d, conv_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, choose_qparams, dequantize, norm_quantize,
-                             conv, conv2d, conv_backward};
+  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, directional_scan, choose_qparams,
+                             dequantize, norm_quantize, conv, conv2d, conv_backward};
   return table;
 }
 #endif

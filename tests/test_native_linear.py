@@ -133,9 +133,7 @@ def test_the_number_of_threads_changes_no_bit(isa):
 
 @needs_library
 def test_what_does_not_fit_is_named():
-    x, scale, zero_point, weight, weight_sum, weight_scale, _ = inputs(
-        None, 2, 5, 70, 20, 8, "token", False, draw(0)
-    )
+    x, scale, zero_point, weight, weight_sum, weight_scale, _ = inputs(None, 2, 5, 70, 20, 8, "token", False, draw(0))
     rest = (weight_sum, weight_scale, None, torch.float32)
     with pytest.raises(RuntimeError, match=r"calibrated for 4 tokens, the input has 5"):
         ops.linear_packed(x, scale[:4], zero_point[:4], weight, *rest)

@@ -8,7 +8,7 @@ namespace PTQ4VM_SET {
 
 constexpr int64_t FEW_ROWS = 32;
 
-// y = ((x - zero_point) · weight) · x_scale · weight.scale + weight.bias, as reference.linear, for at most FEW_ROWS rows.
+// reference.linear of at most FEW_ROWS rows.
 struct LinearRows {
   PackedWeight weight;
   const int8_t* x;  // codes, zeros up to a multiple of 64 channels; memory for a multiple of 16 rows

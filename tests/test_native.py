@@ -245,7 +245,7 @@ def test_the_environment_names_the_best_instruction_set():
 @needs_library
 @pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("gcc"), reason="needs cmake and gcc")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
-    """All tests of this file again, on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """All tests of native kernels again, on those built with AddressSanitizer and UndefinedBehaviorSanitizer."""
     root = Path(__file__).parents[1]
     ignored = shutil.ignore_patterns("*.so", "pretrained", "golden", "CMakeCache.txt", "CMakeFiles", "*.ninja")
     for folder in ("ptq4vm", "tests", "csrc"):
@@ -265,7 +265,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
-    test = [sys.executable, "-m", "pytest", "-p", "no:xdist", "tests/test_native.py"]
+    tests = sorted(str(path) for path in (tmp_path / "tests").glob("test_native*.py"))
+    test = [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests]
     done = subprocess.run(test, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout  # else there were no kernels

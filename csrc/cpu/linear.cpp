@@ -101,14 +101,16 @@ inline void transpose(V (&m)[16]) {
   }
   for (int i = 0; i < 16; i += 4) {
     for (int j = 0; j < 2; j++) {
-      m[i + j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+      m[i + j] =
+          __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
       m[i + j + 2] =
           __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
   }
   for (int i = 0; i < 16; i += 8) {
     for (int j = 0; j < 4; j++) {
-      t[i + j] = __builtin_shufflevector(m[i + j], m[i + j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+      t[i + j] =
+          __builtin_shufflevector(m[i + j], m[i + j + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
       t[i + j + 4] =
           __builtin_shufflevector(m[i + j], m[i + j + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     }
@@ -205,6 +207,23 @@ struct Features {
 };
 
 // The first lanes of a vector; none if their number is negative.
+#ifdef __AVX512F__
+inline uint32_t first_lanes(int64_t count, int64_t all) {
+  return count <= 0 ? 0 : ~uint32_t{0} >> (32 - std::min(count, all));
+}
+
+inline void store(float* to, f32xw value, int64_t count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count, WIDTH), value);
+}
+
+inline void store(uint16_t* to, u16xw value, int64_t count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count, WIDTH), (__m256i)value);
+}
+
+inline void store(int8_t* to, i8xw value, int64_t count) {
+  _mm_mask_storeu_epi8(to, first_lanes(count, WIDTH), (__m128i)value);
+}
+#else
 template <class T, class V>
 inline void store(T* to, V value, int64_t count) {
   if (count >= WIDTH) {
@@ -215,6 +234,7 @@ inline void store(T* to, V value, int64_t count) {
     for (int64_t i = 0; i < count; i++) to[i] = lanes[i];
   }
 }
+#endif
 
 // Where results go: put() takes N vectors of a row, of which `count` lanes are there.
 template <class T>
@@ -259,9 +279,7 @@ struct NormalHalves : Results<uint16_t> {
     for (int i = 0; i < N; i += 2) {
       __m512i halves;
       __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(values[i + 1]), "v"(values[i]));
-      const int64_t there = std::min(count - i * WIDTH, 2 * WIDTH);
-      const uint32_t mask = there > 0 ? ~uint32_t{0} >> (2 * WIDTH - there) : 0;
-      _mm512_mask_storeu_epi16(to + i * WIDTH, mask, halves);
+      _mm512_mask_storeu_epi16(to + i * WIDTH, first_lanes(count - i * WIDTH, 2 * WIDTH), halves);
     }
   }
 };
@@ -508,21 +526,6 @@ void pack(const Pack& q, int64_t begin, int64_t end) {
   }
 }
 
-void linear_rows(const LinearRows& q, int64_t begin, int64_t end) {
-  const int64_t padded = round_up(q.weight.channels, STEP);
-  auto* x = code_memory.take<Code>(FEW_ROWS * padded);
-  for (int64_t r = 0; r < q.rows; r++) convert_rows(x + r * padded, q.x + r * q.x_stride, padded);
-  Row rows[FEW_ROWS];
-  for (int64_t r = 0; r < q.rows; r++) rows[r] = {zero_point_pair(q.zero_point[r]), q.x_scale[r], 0.0f, 0};
-  Features f;
-  for (int64_t group = begin; group < end; group++) {
-    const Code* w = read_weight(q.weight, group, group + 1);
-    f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
-    f.count = TILE;
-    multiply_rows<1>(Floats{{q.y + (group - begin) * TILE, q.y_stride}}, rows, f, x, w, padded, 0, q.rows);
-  }
-}
-
 #ifdef __AVX512VNNI__
 
 namespace {
@@ -560,9 +563,8 @@ template <class Out>
 PTQ4VM_TILES __attribute__((noinline)) void multiply_tiles(int32_t* acc, const int8_t* x, int64_t stride, int64_t gap,
                                                            const int8_t* w0, const int8_t* w1, int64_t padded,
                                                            const Pending<Out>& before) {
-  constexpr int64_t ACROSS = 2 * TILE;
+  constexpr int64_t ACROSS = 2 * TILE, SHARE = 4;  // rows to finish a step: always as many, which is easy to predict
   const Finish<2, Out> finish(before.out, before.rows, *before.features, before.c, before.acc);
-  const int64_t share = ACROSS * STEP / std::max(padded, STEP) + 1;
   int64_t next = before.begin;
   const int8_t* x1 = x + gap * stride;
   _tile_zero(0);
@@ -578,8 +580,8 @@ PTQ4VM_TILES __attribute__((noinline)) void multiply_tiles(int32_t* acc, const i
     _tile_loadd(5, x1 + d, stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
-    finish(next, std::min(next + share, before.end));
-    next += share;
+    finish(next, std::min(next + SHARE, before.end));
+    next += SHARE;
   }
   finish(next, before.end);
   _tile_stored(0, acc, ACROSS * sizeof(int32_t));
@@ -637,38 +639,6 @@ void linear_amx(const Linear& q, int64_t begin, int64_t end) {
     return tile_blocks(q, NormalHalves{{static_cast<uint16_t*>(q.y), q.weight.features}}, begin, end);
   }
   with_output(q, [&](const auto& y) { tile_blocks(q, y, begin, end); });
-}
-
-void begin_tiles() { configure(TILE); }
-
-PTQ4VM_TILES void end_tiles() { _tile_release(); }
-
-PTQ4VM_TILES void linear_rows_amx(const LinearRows& q, int64_t begin, int64_t end) {
-  const int64_t padded = round_up(q.weight.channels, STEP);
-  Row rows[FEW_ROWS];
-  for (int64_t r = 0; r < q.rows; r++) rows[r] = {zero_point_pair(q.zero_point[r]), q.x_scale[r], 0.0f, 0};
-  alignas(64) int32_t acc[FEW_ROWS * TILE];
-  Features f;
-  for (int64_t group = begin; group < end; group++) {
-    f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
-    f.count = TILE;
-    const int8_t* w = read_weight(q.weight, group, group + 1);
-    write_all();
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t d = 0; d < padded; d += STEP) {
-      _tile_loadd(6, w + d * TILE, STEP);
-      _tile_loadd(4, q.x + d, q.x_stride);
-      _tile_dpbssd(0, 4, 6);
-      if (q.rows > TILE) {
-        _tile_loadd(5, q.x + TILE * q.x_stride + d, q.x_stride);
-        _tile_dpbssd(1, 5, 6);
-      }
-    }
-    _tile_stored(0, acc, STEP);
-    _tile_stored(1, acc + TILE * TILE, STEP);
-    Finish<1, Floats>({{q.y + (group - begin) * TILE, q.y_stride}}, rows, f, 0, acc)(0, q.rows);
-  }
 }
 
 #endif

@@ -41,8 +41,8 @@ struct LinearInputs {
       : x(x_), x_scale(x_scale_), zero_point(zero_point_), weight(weight_), sum(sum_), scale(scale_), bias(bias_) {
     stacked = scale.dim() == 2;
     STD_TORCH_CHECK(stacked || scale.dim() == 1, "weight_scale must be (N,), or (K, N) for K linears");
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1 + stacked, "x must be int8 codes with a channel axis",
-                    stacked ? ", and one of directions" : "");
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1 + stacked,
+                    "x must be int8 codes with a channel axis", stacked ? ", and one of directions" : "");
     directions = stacked ? scale.size(0) : 1;
     features = scale.size(scale.dim() - 1), channels = x.size(x.dim() - 1);
     STD_TORCH_CHECK(!stacked || x.size(0) == directions, "x has ", x.size(0), " directions, the weight ", directions);
@@ -50,7 +50,8 @@ struct LinearInputs {
     STD_TORCH_CHECK(zero_point.numel() == x_scale.numel(), "there are ", x_scale.numel(), " scales and ",
                     zero_point.numel(), " zero points");
     nibbles = weight.scalar_type() == ScalarType::Byte;
-    const int64_t groups = ceil_div(features, LANES), steps = ceil_div(channels, STEP), bytes = nibbles ? STEP / 2 : STEP;
+    const int64_t groups = ceil_div(features, LANES), steps = ceil_div(channels, STEP);
+    const int64_t bytes = nibbles ? STEP / 2 : STEP;
     STD_TORCH_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 4 + stacked &&
                         weight.numel() == directions * groups * steps * LANES * bytes && weight.size(stacked) == groups,
                     "a weight of ", features, " × ", channels, " channels is packed into (", groups, ", ", steps,
@@ -77,15 +78,16 @@ struct LinearInputs {
     Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
     Linear q{};
     q.x = in<int8_t>(x), q.x_scale = in<float>(x_scale), q.zero_point = in<int32_t>(zero_point);
-    q.weight = {weight.const_data_ptr(), nibbles, in<int32_t>(sum), in<float>(scale), in<float>(bias), channels, features};
+    q.weight = {weight.const_data_ptr(), nibbles,  in<int32_t>(sum), in<float>(scale),
+                in<float>(bias),         channels, features};
     if (gelu) {
       q.gelu = *gelu;
       q.gelu_codes = out<int8_t>(y);
     } else {
       q.y = y.mutable_data_ptr(), q.y_type = type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
       // Then also sums with the bias are multiples of numbers that are not denormal.
-      constexpr float FAR_FROM_DENORMAL = 0x1p-100f;
-      q.normal = smallest(x_scale) * smallest(scale) > FAR_FROM_DENORMAL && (!bias || smallest(*bias) > FAR_FROM_DENORMAL);
+      constexpr float LEAST = 0x1p-100f;
+      q.normal = smallest(x_scale) * smallest(scale) > LEAST && (!bias || smallest(*bias) > LEAST);
     }
     q.directions = directions, q.rows = rows, q.scales = scales;
     q.rows_in_block = rows_in_block(q);
@@ -101,16 +103,18 @@ struct LinearInputs {
   }
 };
 
-Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale, Optional bias,
-                     ScalarType type) {
+Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
+                     Optional bias, ScalarType type) {
   return LinearInputs(x, x_scale, zero_point, weight, sum, scale, bias).run_as(type);
 }
 
-Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias, ScalarType type) {
+Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias,
+              ScalarType type) {
   const bool nibbles = weight.scalar_type() == ScalarType::Byte;
   STD_TORCH_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2 && x.dim() >= 1,
                   "the weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte");
-  const int64_t channels = x.size(x.dim() - 1), features = weight.size(0), columns = nibbles ? ceil_div(channels, 2) : channels;
+  const int64_t channels = x.size(x.dim() - 1), features = weight.size(0);
+  const int64_t columns = nibbles ? ceil_div(channels, 2) : channels;
   STD_TORCH_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
                   " channels has ", columns, " columns, this one ", weight.size(1));
   check_shape("weight_scale", scale, {features});

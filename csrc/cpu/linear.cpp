@@ -4,7 +4,7 @@
 // Weights come in tiles: 64 input channels of 16 output channels, the operand of AMX and of VNNI as it lies in memory.
 // The work is cut into blocks of rows by blocks of 64 output channels. Within one, two or four groups of 16 channels
 // pass over all rows; the sums of a few rows go through a small buffer to be rescaled and stored.
-#include "linear.h"
+#include "kernels.h"
 
 #include <algorithm>
 #include <cstring>

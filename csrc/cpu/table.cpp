@@ -14,19 +14,23 @@ void scan(const Scan&, int64_t, int64_t);
 void scan_backward(const ScanBackward&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
 void conv_backward(const ConvBackward&, int64_t, int64_t);
+void fake_quantize(const FakeQuantize&, int64_t, int64_t);
+void fake_quantize_backward(const FakeQuantizeBackward&, int64_t, int64_t);
 
 }  // namespace PTQ4VM_SET
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, linear, scan, scan_backward, conv, conv_backward,
+                             fake_quantize, fake_quantize_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, linear_amx, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, linear_amx, scan, scan_backward, conv, conv_backward,
+                             fake_quantize, fake_quantize_backward};
   return table;
 }
 #endif

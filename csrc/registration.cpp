@@ -5,6 +5,7 @@
   "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "    \
   "bool delta_softplus"
 #define PTQ4VM_CONV "Tensor x, Tensor weight, Tensor? bias, bool silu"
+#define PTQ4VM_FAKE "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
 #define PTQ4VM_QPARAMS "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
 #define PTQ4VM_LINEAR                                                                                    \
   "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale, " \
@@ -26,6 +27,9 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("causal_conv1d(" PTQ4VM_CONV ") -> Tensor");
   m.def("causal_conv1d_backward(Tensor grad, " PTQ4VM_CONV ") -> (Tensor, Tensor, Tensor)");
+  m.def("fake_quantize(" PTQ4VM_FAKE ") -> Tensor");
+  m.def("fake_quantize_backward(Tensor grad, " PTQ4VM_FAKE
+        ", bool need_x, bool need_scale, bool need_smooth) -> (Tensor, Tensor, Tensor)");
   m.def("linear_packed(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor");
   m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", " PTQ4VM_QPARAMS ") -> Tensor");
   m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, " PTQ4VM_QPARAMS

@@ -102,7 +102,10 @@ class ActivationFakeQuantize(_FakeQuantize):
         assert self.scale is not None and self.zero_point is not None
         return self.scale, self.zero_point
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
+        """x · smooth, fake-quantized."""
+        if self.mode is not Mode.QUANTIZE or self.dynamic:
+            x, smooth = x if smooth is None else x * smooth, None
         if self.mode is Mode.CAPTURE:
             self.captured.append(x.detach())
         if self.mode is not Mode.QUANTIZE:
@@ -112,9 +115,7 @@ class ActivationFakeQuantize(_FakeQuantize):
         else:
             assert self.zero_point is not None
             scale, zero_point = self.step(), self.zero_point
-        scale, zero_point = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
-        low, high = (bound - zero_point for bound in self.spec.bounds)
-        return (_round(x.float() * (1.0 / scale), low, high) * scale).to(x.dtype)
+        return ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself by quantize and dequantize nodes (torchao calls this from `convert_pt2e`)."""
@@ -153,11 +154,11 @@ class WeightFakeQuantize(_FakeQuantize):
         assert self.scale is not None
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int32)
 
-    def forward(self, w: Tensor) -> Tensor:
+    def forward(self, w: Tensor, smooth: Tensor | None = None) -> Tensor:
+        """w · smooth, fake-quantized."""
         if self.mode is not Mode.QUANTIZE:
-            return w
-        scale = self.step().unsqueeze(-1)
-        return (_round(w.float() / scale, *self.spec.bounds) * scale).to(w.dtype)
+            return w if smooth is None else w * smooth
+        return ops.fake_quantize(w, self.step(), None, smooth, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""
@@ -188,13 +189,3 @@ def _replace(node: fx.Node, result: fx.Node) -> None:
     result.meta.update({key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta})
     node.replace_all_uses_with(result)
     node.graph.erase_node(node)
-
-
-def _round(x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
-    """Round half to even and clamp; the gradient is the identity's wherever the rounded value is in range.
-
-    Not through `clamp`, whose own gradient is zero at the bounds: the last codes would never learn.
-    """
-    codes = x.detach().round()
-    clamped = codes.clamp(low, high)  # type: ignore[arg-type]
-    return clamped + (x - x.detach()) * (codes == clamped)

@@ -201,6 +201,64 @@ def _conv_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 torch.library.register_autograd("ptq4vm::causal_conv1d", _conv_gradient, setup_context=_save_conv, lib=_library)
 
+_FAKE = "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
+_NEEDS = "bool need_x, bool need_scale, bool need_smooth"
+
+
+def _fake_quantize(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    _check_qparams(x, scale)
+    return reference.fake_quantize(x, scale, *rest)
+
+
+def _fake_quantize_fake(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    _check_qparams(x, scale)
+    return x.new_empty(x.shape)
+
+
+def _fake_quantize_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth: Tensor | None,
+    bits: int,
+    need_x: bool,
+    need_scale: bool,
+    need_smooth: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    factor = x if smooth is None else smooth
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        scale.new_empty(scale.shape if need_scale else 0),
+        factor.new_empty(x.shape[-1] if need_smooth else 0),
+    )
+
+
+_define(f"fake_quantize({_FAKE}) -> Tensor", _fake_quantize, _fake_quantize_fake)
+_define(
+    f"fake_quantize_backward(Tensor grad, {_FAKE}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    reference.fake_quantize_backward,
+    _fake_quantize_backward_fake,
+)
+
+
+def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.bits = inputs[4]
+
+
+def _fake_quantize_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    need_x, need_scale, _, need_smooth, *_ = ctx.needs_input_grad
+    needs = (need_x, need_scale, need_smooth)
+    grads = torch.ops.ptq4vm.fake_quantize_backward(grad.contiguous(), *ctx.saved_tensors, ctx.bits, *needs)
+    grad_x, grad_scale, grad_smooth = (value if need else None for value, need in zip(grads, needs, strict=True))
+    return grad_x, grad_scale, None, grad_smooth, None
+
+
+torch.library.register_autograd(
+    "ptq4vm::fake_quantize", _fake_quantize_gradient, setup_context=_save_fake_quantize, lib=_library
+)
+
 _QPARAMS = "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
 _PACKED = "Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias"
 _STEPS = (
@@ -298,6 +356,7 @@ dequantize = torch.ops.ptq4vm.dequantize
 linear = torch.ops.ptq4vm.linear
 selective_scan = torch.ops.ptq4vm.selective_scan
 causal_conv1d = torch.ops.ptq4vm.causal_conv1d
+fake_quantize = torch.ops.ptq4vm.fake_quantize
 linear_packed = torch.ops.ptq4vm.linear_packed
 linear_gelu_quantize = torch.ops.ptq4vm.linear_gelu_quantize
 norm_quantize = torch.ops.ptq4vm.norm_quantize

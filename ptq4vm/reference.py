@@ -105,6 +105,61 @@ def unpack_int4(packed: Tensor, channels: int) -> Tensor:
     return torch.where(codes > 7, codes - 16, codes)
 
 
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int) -> Tensor:
+    """What x · smooth is after `quantize` and `dequantize`, or, without zero points, after `quantize_weight`."""
+    _, _, clamped = _fake_codes(x, scale, zero_point, smooth, bits)
+    return (clamped * scale.float().unsqueeze(-1)).to(x.dtype).contiguous()
+
+
+def fake_quantize_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    smooth: Tensor | None,
+    bits: int,
+    need_x: bool,
+    need_scale: bool,
+    need_smooth: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Straight-through gradients of x, scale and smooth, empty where not needed.
+
+    Rounding has the identity's gradient wherever the rounded code is in range, both ends included; not `clamp`'s,
+    which is zero at the ends: the last codes would never learn. So the scale's is that of LSQ (Esser et al. 2020).
+    """
+    v, codes, clamped = _fake_codes(x, scale, zero_point, smooth, bits)
+    grad, inside = grad.float(), codes == clamped
+    through = torch.where(inside, grad, 0)
+    grad_x, grad_scale, grad_smooth = (grad.new_empty(0) for _ in range(3))
+    if need_x:
+        grad_x = (through if smooth is None else through * smooth.float()).contiguous()
+    if need_scale:
+        grad_scale = (grad * (clamped - torch.where(inside, v, 0))).sum(-1).sum_to_size(scale.shape)
+    if need_smooth:
+        grad_smooth = (through * x.float()).flatten(0, -2).sum(0)
+    return (
+        grad_x.to(x.dtype),
+        grad_scale.to(scale.dtype),
+        grad_smooth.to(x.dtype if smooth is None else smooth.dtype),
+    )
+
+
+def _fake_codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The value to round, its code less the zero point, and this code in range; all float32."""
+    v, scale = x.float(), scale.float().unsqueeze(-1)
+    if smooth is not None:
+        v = v * smooth.float()
+    if zero_point is None:
+        v, zero = v / scale, torch.zeros_like(scale)
+    else:
+        v, zero = v * (1.0 / scale), zero_point.unsqueeze(-1)
+    low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
+    codes = v.round()
+    return v, codes, codes.clamp(low - zero, high - zero)
+
+
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, zeros before t = 0; x (B, L, E), weight (E, K), bias (E,)."""
     y = _causal_taps(x, weight, bias)

@@ -190,6 +190,27 @@ struct ConvBackward {
   float *x, *weight, *bias;  // bias or null
 };
 
+// reference.fake_quantize: x, y (rows, D); qparams of a row as above. Without zero points codes are symmetric and x is
+// divided by the scale, as weights are; with them it is multiplied by its reciprocal.
+struct FakeQuantize {
+  const float *x, *smooth;  // smooth (D,) or null
+  const float* scale;
+  const int32_t* zero_point;  // or null
+  float* y;
+  int64_t rows, channels, scales;
+  int low, high;
+};
+
+// Its gradients, each null where nobody asks. The scale's is written for every row, the smoothing's (D,) for every
+// block of ROWS_IN_SUM rows, and the caller sums them.
+struct FakeQuantizeBackward {
+  FakeQuantize forward;  // y unused
+  const float* grad;
+  float *x, *scale, *smooth;
+};
+
+constexpr int64_t ROWS_IN_SUM = 32;
+
 struct Kernels {
   void (*quantize)(const Quantize&, int64_t begin, int64_t end);            // rows
   void (*pack)(const Pack&, int64_t begin, int64_t end);                    // groups of 16 features
@@ -203,6 +224,8 @@ struct Kernels {
   void (*conv)(const Conv&, int64_t begin, int64_t end);         // directions × images × groups of LANES channels
   void (*conv2d)(const Conv2d&, int64_t begin, int64_t end);     // images × rows of the map
   void (*conv_backward)(const ConvBackward&, int64_t begin, int64_t end);   // images × groups of LANES channels
+  void (*fake_quantize)(const FakeQuantize&, int64_t begin, int64_t end);                    // rows
+  void (*fake_quantize_backward)(const FakeQuantizeBackward&, int64_t begin, int64_t end);   // blocks of ROWS_IN_SUM
 };
 
 // Instruction sets, each with all before it.

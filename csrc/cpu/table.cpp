@@ -20,13 +20,16 @@ void directional_scan(const DirectionalScan&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
 void conv2d(const Conv2d&, int64_t, int64_t);
 void conv_backward(const ConvBackward&, int64_t, int64_t);
+void fake_quantize(const FakeQuantize&, int64_t, int64_t);
+void fake_quantize_backward(const FakeQuantizeBackward&, int64_t, int64_t);
 
 }  // namespace PTQ4VM_SET
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
   static const Kernels table{quantize, pack, linear, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, norm_quantize, conv, conv2d, conv_backward};
+                             dequantize, norm_quantize, conv, conv2d, conv_backward,
+                             fake_quantize, fake_quantize_backward};
   return table;
 }
 
@@ -34,7 +37,8 @@ const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
   static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, norm_quantize, conv, conv2d, conv_backward};
+                             dequantize, norm_quantize, conv, conv2d, conv_backward,
+                             fake_quantize, fake_quantize_backward};
   return table;
 }
 #endif

@@ -10,30 +10,32 @@ published code takes the last axis of both: the width of an image, along which a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ptq4vm.config import Learning
 from ptq4vm.graph import Part
+from ptq4vm.graph import finish as finish_graph
+from ptq4vm.passes.smooth import merge_smoothing
 from ptq4vm.quantizer import QuantizedLinear
 
 Values = dict[str, Tensor]
 
 
 def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
-    """Mean over tokens of 1 - cos over channels, summed over the outputs that the block's quantization changes.
+    """Mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
 
     `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
     """
     losses = [
-        (1 - F.cosine_similarity(value, targets[name], dim=_channel_axis(value, channels))).mean()
-        for name, value in outputs.items()
-        if value.requires_grad
+        (1 - F.cosine_similarity(outputs[name], target, dim=_channel_axis(target, channels))).mean()
+        for name, target in targets.items()
     ]
     return torch.stack(losses).sum()
 
@@ -92,6 +94,10 @@ def learn_block(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     channels = len(linears[-1].weight.calculate_qparams()[0])
+    part = _merged(part)
+    # gradients tell which outputs the quantization changes
+    one = part({name: value[:1] for name, value in inputs.items()})
+    targets = {name: value for name, value in targets.items() if one[name].requires_grad}
     before = _total_loss(part, inputs, targets, config.batch_size, channels)
     for epoch in range(config.epochs):
         total = 0.0
@@ -114,11 +120,18 @@ def learn_block(
     return before, after
 
 
+def _merged(part: Part) -> Part:
+    """The same piece, whose fake-quantizers do the smoothing."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(part.module.graph, {}))
+    return dataclasses.replace(part, module=finish_graph(merge_smoothing(fx.GraphModule(part.module, graph))))
+
+
+@torch.no_grad()
 def _total_loss(part: Part, inputs: Values, targets: Values, batch_size: int, channels: int) -> float:
     images = len(next(iter(targets.values())))
     total = 0.0
     for chosen in torch.arange(images).split(batch_size):
-        # gradients stay on: they tell which outputs the quantization changes
         outputs = part({name: value[chosen] for name, value in inputs.items()})
         loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()}, channels)
         total += loss.item() * len(chosen)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from ptq4vm.graph import Insertion, LinearSite, aten, set_tensor
 
 SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
@@ -33,15 +35,36 @@ def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:
     return (x_max.pow(alpha) / w_max.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
 
 
+def merge_smoothing(gm: GraphModule) -> GraphModule:
+    """A fake-quantizer of x · f → one that multiplies by f itself: x is read once, and so is its gradient."""
+    for node in gm.graph.find_nodes(op="call_module"):
+        fake = gm.get_submodule(str(node.target))
+        if isinstance(fake, (ActivationFakeQuantize, WeightFakeQuantize)) and _is_smoothed(node.args[0]):
+            node.args = node.all_input_nodes[0].args
+    return gm
+
+
+def _is_smoothed(node: Any) -> bool:
+    """Whether a node is x · (1 / exp(log s)) or W · exp(log s), of our own log s."""
+    if not isinstance(node, Node) or node.target is not aten.mul.Tensor:
+        return False
+    factor = node.args[1]
+    if isinstance(factor, Node) and factor.target is aten.reciprocal.default:
+        factor = factor.args[0]
+    return isinstance(factor, Node) and factor.target is aten.exp.default and _is_log_smooth(factor.args[0])
+
+
+def _is_log_smooth(node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "get_attr" and str(node.target).endswith(".log_smooth")
+
+
 def fold_smoothing(gm: GraphModule) -> GraphModule:
     """1 / exp(log s) → a constant `inv_smooth`, computed once."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.reciprocal.default):
         scale = node.args[0]
-        if scale.target is not aten.exp.default or scale.args[0].op != "get_attr":
+        if scale.target is not aten.exp.default or not _is_log_smooth(scale.args[0]):
             continue
         name = str(scale.args[0].target)
-        if not name.endswith(".log_smooth"):
-            continue
         with torch.no_grad():
             value = gm.get_parameter(name).exp().reciprocal()
         with gm.graph.inserting_before(node):

@@ -1,0 +1,90 @@
+// fake_quantize and its gradient on a CPU: whatever the dtype, they compute in float32.
+#include "glue.h"
+
+namespace ptq4vm {
+namespace {
+
+struct FakeQuantizeInputs {
+  Tensor x, scale;
+  Optional zero_point, smooth;
+  std::vector<int64_t> shape;
+  int64_t rows, channels, scales, bits;
+
+  FakeQuantizeInputs(const Tensor& x_, const Tensor& scale_, const Optional& zero_, const Optional& smooth_,
+                     int64_t bits_)
+      : x(x_), scale(scale_), zero_point(zero_), smooth(smooth_), bits(bits_) {
+    STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
+    STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+    scales = qparams(x, scale), channels = x.size(x.dim() - 1);
+    STD_TORCH_CHECK(!zero_point || zero_point->numel() == scale.numel(), "there are ", scale.numel(), " scales and ",
+                    zero_point ? zero_point->numel() : 0, " zero points");
+    check_shape("smooth", smooth, {channels});
+    shape = with_last(x, channels);
+    rows = channels ? x.numel() / channels : 0;
+    x = as(x, ScalarType::Float), scale = as(scale, ScalarType::Float);
+    zero_point = as(zero_point, ScalarType::Int), smooth = as(smooth, ScalarType::Float);
+  }
+
+  Tensor like_x() const { return torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Float); }
+
+  FakeQuantize view(float* y) const {
+    const int half_range = 1 << (bits - 1);
+    return {in<float>(x), in<float>(smooth), in<float>(scale), in<int32_t>(zero_point), y,
+            rows,         channels,          scales,           zero_point ? -half_range : 1 - half_range,
+            half_range - 1};
+  }
+};
+
+Tensor fake_quantize(Tensor x, Tensor scale, Optional zero_point, Optional smooth, int64_t bits) {
+  const FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
+  Tensor y = inputs.like_x();
+  const FakeQuantize q = inputs.view(out<float>(y));
+  const auto run = kernels().fake_quantize;
+  torch::stable::parallel_for(0, q.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, q.channels)),
+                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return as(y, x.scalar_type());
+}
+
+// Sums of rows that are `period` apart, in their order, whatever the number of threads.
+void sum_rows(const float* rows, int64_t count, int64_t width, float* sums, int64_t period) {
+  std::vector<double> exact(period * width, 0.0);
+  for (int64_t r = 0; r < count; r++) {
+    double* to = exact.data() + r % period * width;
+    for (int64_t i = 0; i < width; i++) to[i] += rows[r * width + i];
+  }
+  std::copy(exact.begin(), exact.end(), sums);
+}
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Optional zero_point,
+                                                          Optional smooth, int64_t bits, bool need_x, bool need_scale,
+                                                          bool need_smooth) {
+  const FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
+  const auto same = grad.sizes();
+  STD_TORCH_CHECK(std::equal(same.begin(), same.end(), inputs.shape.begin(), inputs.shape.end()),
+                  "grad has another shape than x");
+  STD_TORCH_CHECK(smooth || !need_smooth, "there is no smoothing whose gradient could be given");
+  grad = as(grad, ScalarType::Float);
+  const FakeQuantize q = inputs.view(nullptr);
+  const int64_t blocks = (q.rows + ROWS_IN_SUM - 1) / ROWS_IN_SUM;
+  const auto none = [&] { return make(inputs.x, {0}, ScalarType::Float); };
+  Tensor dx = need_x ? inputs.like_x() : none();
+  std::vector<float> by_row(need_scale ? q.rows : 0), by_block(need_smooth ? blocks * q.channels : 0);
+  const FakeQuantizeBackward b{q, in<float>(grad), need_x ? out<float>(dx) : nullptr,
+                               need_scale ? by_row.data() : nullptr, need_smooth ? by_block.data() : nullptr};
+  const auto run = kernels().fake_quantize_backward;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { run(b, begin, end); });
+  Tensor dscale = need_scale ? torch::stable::new_empty(inputs.x, scale.sizes(), ScalarType::Float) : none();
+  Tensor dsmooth = need_smooth ? make(inputs.x, {q.channels}, ScalarType::Float) : none();
+  if (need_scale && scale.numel()) sum_rows(by_row.data(), q.rows, 1, out<float>(dscale), scale.numel());
+  if (need_smooth) sum_rows(by_block.data(), blocks, q.channels, out<float>(dsmooth), 1);
+  return {as(dx, x.scalar_type()), as(dscale, scale.scalar_type()),
+          as(dsmooth, (smooth ? *smooth : x).scalar_type())};
+}
+
+}  // namespace
+}  // namespace ptq4vm
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&ptq4vm::fake_quantize));
+  m.impl("fake_quantize_backward", TORCH_BOX(&ptq4vm::fake_quantize_backward));
+}

@@ -3,7 +3,8 @@
     python benchmarks/kernels.py --threads 1
 
 Linears at the sizes of Vim's projections (197 tokens) against F.linear in bfloat16 and float32; scan and convolution
-against the PyTorch reference operators, forward, and forward with backward. Medians; the kernels' inputs are codes.
+against the PyTorch reference operators, forward, and forward with backward; norms and convolutions that give codes
+against the same operators one by one. Medians; the kernels' inputs are codes.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ptq4vm import native, ops, reference
 
@@ -95,6 +98,70 @@ def scans(rounds: int) -> None:
     compare(pairs, rounds)
 
 
+def norm_one_by_one(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, *codes: Any
+) -> object:
+    total = x.float() if residual is None else x + residual
+    shape = total.shape[-1:]
+    y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
+    return total, ops.quantize(y, *codes)
+
+
+def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:
+    """Of the two directions that need no gather, and leave the second one reversed."""
+    inv_scale, zero_point, smooth, bits = codes
+    u = [ops.causal_conv1d(y, weight[k], bias[k], True) for k, y in enumerate((x, x.flip(1)))]
+    return u, [ops.quantize(u[k], inv_scale[k], zero_point[k], smooth[k], bits) for k in range(2)]
+
+
+def conv2d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, *codes: Any) -> object:
+    inv_scale, zero_point, _, bits = codes
+    maps = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    filters = weight.unsqueeze(1).to(x.dtype)
+    u = F.silu(F.conv2d(maps, filters, bias.to(x.dtype), padding=1, groups=len(weight)))
+    u = u.permute(0, 2, 3, 1).flatten(1, 2)
+    return u, [ops.quantize(u, inv_scale[k], zero_point[k], None, bits) for k in range(len(inv_scale))]
+
+
+def producers(rounds: int) -> None:
+    print("\n| one image, codes included | fused µs | one by one µs | ratio |\n|---|---|---|---|")
+    order = torch.stack((torch.arange(TOKENS), torch.arange(TOKENS).flip(0))).int()
+    for dtype in (torch.float32, torch.bfloat16):
+        scales, zeros = 20 * torch.rand(2, TOKENS), torch.zeros(2, TOKENS, dtype=torch.int32)
+        x, residual = torch.randn(1, TOKENS, 384, dtype=dtype), torch.randn(1, TOKENS, 384)
+        weight, bias = torch.randn(2, 384)
+        half = torch.randn(1, TOKENS, 2 * 768, dtype=dtype)[..., :768]  # of what in_proj gives
+        taps, biases, smooth = torch.randn(2, 768, 4), torch.randn(2, 768), torch.rand(2, 768)
+        maps, kernel, shifts = torch.randn(1, 56 * 56, 96, dtype=dtype), torch.randn(96, 3, 3), torch.randn(96)
+        of_maps = (20 * torch.rand(4, 56 * 56), torch.zeros(4, 56 * 56, dtype=torch.int32), None, 8)
+        one = (scales[0], zeros[0], None, 8)
+        cases: dict[str, tuple[Callable, Callable, tuple]] = {
+            "residual and RMS norm, 197×384": (
+                ops.norm_quantize,
+                norm_one_by_one,
+                (x, residual, weight, None, 1e-5, True, *one),
+            ),
+            "layer norm, 197×384": (ops.norm_quantize, norm_one_by_one, (x, None, weight, bias, 1e-5, False, *one)),
+            "two convolutions and SiLU, 197×768": (
+                ops.conv1d_quantize,
+                conv1d_one_by_one,
+                (half, taps, biases, order, scales, zeros, smooth, 8),
+            ),
+            "3×3 and SiLU, four codes, 56×56×96": (
+                ops.conv2d_quantize,
+                conv2d_one_by_one,
+                (maps, kernel, shifts, 56, 56, *of_maps),
+            ),
+        }
+        for name, (fused, plain, inputs) in cases.items():
+            found = milliseconds(
+                {"fused": lambda f=fused, a=inputs: f(*a), "plain": lambda f=plain, a=inputs: f(*a)}, 10 * rounds
+            )
+            ratio = found["plain"] / found["fused"]
+            kind = str(dtype).removeprefix("torch.")
+            print(f"| {name}, {kind} | {1000 * found['fused']:.0f} | {1000 * found['plain']:.0f} | {ratio:.1f} |")
+
+
 def compare(pairs: dict[str, tuple[Callable, Callable, tuple]], rounds: int) -> None:
     for name, (ours, theirs, inputs) in pairs.items():
         found = milliseconds(
@@ -116,3 +183,4 @@ if __name__ == "__main__":
         for batch in (1, 8):
             linears(batch, options.rounds)
         scans(max(3, options.rounds // 5))
+        producers(options.rounds)

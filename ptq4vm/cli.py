@@ -1,4 +1,4 @@
-"""The command line: quantize, evaluate, benchmark, inspect, doctor.
+"""The command line: quantize, evaluate, benchmark, inspect, export, doctor.
 
 A command returns what it found as a dictionary and as text; `main` prints one of the two. Whatever is printed on the
 way goes to standard error. What a command needs is imported inside it, so that `--help` is quick.
@@ -11,12 +11,10 @@ import contextlib
 import json
 import os
 import re
-import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
     from ptq4vm.config import QuantConfig
     from ptq4vm.data import ImageDataset
-    from ptq4vm.models.recognize import Match
 
 RANDOM = "random"
 KINDS = (
@@ -93,7 +90,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from ptq4vm.checkpoint import free_folder
     from ptq4vm.data import calibration_batches
     from ptq4vm.record import record_of
-    from ptq4vm.report import model_bytes, table
+    from ptq4vm.report import mebibytes, model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
     _check_ema(args)
@@ -127,9 +124,9 @@ def quantize(args: argparse.Namespace) -> Outcome:
     }
     lines = [
         *_losses(record.blocks),
-        f"{len(record.linears)} linears, {_mebibytes(before)} → {_mebibytes(after)} ({before / after:.2f}× smaller)",
+        f"{len(record.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
         table([seconds | {"total": sum(seconds.values())}]) + "  (seconds)",
-        f"peak memory {_mebibytes(memory)}",
+        f"peak memory {mebibytes(memory)}",
         f"saved in {output}",
     ]
     return Outcome(result=result, text="\n".join(lines))
@@ -192,9 +189,14 @@ def benchmark(args: argparse.Namespace) -> Outcome:
 
 def inspect(args: argparse.Namespace) -> Outcome:
     """What is in the folder of a quantized model, or in a file of weights and which model it is for."""
+    from ptq4vm.inspection import graph_report, weights_report
+
     path = Path(args.path)
     if path.is_file():
-        return _inspect_weights(path, args.ema)
+        if args.graph:
+            raise ValueError(f"--graph is for the folder of a quantized model; {path} is a file")
+        result, lines = weights_report(path, args.ema)
+        return Outcome(result=result, text="\n".join(lines))
     if not _is_saved(args.path):
         raise ValueError(
             f"{path} is neither the folder of a quantized model (with config.json and model.safetensors) "
@@ -205,9 +207,12 @@ def inspect(args: argparse.Namespace) -> Outcome:
 
     import ptq4vm
     from ptq4vm.record import record_of
-    from ptq4vm.report import linear_rows, model_bytes, table
+    from ptq4vm.report import linear_rows, mebibytes, model_bytes, table
 
     quantized = ptq4vm.load(path)
+    if args.graph:
+        result, lines = graph_report(quantized)
+        return Outcome(result=result, text="\n".join(lines))
     record, rows, size = record_of(quantized), linear_rows(quantized), model_bytes(quantized)
     integers = sum(row["weight_bytes"] for row in rows)
     result = {
@@ -222,7 +227,7 @@ def inspect(args: argparse.Namespace) -> Outcome:
     name = record.architecture["name"] if record.architecture else "a model timm does not know"
     said = result["config"].keys()
     lines = [
-        f"{name}, {_mebibytes(size)}, of which {_mebibytes(integers)} integer weights",
+        f"{name}, {mebibytes(size)}, of which {mebibytes(integers)} integer weights",
         *(f"  {key}: {json.dumps(value)}" for key, value in result["config"].items()),
         table(rows, {key: key.replace("_", " ") for key in rows[0] if key not in said}),
         *_losses(record.blocks),
@@ -230,82 +235,24 @@ def inspect(args: argparse.Namespace) -> Outcome:
     return Outcome(result=result, text="\n".join(lines))
 
 
-def _inspect_weights(path: Path, ema: bool) -> Outcome:
-    from ptq4vm.models.checkpoints import open_checkpoint
-    from ptq4vm.models.recognize import recognize, registered
+def export(args: argparse.Namespace) -> Outcome:
+    """Compile a quantized model into a package that runs without Python code of this package."""
+    from ptq4vm import backend, native
+    from ptq4vm.report import mebibytes
 
-    file = open_checkpoint(path, ema=ema)
-    if any(name.endswith(".weight_q") for name in file.weights):
-        raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
-    tensors = file.weights.values()
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    matches = _telling(recognize(file.weights))
-    result: dict[str, Any] = {
-        "file": str(path),
-        "container": file.container,
-        "averaged": list(file.averaged),
-        "left_out": len(file.left_out),
-        "tensors": len(tensors),
-        "values": sum(tensor.numel() for tensor in tensors),
-        "bytes": sum(tensor.nbytes for tensor in tensors),
-        "dtypes": dict(dtypes),
-        "matches": [
-            asdict(match) | {"fits": match.fits, "notes": list(match.notes), "next": _next(match, path, ema)}
-            for match in matches
-        ],
-    }
-    lines = [f"{path}: weights " + (f"under {file.container}" if file.container else "without a container")]
-    if file.averaged and file.container not in file.averaged:
-        lines += [f"averaged weights too, under {', '.join(file.averaged)}: read them with --ema"]
-    if file.left_out:
-        lines += [f"{len(file.left_out)} tensors beside those of the backbone are left out"]
-    counted = dtypes if len(dtypes) == 1 else [f"{dtype} ({count})" for dtype, count in dtypes.items()]
-    size = f"{result['values']:,} values, {_mebibytes(result['bytes'])}"
-    lines += [f"{len(tensors)} tensors, {size}, {', '.join(counted)}"]
-    for match in matches:
-        lines += ["", f"{match} (family {match.family}): {_verdict(match)}"]
-        lines += [f"  {line}" for line in (*match.lines(), *match.notes)]
-        lines += [f"  {line}" for line in (_next(match, path, ema) or "").splitlines()]
-    if not matches:
-        lines += ["", f"of none of the families known here ({', '.join(dict.fromkeys(registered().values()))})"]
-    if sum(match.fits for match in matches) > 1:
-        lines += [
-            "",
-            "Tensors cannot tell these models apart (directions of scans are no tensors): accuracy on images",
-            "decides; run ptq4vm evaluate with each name and this file.",
-        ]
-    return Outcome(result=result, text="\n".join(lines))
+    if not _is_saved(args.model):
+        raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
+    import ptq4vm
 
-
-def _verdict(match: Match) -> str:
-    if match.fits:
-        return "every tensor fits"
-    share = int(100 * match.agreement)  # 100 % are for what fits
-    return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
-
-
-def _telling(matches: Sequence[Match]) -> list[Match]:
-    """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
-    names = {match.name for match in matches if match.fits}
-    return [
-        match
-        for match in matches
-        if match.fits
-        or (match.only_ends and match.name in names)
-        or (not names and match.agreement == matches[0].agreement)
+    path = backend.package(ptq4vm.load(args.model), args.output)
+    size = path.stat().st_size
+    result = {"output": str(path), "bytes": size, "library": str(native.LIBRARY)}
+    lines = [
+        f"saved in {path} ({mebibytes(size)}); to run it, without importing ptq4vm:",
+        f"  torch.ops.load_library({str(native.LIBRARY)!r})",
+        f"  model = torch._inductor.aoti_load_package({str(path)!r})",
     ]
-
-
-def _next(match: Match, path: Path, ema: bool) -> str | None:
-    """How to use the file for the model: a command, or the Python where no command does it."""
-    if _from_command_line(match):
-        option = " --ema" if ema else ""
-        return f"ptq4vm quantize {match.name} --checkpoint {shlex.quote(str(path))}{option} --data-dir DIR --output DIR"
-    if not (match.fits or match.only_ends):
-        return None
-    options = "".join(f", {key}={value}" for key, value in match.options.items())
-    how = (", ema=True" if ema else "") + ("" if match.fits else ", strict=False")
-    return f'model = timm.create_model("{match.name}"{options})\nload_checkpoint(model, {str(path)!r}{how})'
+    return Outcome(result=result, text="\n".join(lines))
 
 
 def doctor(args: argparse.Namespace) -> Outcome:
@@ -405,22 +352,18 @@ def _named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
 
 def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
     """The number of classes and the size of images that a file has weights for, where they are not the name's."""
+    from ptq4vm.inspection import from_command_line
     from ptq4vm.models.checkpoints import read_checkpoint
     from ptq4vm.models.recognize import match, registered
 
     if name.partition(".")[0] not in registered():
         return {}
     found = match(name, read_checkpoint(checkpoint, ema=ema))
-    if not found.arguments or not _from_command_line(found):
+    if not found.arguments or not from_command_line(found):
         return {}
     print(f"{found}, as {checkpoint} has it …", file=sys.stderr)
     size = found.arguments.get("img_size")
     return {**found.arguments} | ({"pretrained_cfg_overlay": {"input_size": (3, size, size)}} if size else {})
-
-
-def _from_command_line(match: Match) -> bool:
-    """Whether the commands can use the file for this model: they classify images of three channels."""
-    return match.fits and not match.features_only and "in_chans" not in match.arguments
 
 
 def _both(name: str) -> tuple[nn.Module, GraphModule]:
@@ -486,10 +429,6 @@ def _peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _mebibytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
 
 
 def _losses(blocks: Sequence[dict[str, Any]]) -> list[str]:
@@ -574,6 +513,11 @@ def _parser() -> argparse.ArgumentParser:
     made = add(inspect)
     made.add_argument("path", metavar="PATH", help="folder of a quantized model, or a file of weights")
     made.add_argument("--ema", action="store_true", help=averaged)
+    made.add_argument("--graph", action="store_true", help="what torch.compile(…, backend='ptq4vm') fuses, and leaves")
+
+    made = add(export)
+    made.add_argument("model", metavar="FOLDER", help="a quantized model")
+    made.add_argument("output", metavar="FILE.pt2", help="where to write the package")
 
     add(doctor)
     return parser

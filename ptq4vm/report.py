@@ -37,6 +37,10 @@ def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def mebibytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """A file that exists is replaced only once the new one is complete."""
     text = json.dumps(value, indent=2) + "\n"

@@ -1,19 +1,20 @@
-// reference.causal_conv1d and reference.causal_conv1d_backward in float32: outputs and gradients differ from those in
-// float64 by about 1e-6 of the largest. Channels lie in lanes; all channels of a share of the work take a chunk of
-// tokens before any takes the next, so that memory is read row by row.
+// fused.conv1d_quantize, reference.causal_conv1d and reference.causal_conv1d_backward in float32: outputs and gradients
+// differ from those in float64 by about 1e-6 of the largest. Channels lie in lanes; all channels of a share of the work
+// take a chunk of tokens before any takes the next, so that memory is read row by row.
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
-#include "math.h"
+#include "quantize.h"
+#include "taps.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-constexpr int64_t CHUNK = 16;  // tokens
+constexpr int64_t CHUNK = 16;  // tokens of the adjoint
+constexpr int64_t WINDOW = 8;  // tokens of the convolution: fewer than the lines that a set of the first cache holds
 
-// work(image, first channel, last channel) for groups [begin, end).
+// work(image, first channel, last channel) for groups [begin, end), where a direction's images follow the one's before.
 template <class Work>
 void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
   const int64_t groups = (c.channels + LANES - 1) / LANES;
@@ -21,16 +22,6 @@ void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
     const int64_t group = begin % groups, count = std::min(groups - group, end - begin);
     work(begin / groups, group * LANES, std::min(c.channels, (group + count) * LANES));
     begin += count;
-  }
-}
-
-// One vector for each tap of the channels in lanes.
-void load_weights(const Conv& c, int64_t channel, f32xw* weights) {
-  const int64_t count = std::min(WIDTH, c.channels - channel);
-  for (int64_t k = 0; k < c.taps; k++) {
-    float lanes[WIDTH] = {};
-    for (int64_t i = 0; i < count; i++) lanes[i] = c.weight[(channel + i) * c.taps + k];
-    weights[k] = load_as<f32xw>(lanes);
   }
 }
 
@@ -44,8 +35,9 @@ struct Filter {
   f32xw bias;
 
   Filter(const Conv& conv, int64_t image, int64_t channel, const f32xw* vectors)
-      : c(conv), x(conv.x + image * conv.tokens * conv.channels + channel), left(conv.channels - channel),
-        weights(vectors), bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
+      : c(conv), x(static_cast<const float*>(conv.x) + image * conv.tokens * conv.channels + channel),
+        left(conv.channels - channel), weights(vectors),
+        bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
 
   int64_t taps() const { return TAPS ? TAPS : c.taps; }
   f32xw input(int64_t t, int64_t k) const { return load_lanes(x + (t + 1 - taps() + k) * c.channels, left); }
@@ -62,19 +54,94 @@ struct Filter {
   }
 };
 
-template <int TAPS>
+// A chunk of tokens [start, stop) of some vectors of channels.
+template <class T>
+struct Chunk {
+  const T* x;  // of the first token and channel, as y and codes
+  T* y;
+  int8_t* codes;         // or null
+  const int32_t* order;  // or null
+  const Grid* grids;     // of the chunk
+  int64_t start, stop, x_row, channels, taps;
+  bool silu;
+};
+
+// What it needs of a vector of channels, and keeps for the next chunk: the last taps - 1 inputs.
+struct Lanes {
+  const f32xw* weights;
+  f32xw* past;
+  f32xw bias, inv_smooth;
+};
+
+// TAPS is the number of taps, which then lie in registers, or 0; vectors have `count` channels, all lanes if WHOLE. A
+// function of its own, without calls: then there are enough registers.
+template <int TAPS, bool WHOLE, class T>
+__attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, int64_t vectors, int64_t count) {
+  const Chunk<T> c = chunk;  // codes could be anywhere, for all that the compiler knows
+  const int64_t taps = TAPS ? TAPS : c.taps, left = WHOLE ? WIDTH : count;
+  for (int64_t v = 0; v < vectors; v++) {
+    const f32xw bias = lanes[v].bias, inv_smooth = lanes[v].inv_smooth;
+    f32xw own[TAPS ? 2 * TAPS : 1];
+    for (int k = 0; k < TAPS; k++) own[k] = lanes[v].weights[k];
+    for (int k = 0; k + 1 < TAPS; k++) own[TAPS + k] = lanes[v].past[k];
+    const f32xw* w = TAPS ? own : lanes[v].weights;
+    f32xw* last = TAPS ? own + TAPS : lanes[v].past;
+    const T* x = c.x + v * WIDTH;
+    T* y = c.y + v * WIDTH;
+    int8_t* codes = c.codes ? c.codes + v * WIDTH : nullptr;
+    for (int64_t t = c.start; t < c.stop; t++) {
+      const int64_t token = c.order ? c.order[t] : t;
+      const f32xw now = load_lanes(x + token * c.x_row, left);
+      f32xw value = bias;
+      for (int64_t k = 0; k + 1 < taps; k++) value += w[k] * last[k];
+      value += w[taps - 1] * now;
+      for (int64_t k = 0; k + 2 < taps; k++) last[k] = last[k + 1];
+      if (taps > 1) last[taps - 2] = now;
+      if (c.silu) value = silu(value);
+      store_lanes(y + token * c.channels, value, left);
+      if (codes) store_codes(codes + token * c.channels, value * inv_smooth, c.grids[t - c.start], left);
+    }
+    for (int k = 0; k + 1 < TAPS; k++) lanes[v].past[k] = last[k];
+  }
+}
+
+template <int TAPS, class T>
 void forward(const Conv& c, int64_t begin, int64_t end) {
-  std::vector<f32xw> weights((c.channels + WIDTH - 1) / WIDTH * c.taps);
-  for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c, e, &weights[v * c.taps]);
-    for (int64_t start = 0; start < c.tokens; start += CHUNK) {
-      const int64_t stop = std::min(start + CHUNK, c.tokens);
-      for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-        const Filter<TAPS> filter(c, image, e, &weights[v * c.taps]);
-        float* y = c.y + image * c.tokens * c.channels + e;
-        for (int64_t t = start; t < stop; t++) {
-          store_lanes(y + t * c.channels, c.silu ? silu(filter(t)) : filter(t), filter.left);
-        }
+  const int64_t E = c.channels, taps = c.taps, vectors = (E + WIDTH - 1) / WIDTH;
+  std::vector<f32xw> weights(vectors * taps), past(vectors * (taps - 1) + 1);
+  std::vector<Lanes> lanes(vectors);
+  std::vector<Grid> grids(WINDOW, Grid(1.0f, 0, 0, 0));
+  for_images(c, begin, end, [&](int64_t item, int64_t first, int64_t last) {
+    const int64_t direction = item / c.batch, image = item % c.batch, whole = (last - first) / WIDTH;
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
+      const int64_t at = direction * E + e, left = E - e;
+      load_taps(c.weight + at * taps, taps, left, &weights[v * taps]);
+      lanes[v] = {&weights[v * taps], &past[v * (taps - 1)], c.bias ? load_lanes(c.bias + at, left) : f32xw{},
+                  c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f)};
+    }
+    std::fill(past.begin(), past.end(), f32xw{});
+    Chunk<T> chunk{static_cast<const T*>(c.x) + image * c.x_image + first,
+                   static_cast<T*>(c.y) + item * c.tokens * E + first,
+                   c.codes ? c.codes + item * c.tokens * E + first : nullptr,
+                   c.order ? c.order + direction * c.tokens : nullptr,
+                   grids.data(),
+                   0,
+                   0,
+                   c.x_row,
+                   E,
+                   taps,
+                   c.silu};
+    for (chunk.start = 0; chunk.start < c.tokens; chunk.start = chunk.stop) {
+      chunk.stop = std::min(chunk.start + WINDOW, c.tokens);
+      for (int64_t t = chunk.start; c.codes && t < chunk.stop; t++) {
+        grids[t - chunk.start] = Grid(c.qparams, chunk.order ? chunk.order[t] : t, direction);
+      }
+      run<TAPS, true>(chunk, lanes.data(), whole, WIDTH);
+      if (first + whole * WIDTH < last) {
+        Chunk<T> rest = chunk;
+        rest.x += whole * WIDTH, rest.y += whole * WIDTH;
+        if (rest.codes) rest.codes += whole * WIDTH;
+        run<TAPS, false>(rest, &lanes[whole], 1, last - first - whole * WIDTH);
       }
     }
   });
@@ -86,7 +153,9 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = (E + WIDTH - 1) / WIDTH;
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
-    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) load_weights(c, e, &weights[v * taps]);
+    for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
+      load_taps(c.weight + e * taps, taps, E - e, &weights[v * taps]);
+    }
     std::fill(grad_weights.begin(), grad_weights.end(), f32xw{});
     std::fill(grad_bias.begin(), grad_bias.end(), f32xw{});
     for (int64_t start = 0; start < c.tokens; start += CHUNK) {
@@ -131,7 +200,11 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
 }  // namespace
 
 void conv(const Conv& c, int64_t begin, int64_t end) {
-  c.taps == 4 ? forward<4>(c, begin, end) : forward<0>(c, begin, end);
+  if (c.type == Float::f32) {
+    c.taps == 4 ? forward<4, float>(c, begin, end) : forward<0, float>(c, begin, end);
+  } else {
+    c.taps == 4 ? forward<4, bfloat16>(c, begin, end) : forward<0, bfloat16>(c, begin, end);
+  }
 }
 
 void conv_backward(const ConvBackward& b, int64_t begin, int64_t end) {

@@ -65,6 +65,15 @@ inline void check_shape(const char* name, const Optional& x, Sizes want) {
   if (x) check_shape(name, *x, want);
 }
 
+inline Tensor sum_images(const Tensor& x) {
+  const int64_t axis = 0;
+  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1));
+}
+
+inline Tensor typed(const Tensor& value, const Tensor& original) {
+  return value.scalar_type() == original.scalar_type() ? value : torch::stable::to(value, original.scalar_type());
+}
+
 // Qparams of x (…, L, D): per tensor (1,), per token (L,), or per image and token (…, L). With `stacked`, x and its
 // qparams have an axis of directions before these. The number of qparams (of a direction).
 inline int64_t qparams(const Tensor& x, const Tensor& scale, bool stacked = false) {
@@ -85,6 +94,22 @@ inline int64_t qparams(const Tensor& x, const Tensor& scale, bool stacked = fals
   for (int64_t i = stacked; i < scale.dim(); i++) count *= scale.size(i);
   return std::max<int64_t>(1, count);
 }
+
+// What can be read without conversion: bfloat16, and float32, to which every other type is converted.
+struct Input {
+  Tensor values;
+  Float type;
+
+  Input(const Tensor& x, bool any_rows = false)
+      : values(x), type(x.scalar_type() == ScalarType::BFloat16 ? Float::bf16 : Float::f32) {
+    const int64_t axis = x.dim() - 1;
+    const bool rows = any_rows && axis >= 0 && (x.stride(axis) == 1 || x.size(axis) == 1);
+    const ScalarType kind = type == Float::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
+    if (!rows || x.scalar_type() != kind) values = as(x, kind);
+  }
+
+  const void* data() const { return values.const_data_ptr(); }
+};
 
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();

@@ -11,16 +11,55 @@ enum class Float { f32, bf16 };
 
 constexpr int64_t FEATURES_IN_BLOCK = 64;
 
-// reference.quantize: x (rows, D) → codes (rows, D). Qparams belong to a row r: the one at r % scales.
-struct Quantize {
-  const void* x;
-  Float x_type;
+// Those of the codes that an operator gives: row r of a set has the ones at r % scales.
+struct Qparams {
   const float* inv_scale;
   const int32_t* zero_point;
   const float* inv_smooth;  // (D,) or null
-  int8_t* codes;
-  int64_t rows, channels, scales;
+  int64_t scales;
   int low, high;
+};
+
+// reference.quantize: x (rows, D) → codes (rows, D).
+struct Quantize {
+  const void* x;
+  Float x_type;
+  Qparams qparams;
+  int8_t* codes;
+  int64_t rows, channels;
+};
+
+// reference.choose_qparams: x (rows, D) → scale, zero_point (rows,).
+struct ChooseQparams {
+  const void* x;
+  Float x_type;
+  const float* inv_smooth;  // (D,) or null
+  float* scale;
+  int32_t* zero_point;
+  int64_t rows, channels;
+  int low, high;
+};
+
+// reference.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
+struct Dequantize {
+  const int8_t* x;
+  const float* scale;
+  const int32_t* zero_point;
+  float* y;
+  int64_t rows, channels, scales;
+};
+
+// fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
+struct NormQuantize {
+  const void* x;
+  Float x_type;
+  const float *residual, *weight, *bias;  // or null
+  float* total;                           // null without a residual
+  int8_t* codes;
+  Qparams qparams;
+  int64_t rows, channels;
+  float eps;
+  bool rms;
 };
 
 // fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
@@ -43,7 +82,7 @@ struct Pack {
 };
 
 // fused.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
-// gelu.codes, fused.linear_gelu_quantize: those are written, and not y.
+// gelu_codes, fused.linear_gelu_quantize: those are written, and not y.
 struct Linear {
   const int8_t* x;
   const float* x_scale;
@@ -51,8 +90,9 @@ struct Linear {
   PackedWeight weight;
   void* y;
   Float y_type;
-  bool normal;    // no result but zero is so small that float32 has it denormal
-  Quantize gelu;  // x unused
+  bool normal;         // no result but zero is so small that float32 has it denormal
+  int8_t* gelu_codes;  // or null
+  Qparams gelu;
   int64_t directions, rows, scales;
   int64_t rows_in_block;  // a multiple of 32
 
@@ -79,15 +119,37 @@ struct ScanBackward {
   float *D, *z, *delta_bias;  // or null
 };
 
-// reference.causal_conv1d: x, y (B, L, E); weight (E, taps); bias (E,) or null. All float32.
+// fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
+// rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
+// weight (K, E, taps). There are K sets of qparams.
 struct Conv {
-  const float *x, *weight, *bias;
-  float* y;
-  int64_t batch, tokens, channels, taps;
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (K, E) or null
+  const int32_t* order;        // (K, L), or null: 0, 1, 2, …
+  void* y;
+  int8_t* codes;  // or null
+  Qparams qparams;
+  int64_t directions, batch, tokens, channels, taps;
   bool silu;
 };
 
-// Its adjoint; gradients of weight (batch, E, taps) and bias (batch, E) are written for every image.
+// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
+// weight (E, rows, columns).
+struct Conv2d {
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (E,) or null
+  void* y;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t directions, batch, height, width, channels, rows, columns;
+};
+
+// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
+// (batch, E) are written for every image.
 struct ConvBackward {
   Conv forward;  // y unused
   const float* grad;
@@ -100,7 +162,11 @@ struct Kernels {
   void (*linear)(const Linear&, int64_t begin, int64_t end);                // blocks()
   void (*scan)(const Scan&, int64_t begin, int64_t end);                    // images × groups of LANES channels
   void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images
-  void (*conv)(const Conv&, int64_t begin, int64_t end);                    // images × groups of LANES channels
+  void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows
+  void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);        // rows
+  void (*norm_quantize)(const NormQuantize&, int64_t begin, int64_t end);   // rows
+  void (*conv)(const Conv&, int64_t begin, int64_t end);         // directions × images × groups of LANES channels
+  void (*conv2d)(const Conv2d&, int64_t begin, int64_t end);     // images × rows of the map
   void (*conv_backward)(const ConvBackward&, int64_t begin, int64_t end);   // images × groups of LANES channels
 };
 

@@ -372,7 +372,7 @@ struct RowBlock {
     auto* zero_point = reinterpret_cast<int32_t*>(memory + count);
     copy(memory, q.x_scale + direction * q.scales, q.scales);
     copy(zero_point, q.zero_point + direction * q.scales, q.scales);
-    if (q.gelu.codes) {
+    if (q.gelu_codes) {
       copy(memory + 2 * count, q.gelu.inv_scale, q.gelu.scales);
       copy(memory + 3 * count, q.gelu.zero_point, q.gelu.scales);
     }
@@ -418,8 +418,8 @@ void dot_blocks(const Linear& q, const Out& y, int64_t begin, int64_t end) {
 template <class Run>
 void with_output(const Linear& q, const Run& run) {
   const int64_t stride = q.weight.features;
-  if (q.gelu.codes) {
-    run(Codes{q.gelu.codes, stride, static_cast<float>(q.gelu.low), static_cast<float>(q.gelu.high)});
+  if (q.gelu_codes) {
+    run(Codes{q.gelu_codes, stride, static_cast<float>(q.gelu.low), static_cast<float>(q.gelu.high)});
   } else if (q.y_type == Float::f32) {
     run(Floats{static_cast<float*>(q.y), stride});
   } else {
@@ -594,7 +594,7 @@ PTQ4VM_TILES void tile_blocks(const Linear& q, const Out& y, int64_t begin, int6
 }  // namespace
 
 void linear_amx(const Linear& q, int64_t begin, int64_t end) {
-  if (!q.gelu.codes && q.y_type == Float::bf16 && q.normal) {
+  if (!q.gelu_codes && q.y_type == Float::bf16 && q.normal) {
     return tile_blocks(q, NormalHalves{static_cast<uint16_t*>(q.y), q.weight.features}, begin, end);
   }
   with_output(q, [&](const auto& y) { tile_blocks(q, y, begin, end); });

@@ -1,5 +1,5 @@
 // Vectors as wide as a register, and the functions of them that the scan and the convolution need. Relative errors are
-// within 3e-7; what would be less than 2^-125.5 is zero; NaN stays NaN.
+// within 3e-7, unless one says more; what would be less than 2^-125.5 is zero; NaN stays NaN.
 #pragma once
 
 #include "vec.h"
@@ -21,23 +21,63 @@ constexpr int64_t WIDTH = 4;
 #endif
 
 typedef float f32xw __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef int32_t i32xw __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint32_t u32xw __attribute__((vector_size(WIDTH * sizeof(float))));
 
-inline f32xw fill(float value) { return f32xw{} + value; }
+// A difference, for the sum of 0 and -0 is not -0, so that compilers keep it.
+inline f32xw fill(float value) { return value - f32xw{}; }
 
-// The first `count` lanes, at least one; the others are zero.
-inline f32xw load_lanes(const float* from, int64_t count) {
-  if (count >= WIDTH) return load_as<f32xw>(from);
-  f32xw value{};
-  std::memcpy(&value, from, count * sizeof(float));
-  return value;
+typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
+
+inline f32xw load_all(const float* from) { return load_as<f32xw>(from); }
+
+inline f32xw load_all(const bfloat16* from) {
+#if defined(__AVX512F__)  // one instruction; GCC takes five
+  const u32xw bits = (u32xw)_mm512_maskz_cvtepu16_epi32(0xffff, load_as<__m256i>(from));
+#elif defined(__AVX2__)
+  const u32xw bits = (u32xw)_mm256_cvtepu16_epi32(load_as<__m128i>(from));
+#else
+  const u32xw bits = __builtin_convertvector(load_as<u16xw>(from), u32xw);
+#endif
+  return (f32xw)(bits << 16);
 }
 
-inline void store_lanes(float* to, f32xw value, int64_t count) {
+inline void store_all(float* to, f32xw value) { std::memcpy(to, &value, sizeof(value)); }
+
+inline void store_all(bfloat16* to, f32xw value) {
+  const u32xw bits = (u32xw)value;
+  const u32xw rounded = bits + 0x7fff + ((bits >> 16) & 1);
+#ifdef __AVX512BW__
+  // A NaN is not rounded. One that comes of arithmetic has its highest fraction bit, so that it stays one.
+  const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
+  const __m512i halves = _mm512_mask_mov_epi32((__m512i)bits, ordered, (__m512i)rounded);
+  alignas(64) static constexpr uint16_t UPPER[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const __m512i packed = _mm512_maskz_permutexvar_epi16(0xffff, load_as<__m512i>(UPPER), halves);
+  std::memcpy(to, &packed, WIDTH * sizeof(bfloat16));
+#else
+  const u32xw quiet = bits | 0x400000;  // a NaN stays one
+  const u16xw half = __builtin_convertvector((value == value ? rounded : quiet) >> 16, u16xw);
+  std::memcpy(to, &half, sizeof(half));
+#endif
+}
+
+// The first `count` lanes, at least one; the others are zero.
+template <class T>
+inline f32xw load_lanes(const T* from, int64_t count) {
+  if (count >= WIDTH) return load_all(from);
+  T lanes[WIDTH] = {};
+  std::memcpy(lanes, from, count * sizeof(T));
+  return load_all(lanes);
+}
+
+template <class T>
+inline void store_lanes(T* to, f32xw value, int64_t count) {
   if (count >= WIDTH) {
-    std::memcpy(to, &value, sizeof(value));
+    store_all(to, value);
   } else {
-    std::memcpy(to, &value, count * sizeof(float));
+    T lanes[WIDTH];
+    store_all(lanes, value);
+    std::memcpy(to, lanes, count * sizeof(T));
   }
 }
 
@@ -88,14 +128,19 @@ inline f32xw exp2(f32xw x, float lowest = -125.5f) {
 #endif
 }
 
-inline f32xw exp(f32xw x) {
-  x = at_most(89.0f, at_least(-87.3f, x));
-  const f32xw shifted = x * 1.442695041f + TO_EXPONENT;
-  const f32xw n = shifted - TO_EXPONENT;
+// For -87.3 <= x <= 89.
+inline f32xw exp_bounded(f32xw x) {
+  const f32xw shifted = x * 1.442695041f + TO_EXPONENT, n = shifted - TO_EXPONENT;
   // ln 2 in two parts, the first so short that n times it is exact.
-  const f32xw rest = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  return exp2_near_zero(rest * 1.442695041f, 2.0f) * half_power(shifted);
+  const f32xw r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  f32xw p = r * 8.290314698e-3f + 4.189792923e-2f;
+  p = p * r + 1.666763619e-1f;
+  p = p * r + 4.999914954e-1f;
+  p = p * r + 9.999997072e-1f;
+  return (p * (r + r) + 2.0f) * half_power(shifted);
 }
+
+inline f32xw exp(f32xw x) { return exp_bounded(at_most(89.0f, at_least(-87.3f, x))); }
 
 // log(1 + x) for 0 <= x <= 1
 inline f32xw log1p_of_fraction(f32xw x) {
@@ -111,11 +156,25 @@ inline f32xw log1p_of_fraction(f32xw x) {
 }
 
 // Above 20 the logarithm is below half a unit in the last place of x: linear, as in torch.
-inline f32xw softplus(f32xw x) { return at_least(0.0f, x) + log1p_of_fraction(exp(minus_abs(x))); }
+inline f32xw softplus(f32xw x) {
+  return at_least(0.0f, x) + log1p_of_fraction(exp_bounded(at_least(-87.3f, minus_abs(x))));
+}
 
-inline f32xw sigmoid(f32xw x) { return 1.0f / (1.0f + exp(-x)); }
+// 1 + exp(-x), within 2e-7 for x >= -1 and (1 - x) · 1e-7 below, where silu is small.
+inline f32xw one_plus_exp_minus(f32xw x) {
+#ifdef __AVX512DQ__
+  // Bounded only against denormals. A division by it costs nothing next to all this: Newton's step is slower.
+  const f32xw t = at_least(-125.0f, x * -1.442695041f);
+  const f32xw f = _mm512_maskz_reduce_ps(0xffff, t, _MM_FROUND_TO_NEAREST_INT);
+  return 1.0f + (f32xw)_mm512_maskz_scalef_ps(0xffff, exp2_near_zero(f, 1.0f), t - f);
+#else
+  return 1.0f + exp(-x);
+#endif
+}
 
-inline f32xw silu(f32xw x) { return x / (1.0f + exp(-x)); }
+inline f32xw sigmoid(f32xw x) { return 1.0f / one_plus_exp_minus(x); }
+
+inline f32xw silu(f32xw x) { return x / one_plus_exp_minus(x); }
 
 struct Gate {
   f32xw value, slope;

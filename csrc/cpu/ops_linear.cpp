@@ -68,7 +68,7 @@ struct LinearInputs {
     sum = as(sum, ScalarType::Int), scale = as(scale, ScalarType::Float), bias = as(bias, ScalarType::Float);
   }
 
-  Tensor run(ScalarType type, const Quantize* gelu = nullptr) const {
+  Tensor run(ScalarType type, const Qparams* gelu = nullptr) const {
     const auto shape = with_last(x, features);
     Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
     Linear q{};
@@ -76,7 +76,7 @@ struct LinearInputs {
     q.weight = {weight.const_data_ptr(), nibbles, in<int32_t>(sum), in<float>(scale), in<float>(bias), channels, features};
     if (gelu) {
       q.gelu = *gelu;
-      q.gelu.codes = out<int8_t>(y);
+      q.gelu_codes = out<int8_t>(y);
     } else {
       q.y = y.mutable_data_ptr(), q.y_type = type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
       // Then also sums with the bias are multiples of numbers that are not denormal.
@@ -131,7 +131,7 @@ Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor 
   check_shape("inv_smooth", inv_smooth, {linear.features});
   inv_scale = as(inv_scale, ScalarType::Float), new_zero_point = as(new_zero_point, ScalarType::Int);
   inv_smooth = as(inv_smooth, ScalarType::Float);
-  Quantize gelu{};
+  Qparams gelu{};
   gelu.inv_scale = in<float>(inv_scale), gelu.zero_point = in<int32_t>(new_zero_point);
   gelu.inv_smooth = in<float>(inv_smooth), gelu.scales = scales;
   gelu.low = -(1 << (bits - 1)), gelu.high = (1 << (bits - 1)) - 1;

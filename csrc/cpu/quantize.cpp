@@ -1,48 +1,67 @@
-// reference.quantize, bit for bit: smooth, multiply by the reciprocal, round half to even, shift, clamp.
-// Compiled without contraction: every product is rounded before the next operation.
-#include "kernels.h"
-#include "vec.h"
+// reference.quantize, reference.choose_qparams and reference.dequantize, bit for bit. Compiled without contraction:
+// every product is rounded before the next operation.
+#include "quantize.h"
+
+#include <cfloat>
+#include <cmath>
+#include <limits>
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-inline float widened(float x) { return x; }
-
-inline float widened(bfloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-inline float clamped(float x, float low, float high) {
-  x = low > x ? low : x;
-  return high < x ? high : x;
-}
-
-// One row; a plain loop, which compilers turn into whatever vectors there are.
 template <bool SMOOTH, class T>
-void row(int8_t* codes, const T* x, const float* inv_smooth, int64_t channels, float scale, float zero, float low,
-         float high) {
-  // Beyond this every value is clamped whatever the zero point, and below it rounding by addition is exact.
-  constexpr float FAR = 1024.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23
-  for (int64_t d = 0; d < channels; d++) {
-    float v = widened(x[d]);
-    if (SMOOTH) v = v * inv_smooth[d];
-    v = clamped(v * scale, -FAR, FAR);
-    v = (v + MAGIC) - MAGIC;
-    codes[d] = static_cast<int8_t>(static_cast<int32_t>(clamped(v + zero, low, high)));
+void codes_of_row(int8_t* codes, const T* x, const float* inv_smooth, int64_t channels, Grid grid) {
+  for (int64_t d = 0; d < channels; d += WIDTH) {
+    f32xw value = load_lanes(x + d, channels - d);
+    if (SMOOTH) value *= load_lanes(inv_smooth + d, channels - d);
+    store_codes(codes + d, value, grid, channels - d);
   }
 }
 
 template <class T>
-void rows(const Quantize& q, const T* x, int64_t begin, int64_t end) {
-  const auto one = q.inv_smooth ? row<true, T> : row<false, T>;
+void quantize_rows(const Quantize& q, const T* x, int64_t begin, int64_t end) {
+  const auto one = q.qparams.inv_smooth ? codes_of_row<true, T> : codes_of_row<false, T>;
   for (int64_t r = begin; r < end; r++) {
-    const int64_t i = r % q.scales, at = r * q.channels;
-    one(q.codes + at, x + at, q.inv_smooth, q.channels, q.inv_scale[i], static_cast<float>(q.zero_point[i]),
-        static_cast<float>(q.low), static_cast<float>(q.high));
+    one(q.codes + r * q.channels, x + r * q.channels, q.qparams.inv_smooth, q.channels, Grid(q.qparams, r));
+  }
+}
+
+struct Range {
+  float low, high;
+};
+
+// The smallest and the largest of a row and zero, NaN if any is.
+template <class T>
+Range range_of_row(const T* x, const float* inv_smooth, int64_t channels) {
+  f32xw low{}, high{};
+  i32xw ordered = ~i32xw{};
+  for (int64_t d = 0; d < channels; d += WIDTH) {
+    f32xw value = load_lanes(x + d, channels - d);
+    if (inv_smooth) value *= load_lanes(inv_smooth + d, channels - d);
+    low = value < low ? value : low;
+    high = value > high ? value : high;
+    ordered &= value == value;
+  }
+  Range range{0.0f, 0.0f};
+  for (int64_t i = 0; i < WIDTH; i++) {
+    if (!ordered[i]) return {NAN, NAN};
+    range.low = low[i] < range.low ? low[i] : range.low;
+    range.high = high[i] > range.high ? high[i] : range.high;
+  }
+  return range;
+}
+
+template <class T>
+void choose_rows(const ChooseQparams& q, const T* x, int64_t begin, int64_t end) {
+  const float steps = static_cast<float>(q.high - q.low), least = static_cast<float>(q.low);
+  for (int64_t r = begin; r < end; r++) {
+    const Range range = range_of_row(x + r * q.channels, q.inv_smooth, q.channels);
+    const float wide = (range.high - range.low) / steps, scale = wide < FLT_MIN ? FLT_MIN : wide;
+    const float zero = least - std::nearbyint(range.low / scale);
+    q.scale[r] = scale;
+    // Zero lies in the range, so that its code needs no bounds; a row with NaN has none.
+    q.zero_point[r] = zero == zero ? static_cast<int32_t>(zero) : std::numeric_limits<int32_t>::min();
   }
 }
 
@@ -50,9 +69,26 @@ void rows(const Quantize& q, const T* x, int64_t begin, int64_t end) {
 
 void quantize(const Quantize& q, int64_t begin, int64_t end) {
   if (q.x_type == Float::f32) {
-    rows(q, static_cast<const float*>(q.x), begin, end);
+    quantize_rows(q, static_cast<const float*>(q.x), begin, end);
   } else {
-    rows(q, static_cast<const bfloat16*>(q.x), begin, end);
+    quantize_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
+  }
+}
+
+void choose_qparams(const ChooseQparams& q, int64_t begin, int64_t end) {
+  if (q.x_type == Float::f32) {
+    choose_rows(q, static_cast<const float*>(q.x), begin, end);
+  } else {
+    choose_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
+  }
+}
+
+void dequantize(const Dequantize& q, int64_t begin, int64_t end) {
+  for (int64_t r = begin; r < end; r++) {
+    const float scale = q.scale[r % q.scales], zero = static_cast<float>(q.zero_point[r % q.scales]);
+    const int8_t* x = q.x + r * q.channels;
+    float* y = q.y + r * q.channels;
+    for (int64_t d = 0; d < q.channels; d++) y[d] = (static_cast<float>(x[d]) - zero) * scale;
   }
 }
 

@@ -13,21 +13,27 @@ void linear(const Linear&, int64_t, int64_t);
 void linear_amx(const Linear&, int64_t, int64_t);
 void scan(const Scan&, int64_t, int64_t);
 void scan_backward(const ScanBackward&, int64_t, int64_t);
+void choose_qparams(const ChooseQparams&, int64_t, int64_t);
+void dequantize(const Dequantize&, int64_t, int64_t);
+void norm_quantize(const NormQuantize&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
+void conv2d(const Conv2d&, int64_t, int64_t);
 void conv_backward(const ConvBackward&, int64_t, int64_t);
 
 }  // namespace PTQ4VM_SET
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, pack, linear, scan, scan_backward, choose_qparams, dequantize, norm_quantize,
+                             conv, conv2d, conv_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, conv, conv_backward};
+  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, choose_qparams, dequantize, norm_quantize,
+                             conv, conv2d, conv_backward};
   return table;
 }
 #endif

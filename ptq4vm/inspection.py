@@ -1,0 +1,113 @@
+"""What is in a saved model, in its graph, or in a file of weights: for programs and as lines for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.fx import GraphModule
+
+from ptq4vm.graph import Pipeline
+from ptq4vm.models.checkpoints import open_checkpoint
+from ptq4vm.models.recognize import Match, recognize, registered
+from ptq4vm.passes.fuse import fuse, fusions
+from ptq4vm.pipeline import converted_graph
+from ptq4vm.report import mebibytes, table
+
+
+def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
+    """What fusing a lowered graph does with its layers, and what it leaves and why."""
+    found = fusions(converted_graph(quantized, Pipeline((fuse,))))
+    done = [fusion for fusion in found if fusion.left is None]
+    left = [fusion for fusion in found if fusion.left is not None]
+    lines = [table([{"module": fusion.place, "fused": fusion.pattern} for fusion in done])] if done else []
+    if left:
+        rows = [{"module": fusion.place, "left": fusion.pattern, "why": fusion.left} for fusion in left]
+        lines += ["", table(rows)]
+    lines += ["", f"{len(done)} places fused, {len(left)} left"]
+    return {"fused": [asdict(fusion) for fusion in done], "left": [asdict(fusion) for fusion in left]}, lines
+
+
+def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
+    """What a file of weights holds, and which of the registered models it is for; `ema` takes averaged weights."""
+    file = open_checkpoint(path, ema=ema)
+    if any(name.endswith(".weight_q") for name in file.weights):
+        raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
+    tensors = file.weights.values()
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
+    matches = _telling(recognize(file.weights))
+    result: dict[str, Any] = {
+        "file": str(path),
+        "container": file.container,
+        "averaged": list(file.averaged),
+        "left_out": len(file.left_out),
+        "tensors": len(tensors),
+        "values": sum(tensor.numel() for tensor in tensors),
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "dtypes": dict(dtypes),
+        "matches": [
+            asdict(match) | {"fits": match.fits, "notes": list(match.notes), "next": _next(match, path, ema)}
+            for match in matches
+        ],
+    }
+    lines = [f"{path}: weights " + (f"under {file.container}" if file.container else "without a container")]
+    if file.averaged and file.container not in file.averaged:
+        lines += [f"averaged weights too, under {', '.join(file.averaged)}: read them with --ema"]
+    if file.left_out:
+        lines += [f"{len(file.left_out)} tensors beside those of the backbone are left out"]
+    counted = dtypes if len(dtypes) == 1 else [f"{dtype} ({count})" for dtype, count in dtypes.items()]
+    size = f"{result['values']:,} values, {mebibytes(result['bytes'])}"
+    lines += [f"{len(tensors)} tensors, {size}, {', '.join(counted)}"]
+    for match in matches:
+        lines += ["", f"{match} (family {match.family}): {_verdict(match)}"]
+        lines += [f"  {line}" for line in (*match.lines(), *match.notes)]
+        lines += [f"  {line}" for line in (_next(match, path, ema) or "").splitlines()]
+    if not matches:
+        lines += ["", f"of none of the families known here ({', '.join(dict.fromkeys(registered().values()))})"]
+    if sum(match.fits for match in matches) > 1:
+        lines += [
+            "",
+            "Tensors cannot tell these models apart (directions of scans are no tensors): accuracy on images",
+            "decides; run ptq4vm evaluate with each name and this file.",
+        ]
+    return result, lines
+
+
+def _verdict(match: Match) -> str:
+    if match.fits:
+        return "every tensor fits"
+    share = int(100 * match.agreement)  # 100 % are for what fits
+    return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
+
+
+def _telling(matches: Sequence[Match]) -> list[Match]:
+    """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
+    names = {match.name for match in matches if match.fits}
+    return [
+        match
+        for match in matches
+        if match.fits
+        or (match.only_ends and match.name in names)
+        or (not names and match.agreement == matches[0].agreement)
+    ]
+
+
+def _next(match: Match, path: Path, ema: bool) -> str | None:
+    """How to use the file for the model: a command, or the Python where no command does it."""
+    if from_command_line(match):
+        option = " --ema" if ema else ""
+        return f"ptq4vm quantize {match.name} --checkpoint {shlex.quote(str(path))}{option} --data-dir DIR --output DIR"
+    if not (match.fits or match.only_ends):
+        return None
+    options = "".join(f", {key}={value}" for key, value in match.options.items())
+    how = (", ema=True" if ema else "") + ("" if match.fits else ", strict=False")
+    return f'model = timm.create_model("{match.name}"{options})\nload_checkpoint(model, {str(path)!r}{how})'
+
+
+def from_command_line(match: Match) -> bool:
+    """Whether the commands can use the file for this model: they classify images of three channels."""
+    return match.fits and not match.features_only and "in_chans" not in match.arguments

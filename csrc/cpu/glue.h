@@ -27,8 +27,11 @@ constexpr int64_t LANES = 16;
 
 inline int64_t groups(int64_t channels) { return (channels + LANES - 1) / LANES; }
 
+// Calls of torch take longer than small kernels, so those that would do nothing are left out.
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+
 inline Tensor as(const Tensor& x, ScalarType type) {
-  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+  return as_contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
 }
 
 inline Optional as(const Optional& x, ScalarType type) { return x ? Optional(as(*x, type)) : std::nullopt; }

@@ -7,6 +7,7 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "math.h"
@@ -15,15 +16,16 @@ namespace ptq4vm {
 namespace PTQ4VM_SET {
 namespace {
 
-constexpr int64_t TILE = 16;                 // rows, or output channels
-constexpr int64_t STEP = 64;                 // channels in that a tile holds
-constexpr int64_t CODES = TILE * STEP;       // in a tile
-constexpr int64_t PARTS = LANES / WIDTH;     // registers of 16 sums
+constexpr int64_t TILE = 16;              // rows, or output channels
+constexpr int64_t STEP = 64;              // channels in that a tile holds
+constexpr int64_t CODES = TILE * STEP;    // in a tile
+constexpr int64_t PARTS = LANES / WIDTH;  // registers of 16 sums
 
 typedef int32_t i32xw __attribute__((vector_size(WIDTH * sizeof(int32_t))));
-typedef int16_t i16xw __attribute__((vector_size(WIDTH * sizeof(int16_t))));
 typedef int8_t i8xw __attribute__((vector_size(WIDTH)));
 typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
+
+inline i32xw splat(int32_t value) { return i32xw{} + value; }
 
 constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -36,7 +38,7 @@ struct Scratch {
   }
 };
 
-thread_local Scratch weight_memory, row_memory, code_memory, qparam_memory;
+thread_local Scratch nibble_memory, weight_memory, row_memory, code_memory, qparam_memory;
 
 // --- codes as the products want them ---
 
@@ -71,17 +73,19 @@ inline void widen(int16_t* to, const int8_t* from, int64_t tiles) {
   }
 }
 
-// Groups [begin, end) of 16 output channels, where they are or in memory for (end - begin) · tiles of both kinds.
-const Code* read_weight(const PackedWeight& w, int64_t begin, int64_t end, Code* codes, int8_t* unpacked) {
-  const int64_t steps = (w.channels + STEP - 1) / STEP, tiles = (end - begin) * steps;
+// Groups [begin, end) of 16 output channels; valid until the next call in this thread.
+const Code* read_weight(const PackedWeight& w, int64_t begin, int64_t end) {
+  const int64_t steps = round_up(w.channels, STEP) / STEP, tiles = (end - begin) * steps;
   const auto* from = static_cast<const int8_t*>(w.tiles) + begin * steps * (w.nibbles ? CODES / 2 : CODES);
   if (w.nibbles) {
+    auto* unpacked = nibble_memory.take<int8_t>(tiles * CODES);
     unpack(unpacked, reinterpret_cast<const uint8_t*>(from), tiles);
     from = unpacked;
   }
 #ifdef __AVX512VNNI__
   return from;
 #else
+  auto* codes = weight_memory.take<Code>(tiles * CODES);
   widen(codes, from, tiles);
   return codes;
 #endif
@@ -115,17 +119,9 @@ inline void transpose(V (&m)[16]) {
   }
 }
 
-// Rows, `stride` apart, padded with zeros.
-void copy_rows(int8_t* to, int64_t padded, const int8_t* x, int64_t stride, int64_t rows, int64_t channels) {
-  for (int64_t r = 0; r < rows; r++, to += padded) {
-    std::memcpy(to, x + r * stride, channels);
-    std::memset(to + channels, 0, padded - channels);
-  }
-}
-
-// In place of padded rows: what dot products take, and the number that was added to every code.
+// Rows as dot products take them.
 #ifdef __AVX512VNNI__
-constexpr int OFFSET = 128;  // dpbusd multiplies unsigned by signed
+constexpr int OFFSET = 128;  // that is added: dpbusd multiplies unsigned by signed
 void convert_rows(Code* to, const int8_t* x, int64_t count) {
   for (int64_t i = 0; i < count; i++) to[i] = static_cast<int8_t>(x[i] ^ -128);
 }
@@ -145,181 +141,217 @@ void convert_rows(Code* to, const int8_t* x, int64_t count) {
 
 // --- the result ---
 
-// Qparams of rows, and of what their results become.
-struct Rows {
-  const float* scale;
-  const int32_t* zero_point;
-  const float* inv_scale;
-  const float* new_zero_point;
+// sum + the two products of 16-bit numbers in each lane
+#if defined(__AVX512VNNI__)
+inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
+  return (i32xw)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+#elif defined(__AVX2__)
+inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
+  return sum + (i32xw)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+}
+#elif defined(__SSE2__)
+inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
+  return sum + (i32xw)_mm_madd_epi16((__m128i)a, (__m128i)b);
+}
+#else
+inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
+  return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+}
+#endif
+
+inline int32_t pair(int first, int second) {
+  const int16_t both[] = {static_cast<int16_t>(first), static_cast<int16_t>(second)};
+  return load_as<int32_t>(both);
+}
+
+// Two pairs whose products are -zero_point · sum: one instruction, where a multiplication and a subtraction are three.
+inline int32_t zero_point_pair(int32_t zero_point) { return pair(zero_point, zero_point * 256); }
+
+inline int32_t sum_pair(int32_t sum) {
+  const int low = static_cast<int8_t>(sum & 255);
+  return pair(-low, -((sum - low) >> 8));
+}
+
+// Qparams of a row, and of what its results become.
+struct Row {
+  int32_t zero_point;  // a pair
+  float scale, inv_scale;
+  int32_t new_zero_point;
 };
 
 // Parameters of a block of output channels, zeros where there are no channels.
 struct Features {
   int64_t count;
-  alignas(64) int32_t sum[FEATURES_IN_BLOCK];
+  alignas(64) int32_t start[FEATURES_IN_BLOCK], sum[FEATURES_IN_BLOCK];  // of dot products; pairs
   alignas(64) float scale[FEATURES_IN_BLOCK], bias[FEATURES_IN_BLOCK], inv_smooth[FEATURES_IN_BLOCK];
 
   void read(const PackedWeight& w, const float* smooth, int64_t begin, int64_t end) {
     count = std::min(end, w.features) - begin;
+    const int64_t size = end - begin;
     const auto copy = [&](auto* to, const auto* from) {
-      std::fill(std::copy(from + begin, from + begin + count, to), to + (end - begin), 0);
+      std::fill(std::copy(from + begin, from + begin + count, to), to + size, 0);
     };
     copy(sum, w.sum);
+    for (int64_t i = 0; i < size; i++) {
+      start[i] = -OFFSET * sum[i];
+      sum[i] = sum_pair(sum[i]);
+    }
     copy(scale, w.scale);
     // what is not there changes nothing, not even the sign of a zero
-    w.bias ? copy(bias, w.bias) : std::fill(bias, bias + (end - begin), -0.0f);
-    smooth ? copy(inv_smooth, smooth) : std::fill(inv_smooth, inv_smooth + (end - begin), 1.0f);
+    w.bias ? copy(bias, w.bias) : std::fill(bias, bias + size, -0.0f);
+    smooth ? copy(inv_smooth, smooth) : std::fill(inv_smooth, inv_smooth + size, 1.0f);
   }
 };
 
-// All lanes of a vector, or the first ones; none if their number is negative.
-template <bool ALL, class T, class V>
+// The first lanes of a vector; none if their number is negative.
+template <class T, class V>
 inline void store(T* to, V value, int64_t count) {
-  if constexpr (ALL) {
+  if (count >= WIDTH) {
     std::memcpy(to, &value, sizeof(value));
   } else {
     T lanes[WIDTH];
     std::memcpy(lanes, &value, sizeof(value));
-    for (int64_t i = 0; i < std::min(count, WIDTH); i++) to[i] = lanes[i];
+    for (int64_t i = 0; i < count; i++) to[i] = lanes[i];
   }
 }
 
-// Where results go: put() takes N vectors of row r, from channel c on, of which `count` lanes are there.
-struct Floats {
-  float* y;
+// Where results go: put() takes N vectors of a row, of which `count` lanes are there.
+template <class T>
+struct Results {
+  T* y;
   int64_t stride;
 
-  Floats at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
+  T* at(int64_t row, int64_t channel) const { return y + row * stride + channel; }
+};
 
-  template <bool ALL, int N>
-  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
-    for (int i = 0; i < N; i++) store<ALL>(y + r * stride + c + i * WIDTH, values[i], count - i * WIDTH);
+// The results from some row and channel on.
+template <class Out>
+Out moved(Out out, int64_t row, int64_t channel) {
+  out.y = out.at(row, channel);
+  return out;
+}
+
+struct Floats : Results<float> {
+  template <int N>
+  void put(float* to, int64_t count, const Row&, const float*, const f32xw (&values)[N]) const {
+    for (int i = 0; i < N; i++) store(to + i * WIDTH, values[i], count - i * WIDTH);
   }
 };
 
-struct Halves {
-  uint16_t* y;
-  int64_t stride;
-
-  Halves at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
-
-  template <bool ALL, int N>
-  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+struct Halves : Results<uint16_t> {
+  template <int N>
+  void put(uint16_t* to, int64_t count, const Row&, const float*, const f32xw (&values)[N]) const {
     for (int i = 0; i < N; i++) {
       const auto bits = (u32xw)values[i];
       const u32xw rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, quiet = (bits >> 16) | 0x40;
       const auto half = __builtin_convertvector(values[i] == values[i] ? rounded : quiet, u16xw);
-      store<ALL>(y + r * stride + c + i * WIDTH, half, count - i * WIDTH);
+      store(to + i * WIDTH, half, count - i * WIDTH);
     }
   }
 };
 
 #ifdef __AVX512VNNI__
 // The same with an instruction that all processors with AMX have, and that takes denormal numbers for zeros.
-struct NormalHalves {
-  uint16_t* y;
-  int64_t stride;
-
-  NormalHalves at(int64_t r, int64_t c) const { return {y + r * stride + c, stride}; }
-
-  template <bool ALL, int N>
-  void put(const Rows&, const Features&, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
+struct NormalHalves : Results<uint16_t> {
+  template <int N>
+  void put(uint16_t* to, int64_t count, const Row&, const float*, const f32xw (&values)[N]) const {
     for (int i = 0; i < N; i += 2) {
       __m512i halves;
       __asm__("vcvtne2ps2bf16 %2, %1, %0" : "=v"(halves) : "v"(values[i + 1]), "v"(values[i]));
-      uint16_t* to = y + r * stride + c + i * WIDTH;
-      const int64_t left = std::min(count - i * WIDTH, 2 * WIDTH);
-      ALL ? _mm512_storeu_si512(to, halves) : _mm512_mask_storeu_epi16(to, left > 0 ? ~uint32_t{0} >> (32 - left) : 0, halves);
+      const int64_t there = std::min(count - i * WIDTH, 2 * WIDTH);
+      const uint32_t mask = there > 0 ? ~uint32_t{0} >> (2 * WIDTH - there) : 0;
+      _mm512_mask_storeu_epi16(to + i * WIDTH, mask, halves);
     }
   }
 };
 #endif
 
-// reference.quantize of the GELU, rounded as in quantize.cpp.
-struct Codes {
-  int8_t* y;
-  int64_t stride;
+// reference.quantize of the GELU. Clamping before the sum with the zero point gives the same codes, and the sum of a
+// small number and MAGIC has the nearest integer in its low bits.
+struct Codes : Results<int8_t> {
   float low, high;
 
-  Codes at(int64_t r, int64_t c) const { return {y + r * stride + c, stride, low, high}; }
-
-  template <bool ALL, int N>
-  void put(const Rows& rows, const Features& f, int64_t r, int64_t c, int64_t count, const f32xw (&values)[N]) const {
-    constexpr float FAR = 1024.0f, MAGIC = 12582912.0f;
-    const f32xw inv_scale = fill(rows.inv_scale[r]), zero_point = fill(rows.new_zero_point[r]);
+  template <int N>
+  void put(int8_t* to, int64_t count, const Row& row, const float* inv_smooth, const f32xw (&values)[N]) const {
+    constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
+    const auto zero_point = static_cast<float>(row.new_zero_point);
     for (int i = 0; i < N; i++) {
-      const f32xw v = gelu(values[i]) * load_as<f32xw>(f.inv_smooth + c + i * WIDTH) * inv_scale;
-      const f32xw rounded = (at_most(FAR, at_least(-FAR, v)) + MAGIC) - MAGIC;
-      const f32xw code = at_most(high, at_least(low, rounded + zero_point));
-      store<ALL>(y + r * stride + c + i * WIDTH, __builtin_convertvector(__builtin_convertvector(code, i32xw), i8xw),
-                 count - i * WIDTH);
+      const f32xw v = gelu(values[i]) * load_as<f32xw>(inv_smooth + i * WIDTH) * fill(row.inv_scale);
+      const f32xw shifted = at_most(high - zero_point, at_least(low - zero_point, v)) + MAGIC;
+      const i32xw codes = (i32xw)shifted + splat(row.new_zero_point);
+      store(to + i * WIDTH, __builtin_convertvector(codes, i8xw), count - i * WIDTH);
     }
   }
 };
 
-// Rows [begin, end) of sums, GROUPS groups of 16 from channel c of a block on: zero point, rescale, bias.
-template <int GROUPS, bool ALL, class Out>
-inline void finish_rows(const Out out, const Rows rows, const Features& f, int64_t row, int64_t c, const int32_t* acc,
-                        int64_t begin, int64_t end, int offset) {
-  constexpr int N = GROUPS * PARTS;
-  for (int64_t r = begin; r < end; r++) {
-    const i32xw zero_point = i32xw{} + (rows.zero_point[row + r] + offset);
-    const f32xw scale = fill(rows.scale[row + r]);
-    f32xw values[N];
-    for (int i = 0; i < N; i++) {
-      const int64_t at = c + i * WIDTH;
-      const i32xw exact = load_as<i32xw>(acc + (r * N + i) * WIDTH) - load_as<i32xw>(f.sum + at) * zero_point;
-      values[i] = (__builtin_convertvector(exact, f32xw) * scale) * load_as<f32xw>(f.scale + at);
-      values[i] = values[i] + load_as<f32xw>(f.bias + at);
-    }
-    out.template put<ALL>(rows, f, row + r, c, f.count - c, values);
-  }
-}
-
+// Sums of rows by GROUPS groups of 16 channels, from channel c of a block on: zero point, rescale, bias.
 template <int GROUPS, class Out>
-inline void finish(const Out& out, const Rows& rows, const Features& f, int64_t row, int64_t c, const int32_t* acc,
-                   int64_t begin, int64_t end, int offset) {
-  if (f.count - c >= GROUPS * TILE) {
-    finish_rows<GROUPS, true>(out, rows, f, row, c, acc, begin, end, offset);
-  } else {
-    finish_rows<GROUPS, false>(out, rows, f, row, c, acc, begin, end, offset);
+class Finish {
+ public:
+  // out: of the block's first channel
+  Finish(const Out& out, const Row* rows, const Features& f, int64_t c, const int32_t* acc)
+      : out_(out), rows_(rows), acc_(acc), inv_smooth_(f.inv_smooth + c), c_(c), count_(f.count - c) {
+    for (int i = 0; i < N; i++) {
+      sum_[i] = load_as<i32xw>(f.sum + c + i * WIDTH);
+      scale_[i] = load_as<f32xw>(f.scale + c + i * WIDTH);
+      bias_[i] = load_as<f32xw>(f.bias + c + i * WIDTH);
+    }
   }
-}
+
+  void operator()(int64_t begin, int64_t end) const {
+    const int32_t* acc = acc_ + begin * N * WIDTH;
+    auto* to = out_.at(begin, c_);
+    for (const Row *row = rows_ + begin, *last = rows_ + end; row < last; row++, acc += N * WIDTH, to += out_.stride) {
+      f32xw values[N];
+      for (int i = 0; i < N; i++) {
+        const i32xw exact = add_products(load_as<i32xw>(acc + i * WIDTH), sum_[i], splat(row->zero_point));
+        values[i] = (__builtin_convertvector(exact, f32xw) * fill(row->scale)) * scale_[i] + bias_[i];
+      }
+      out_.put(to, count_, *row, inv_smooth_, values);
+    }
+  }
+
+ private:
+  static constexpr int N = GROUPS * PARTS;
+  const Out out_;
+  const Row* const rows_;
+  const int32_t* const acc_;
+  const float* const inv_smooth_;
+  const int64_t c_, count_;
+  i32xw sum_[N];
+  f32xw scale_[N], bias_[N];
+};
 
 // --- dot products without tiles ---
 
 #if defined(__AVX512VNNI__)
 constexpr int ROWS_AT_ONCE = 6, GROUPS_AT_ONCE = 4;  // as many sums as there are registers for
-inline i32xw dot(i32xw sum, int32_t x, i32xw w) {
-  return (i32xw)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(x), (__m512i)w);
+inline i32xw dot(i32xw sum, i32xw x, i32xw w) {
+  return (i32xw)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 }
-#elif defined(__AVX2__)
-constexpr int ROWS_AT_ONCE = 4, GROUPS_AT_ONCE = 1;
-inline i32xw dot(i32xw sum, int32_t x, i32xw w) { return sum + (i32xw)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x)); }
-#elif defined(__SSE2__)
-constexpr int ROWS_AT_ONCE = 2, GROUPS_AT_ONCE = 1;
-inline i32xw dot(i32xw sum, int32_t x, i32xw w) { return sum + (i32xw)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(x)); }
 #else
-constexpr int ROWS_AT_ONCE = 2, GROUPS_AT_ONCE = 1;
-inline i32xw dot(i32xw sum, int32_t x, i32xw w) {
-  return sum + ((w << 16) >> 16) * ((x << 16) >> 16) + (w >> 16) * (x >> 16);
-}
+constexpr int ROWS_AT_ONCE = WIDTH == 8 ? 6 : 2, GROUPS_AT_ONCE = 1;
+inline i32xw dot(i32xw sum, i32xw x, i32xw w) { return add_products(sum, w, x); }
 #endif
 
 // Sums of ROWS rows by GROUPS groups of 16 output channels, `group` codes apart.
 template <int ROWS, int GROUPS>
-inline void multiply(int32_t* acc, const Code* x, int64_t stride, const Code* w, int64_t group, int64_t padded) {
-  i32xw sums[ROWS][GROUPS][PARTS] = {};
+inline void multiply(int32_t* acc, const int32_t* start, const Code* x, int64_t stride, const Code* w, int64_t group,
+                     int64_t padded) {
+  constexpr int N = GROUPS * PARTS;
+  i32xw sums[ROWS][N];
+  for (int r = 0; r < ROWS; r++) {
+    for (int i = 0; i < N; i++) sums[r][i] = load_as<i32xw>(start + i * WIDTH);
+  }
   for (int64_t d = 0; d < padded; d += PER_LANE) {
-    i32xw weights[GROUPS][PARTS];
-    for (int g = 0; g < GROUPS; g++) {
-      for (int p = 0; p < PARTS; p++) weights[g][p] = load_as<i32xw>(w + g * group + d * TILE + p * (VECTOR / PARTS));
+    i32xw weights[N];
+    for (int i = 0; i < N; i++) {
+      weights[i] = load_as<i32xw>(w + i / PARTS * group + d * TILE + i % PARTS * (VECTOR / PARTS));
     }
     for (int r = 0; r < ROWS; r++) {
-      const auto codes = load_as<int32_t>(x + r * stride + d);
-      for (int g = 0; g < GROUPS; g++) {
-        for (int p = 0; p < PARTS; p++) sums[r][g][p] = dot(sums[r][g][p], codes, weights[g][p]);
-      }
+      const i32xw codes = splat(load_as<int32_t>(x + r * stride + d));
+      for (int i = 0; i < N; i++) sums[r][i] = dot(sums[r][i], codes, weights[i]);
     }
   }
   std::memcpy(acc, sums, sizeof(sums));
@@ -327,19 +359,19 @@ inline void multiply(int32_t* acc, const Code* x, int64_t stride, const Code* w,
 
 // Rows from r on, ROWS at once, fewer at the end.
 template <int GROUPS, int ROWS = ROWS_AT_ONCE, class Out>
-void multiply_rows(const Out& out, const Rows& rows, const Features& f, const Code* x, const Code* w, int64_t padded,
+void multiply_rows(const Out& out, const Row* rows, const Features& f, const Code* x, const Code* w, int64_t padded,
                    int64_t c, int64_t count, int64_t r = 0) {
   for (; r + ROWS <= count; r += ROWS) {
     alignas(64) int32_t acc[ROWS * GROUPS * TILE];
-    multiply<ROWS, GROUPS>(acc, x + r * padded, padded, w + c * padded, TILE * padded, padded);
-    finish<GROUPS>(out, rows, f, r, c, acc, 0, ROWS, OFFSET);
+    multiply<ROWS, GROUPS>(acc, f.start + c, x + r * padded, padded, w + c * padded, TILE * padded, padded);
+    Finish<GROUPS, Out>(moved(out, r, 0), rows + r, f, c, acc)(0, ROWS);
   }
   if constexpr (ROWS > 1) multiply_rows<GROUPS, ROWS / 2>(out, rows, f, x, w, padded, c, count, r);
 }
 
 // Output channels from c on, GROUPS groups at once, fewer at the end.
 template <int GROUPS = GROUPS_AT_ONCE, class Out>
-void multiply_all(const Out& out, const Rows& rows, const Features& f, const Code* x, const Code* w, int64_t padded,
+void multiply_all(const Out& out, const Row* rows, const Features& f, const Code* x, const Code* w, int64_t padded,
                   int64_t count, int64_t c = 0) {
   for (; c + (GROUPS - 1) * TILE < f.count; c += GROUPS * TILE) {
     multiply_rows<GROUPS>(out, rows, f, x, w, padded, c, count);
@@ -353,7 +385,7 @@ void multiply_all(const Out& out, const Rows& rows, const Features& f, const Cod
 struct RowBlock {
   int64_t direction = 0, first = 0, count = 0, stride = 0;
   const int8_t* x = nullptr;  // padded to whole tiles
-  Rows rows = {};
+  Row* rows = nullptr;
 
   void read(const Linear& q, int64_t block) {
     direction = block / q.row_blocks(), first = block % q.row_blocks() * q.rows_in_block;
@@ -361,22 +393,24 @@ struct RowBlock {
     stride = round_up(q.weight.channels, STEP);
     x = q.x + (direction * q.rows + first) * q.weight.channels;
     if (stride != q.weight.channels) {
-      auto* copy = row_memory.take<int8_t>(count * stride);
-      copy_rows(copy, stride, x, q.weight.channels, count, q.weight.channels);
-      x = copy;
+      auto* padded = row_memory.take<int8_t>(count * stride);
+      for (int64_t r = 0; r < count; r++) {
+        int8_t* to = padded + r * stride;
+        std::memcpy(to, x + r * q.weight.channels, q.weight.channels);
+        std::memset(to + q.weight.channels, 0, stride - q.weight.channels);
+      }
+      x = padded;
     }
-    auto* memory = qparam_memory.take<float>(4 * count);
-    const auto copy = [&](auto* to, const auto* from, int64_t scales) {
-      for (int64_t r = 0, i = first % scales; r < count; r++, i = i + 1 == scales ? 0 : i + 1) to[r] = from[i];
-    };
-    auto* zero_point = reinterpret_cast<int32_t*>(memory + count);
-    copy(memory, q.x_scale + direction * q.scales, q.scales);
-    copy(zero_point, q.zero_point + direction * q.scales, q.scales);
-    if (q.gelu_codes) {
-      copy(memory + 2 * count, q.gelu.inv_scale, q.gelu.scales);
-      copy(memory + 3 * count, q.gelu.zero_point, q.gelu.scales);
+    rows = qparam_memory.take<Row>(count);
+    const auto at = [&](int64_t r, int64_t scales) { return direction * scales + (first + r) % scales; };
+    for (int64_t r = 0; r < count; r++) {
+      const int64_t i = at(r, q.scales);
+      rows[r] = {zero_point_pair(q.zero_point[i]), q.x_scale[i], 0.0f, 0};
     }
-    rows = {memory, zero_point, memory + 2 * count, memory + 3 * count};
+    for (int64_t r = 0; q.gelu_codes && r < count; r++) {
+      const int64_t i = at(r, q.gelu.scales);
+      rows[r].inv_scale = q.gelu.inv_scale[i], rows[r].new_zero_point = q.gelu.zero_point[i];
+    }
   }
 };
 
@@ -391,26 +425,32 @@ PackedWeight one_direction(const Linear& q, int64_t direction) {
   return w;
 }
 
+// The output channels of an item of the work, which are next to one another in turn; gives their codes.
+const Code* read_features(Features& f, const Linear& q, const RowBlock& block, int64_t item) {
+  const PackedWeight w = one_direction(q, block.direction);
+  const int64_t n = item % q.feature_blocks() * FEATURES_IN_BLOCK;
+  f.read(w, q.gelu.inv_smooth, n, n + FEATURES_IN_BLOCK);
+  return read_weight(w, n / TILE, (n + round_up(f.count, TILE)) / TILE);
+}
+
+template <class Out>
+Out results(const Out& y, const Linear& q, const RowBlock& block, int64_t item) {
+  return moved(y, block.direction * q.rows + block.first, item % q.feature_blocks() * FEATURES_IN_BLOCK);
+}
+
 template <class Out>
 void dot_blocks(const Linear& q, const Out& y, int64_t begin, int64_t end) {
   RowBlock block;
   Features f;
-  const Code* x = nullptr;
+  Code* x = nullptr;
   for (int64_t item = begin; item < end; item++) {
     if (item == begin || item % q.feature_blocks() == 0) {
       block.read(q, item / q.feature_blocks());
-      auto* codes = code_memory.take<Code>(block.count * block.stride);
-      convert_rows(codes, block.x, block.count * block.stride);
-      x = codes;
+      x = code_memory.take<Code>(block.count * block.stride);
+      convert_rows(x, block.x, block.count * block.stride);
     }
-    const PackedWeight w = one_direction(q, block.direction);
-    const int64_t n = item % q.feature_blocks() * FEATURES_IN_BLOCK;
-    f.read(w, q.gelu.inv_smooth, n, n + FEATURES_IN_BLOCK);
-    const int64_t groups = round_up(f.count, TILE) / TILE, size = TILE * block.stride;
-    auto* memory = weight_memory.take<int8_t>(groups * size * (1 + sizeof(Code)));
-    auto* codes = reinterpret_cast<Code*>(memory);
-    const Code* weights = read_weight(w, n / TILE, n / TILE + groups, codes, memory + groups * size * sizeof(Code));
-    multiply_all(y.at(block.direction * q.rows + block.first, n), block.rows, f, x, weights, block.stride, block.count);
+    const Code* w = read_features(f, q, block, item);
+    multiply_all(results(y, q, block, item), block.rows, f, x, w, block.stride, block.count);
   }
 }
 
@@ -419,11 +459,11 @@ template <class Run>
 void with_output(const Linear& q, const Run& run) {
   const int64_t stride = q.weight.features;
   if (q.gelu_codes) {
-    run(Codes{q.gelu_codes, stride, static_cast<float>(q.gelu.low), static_cast<float>(q.gelu.high)});
+    run(Codes{{q.gelu_codes, stride}, static_cast<float>(q.gelu.low), static_cast<float>(q.gelu.high)});
   } else if (q.y_type == Float::f32) {
-    run(Floats{static_cast<float*>(q.y), stride});
+    run(Floats{{static_cast<float*>(q.y), stride}});
   } else {
-    run(Halves{static_cast<uint16_t*>(q.y), stride});
+    run(Halves{{static_cast<uint16_t*>(q.y), stride}});
   }
 }
 
@@ -469,18 +509,17 @@ void pack(const Pack& q, int64_t begin, int64_t end) {
 }
 
 void linear_rows(const LinearRows& q, int64_t begin, int64_t end) {
-  const int64_t padded = round_up(q.weight.channels, STEP), size = TILE * padded;
+  const int64_t padded = round_up(q.weight.channels, STEP);
   auto* x = code_memory.take<Code>(FEW_ROWS * padded);
   for (int64_t r = 0; r < q.rows; r++) convert_rows(x + r * padded, q.x + r * q.x_stride, padded);
-  const Rows rows{q.x_scale, q.zero_point, nullptr, nullptr};
+  Row rows[FEW_ROWS];
+  for (int64_t r = 0; r < q.rows; r++) rows[r] = {zero_point_pair(q.zero_point[r]), q.x_scale[r], 0.0f, 0};
   Features f;
   for (int64_t group = begin; group < end; group++) {
-    auto* memory = weight_memory.take<int8_t>(size * (1 + sizeof(Code)));
-    auto* codes = reinterpret_cast<Code*>(memory);
-    const Code* weights = read_weight(q.weight, group, group + 1, codes, memory + size * sizeof(Code));
+    const Code* w = read_weight(q.weight, group, group + 1);
     f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
     f.count = TILE;
-    multiply_rows<1>(Floats{q.y + (group - begin) * TILE, q.y_stride}, rows, f, x, weights, padded, 0, q.rows);
+    multiply_rows<1>(Floats{{q.y + (group - begin) * TILE, q.y_stride}}, rows, f, x, w, padded, 0, q.rows);
   }
 }
 
@@ -490,42 +529,41 @@ namespace {
 
 #define PTQ4VM_TILES __attribute__((target("amx-tile,amx-int8")))
 
-// All eight tiles have 64 bytes a row.
+// GCC does not know how much memory the loads of tiles and of their configuration read.
+inline void write_all() { __asm__ volatile("" ::: "memory"); }
+
+// All eight tiles have 64 bytes a row; those of weights have 16 rows.
 PTQ4VM_TILES void configure(int64_t rows) {
   struct alignas(64) {
     uint8_t palette = 1, start = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {};
   } config;
-  std::fill(config.rows, config.rows + 8, static_cast<uint8_t>(rows));
-  for (int i = 6; i < 8; i++) config.rows[i] = TILE;  // the weight's
-  __asm__ volatile("" : : "r"(&config) : "memory");  // for GCC, which believes that eight bytes are read
+  for (int i = 0; i < 8; i++) config.rows[i] = static_cast<uint8_t>(i < 6 ? rows : TILE);
+  __asm__ volatile("" : : "r"(&config));  // its address is known elsewhere from here on
+  write_all();
   _tile_loadconfig(&config);
 }
 
-// Two tiles of rows by two of output channels, whose results wait until the next products are under way.
+// Sums of two tiles of rows by two of output channels, which wait until the next products are under way.
 template <class Out>
 struct Pending {
   alignas(64) int32_t acc[2 * TILE * 2 * TILE];
-  Out out;
-  const Rows* rows;
-  const Features* features;
-  int64_t row, c, next = 0, end = 0;
-
-  inline void finish_some(int64_t count) {
-    const int64_t until = std::min(next + count, end);
-    if (next >= until) return;
-    finish<2>(out, *rows, *features, row, c, acc, next, until, 0);
-    next = until;
-  }
+  Out out = {};
+  const Row* rows = nullptr;
+  const Features* features = nullptr;
+  int64_t c = 0, begin = 0, end = 0;
 };
 
 // Four tile registers of sums, two of each operand; `gap`: rows from the first tile to the second.
 template <class Out>
-PTQ4VM_TILES inline void multiply_tiles(int32_t* acc, const int8_t* x, int64_t stride, int64_t gap, const int8_t* w0,
-                                        const int8_t* w1, int64_t padded, Pending<Out>& before) {
+PTQ4VM_TILES __attribute__((noinline)) void multiply_tiles(int32_t* acc, const int8_t* x, int64_t stride, int64_t gap,
+                                                           const int8_t* w0, const int8_t* w1, int64_t padded,
+                                                           const Pending<Out>& before) {
   constexpr int64_t ACROSS = 2 * TILE;
-  const int64_t share = 2 * TILE * STEP / std::max(padded, STEP) + 1;
+  const Finish<2, Out> finish(before.out, before.rows, *before.features, before.c, before.acc);
+  const int64_t share = ACROSS * STEP / std::max(padded, STEP) + 1;
+  int64_t next = before.begin;
   const int8_t* x1 = x + gap * stride;
   _tile_zero(0);
   _tile_zero(1);
@@ -540,9 +578,10 @@ PTQ4VM_TILES inline void multiply_tiles(int32_t* acc, const int8_t* x, int64_t s
     _tile_loadd(5, x1 + d, stride);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
-    before.finish_some(share);
+    finish(next, std::min(next + share, before.end));
+    next += share;
   }
-  before.finish_some(2 * TILE);
+  finish(next, before.end);
   _tile_stored(0, acc, ACROSS * sizeof(int32_t));
   _tile_stored(1, acc + TILE, ACROSS * sizeof(int32_t));
   _tile_stored(2, acc + gap * ACROSS, ACROSS * sizeof(int32_t));
@@ -552,42 +591,42 @@ PTQ4VM_TILES inline void multiply_tiles(int32_t* acc, const int8_t* x, int64_t s
 template <class Out>
 PTQ4VM_TILES void tile_blocks(const Linear& q, const Out& y, int64_t begin, int64_t end) {
   RowBlock block;
-  Features features[2];
+  Features features[2] = {};
   Pending<Out> pending[2];
+  for (Pending<Out>& nothing : pending) nothing.features = features;
   int64_t height = 0, turn = 0;
+  const auto finish = [&](Pending<Out>& last) {
+    Finish<2, Out>(last.out, last.rows, *last.features, last.c, last.acc)(last.begin, last.end);
+    last.end = 0;
+  };
   for (int64_t item = begin; item < end; item++) {
     if (item == begin || item % q.feature_blocks() == 0) {
-      pending[turn].finish_some(2 * TILE);
+      finish(pending[turn]);
       block.read(q, item / q.feature_blocks());
       // Pairs of equally high tiles, the last of which may overlap the one before.
       const int64_t pairs = (block.count + 2 * TILE - 1) / (2 * TILE);
       height = (block.count + 2 * pairs - 1) / (2 * pairs);
       configure(height);
     }
-    const PackedWeight w = one_direction(q, block.direction);
-    const int64_t n = item % q.feature_blocks() * FEATURES_IN_BLOCK;
     Features& f = features[item % 2];
-    f.read(w, q.gelu.inv_smooth, n, n + FEATURES_IN_BLOCK);
-    const int64_t groups = round_up(f.count, TILE) / TILE, size = TILE * block.stride;
-    auto* unpacked = weight_memory.take<int8_t>(w.nibbles ? groups * size : 0);
-    const Code* weights = read_weight(w, n / TILE, n / TILE + groups, nullptr, unpacked);
-    __asm__ volatile("" ::: "memory");  // GCC does not know that tile loads read memory
-    const Out out = y.at(block.direction * q.rows + block.first, n);
+    const int8_t* weights = read_features(f, q, block, item);
+    write_all();
+    const Out out = results(y, q, block, item);
     for (int64_t c = 0; c < f.count; c += 2 * TILE) {
       const int8_t* w0 = weights + c * block.stride;
-      const int8_t* w1 = c + TILE < f.count ? w0 + size : w0;
+      const int8_t* w1 = c + TILE < f.count ? w0 + TILE * block.stride : w0;
       for (int64_t row = 0; row < block.count; row += 2 * height) {
         const int64_t start = std::max<int64_t>(0, std::min(row, block.count - 2 * height));
         const int64_t gap = std::min(height, block.count - height);
         Pending<Out>& now = pending[turn ^ 1];
         multiply_tiles(now.acc, block.x + start * block.stride, block.stride, gap, w0, w1, block.stride, pending[turn]);
-        now.out = out, now.rows = &block.rows, now.features = &f, now.row = start, now.c = c;
-        now.next = row - start, now.end = std::min(2 * height, block.count);
+        now.out = moved(out, start, 0), now.rows = block.rows + start, now.features = &f, now.c = c;
+        now.begin = row - start, now.end = std::min(2 * height, block.count);
         turn ^= 1;
       }
     }
   }
-  pending[turn].finish_some(2 * TILE);
+  finish(pending[turn]);
   _tile_release();
 }
 
@@ -595,7 +634,7 @@ PTQ4VM_TILES void tile_blocks(const Linear& q, const Out& y, int64_t begin, int6
 
 void linear_amx(const Linear& q, int64_t begin, int64_t end) {
   if (!q.gelu_codes && q.y_type == Float::bf16 && q.normal) {
-    return tile_blocks(q, NormalHalves{static_cast<uint16_t*>(q.y), q.weight.features}, begin, end);
+    return tile_blocks(q, NormalHalves{{static_cast<uint16_t*>(q.y), q.weight.features}}, begin, end);
   }
   with_output(q, [&](const auto& y) { tile_blocks(q, y, begin, end); });
 }
@@ -606,15 +645,15 @@ PTQ4VM_TILES void end_tiles() { _tile_release(); }
 
 PTQ4VM_TILES void linear_rows_amx(const LinearRows& q, int64_t begin, int64_t end) {
   const int64_t padded = round_up(q.weight.channels, STEP);
-  auto* unpacked = weight_memory.take<int8_t>(q.weight.nibbles ? TILE * padded : 0);
-  const Rows rows{q.x_scale, q.zero_point, nullptr, nullptr};
+  Row rows[FEW_ROWS];
+  for (int64_t r = 0; r < q.rows; r++) rows[r] = {zero_point_pair(q.zero_point[r]), q.x_scale[r], 0.0f, 0};
   alignas(64) int32_t acc[FEW_ROWS * TILE];
   Features f;
   for (int64_t group = begin; group < end; group++) {
     f.read(q.weight, nullptr, group * TILE, (group + 1) * TILE);
     f.count = TILE;
-    const int8_t* w = read_weight(q.weight, group, group + 1, nullptr, unpacked);
-    __asm__ volatile("" ::: "memory");
+    const int8_t* w = read_weight(q.weight, group, group + 1);
+    write_all();
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t d = 0; d < padded; d += STEP) {
@@ -628,7 +667,7 @@ PTQ4VM_TILES void linear_rows_amx(const LinearRows& q, int64_t begin, int64_t en
     }
     _tile_stored(0, acc, STEP);
     _tile_stored(1, acc + TILE * TILE, STEP);
-    finish<1>(Floats{q.y + (group - begin) * TILE, q.y_stride}, rows, f, 0, 0, acc, 0, q.rows, 0);
+    Finish<1, Floats>({{q.y + (group - begin) * TILE, q.y_stride}}, rows, f, 0, acc)(0, q.rows);
   }
 }
 

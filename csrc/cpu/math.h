@@ -199,9 +199,11 @@ inline f32xw multiply_add(f32xw a, f32xw b, f32xw c) { return a * b + c; }
 // x / 2 · (1 + erf(x / √2)), with erf within 2e-7: an odd polynomial, which is 1 beyond its last argument.
 inline f32xw gelu(f32xw x) {
   constexpr float LAST = 5.25f;
-  constexpr float COEFFICIENTS[] = {-1.313163899e-03f, 1.329495455e-03f, -2.079080557e-03f, 5.784682464e-03f, -1.089702640e-02f,
-                                    1.683576778e-02f, -2.555050701e-02f, 3.707728907e-02f, -5.008386448e-02f, 6.406287849e-02f,
-                                    -7.952682674e-02f, 9.929157048e-02f, -1.342536360e-01f, 2.693186998e-01f};
+  constexpr float COEFFICIENTS[] = {
+      -1.313163899e-03f, 1.329495455e-03f, -2.079080557e-03f, 5.784682464e-03f, -1.089702640e-02f,
+      1.683576778e-02f, -2.555050701e-02f, 3.707728907e-02f, -5.008386448e-02f, 6.406287849e-02f,
+      -7.952682674e-02f, 9.929157048e-02f, -1.342536360e-01f, 2.693186998e-01f
+  };
   const f32xw bounded = at_most(LAST, at_least(-LAST, x));
   const f32xw square = multiply_add(bounded * (2.0f / (LAST * LAST)), bounded, fill(-1.0f));
   f32xw p = fill(4.798908776e-04f);

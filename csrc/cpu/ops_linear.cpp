@@ -12,11 +12,11 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // So many rows that their codes stay in the second cache while all weights pass; fewer, where threads would be idle.
 int64_t rows_in_block(const Linear& q) {
-  constexpr int64_t BYTES = 768 << 10, LEAST = 32;
+  constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;
   const int64_t threads = torch::stable::get_num_threads(), others = q.directions * q.feature_blocks();
-  const int64_t wanted = threads > 1 ? ceil_div(4 * threads, std::max<int64_t>(1, others)) : 1;
-  const int64_t fitting = BYTES / (ceil_div(q.weight.channels, STEP) * STEP + 1);
-  return std::max(LEAST, std::min(fitting, ceil_div(q.rows, wanted)) / LEAST * LEAST);
+  const int64_t for_threads = threads > 1 ? ceil_div(4 * threads, std::max<int64_t>(1, others)) : 1;
+  const int64_t blocks = std::max(for_threads, ceil_div(q.rows * q.weight.channels, BYTES));
+  return std::max<int64_t>(1, ceil_div(ceil_div(q.rows, blocks), MULTIPLE)) * MULTIPLE;
 }
 
 // The smallest magnitude, but for zeros; at most 1.
@@ -63,8 +63,12 @@ struct LinearInputs {
       check_shape("bias", bias, {features});
     }
     for (int64_t i = stacked; i + 1 < x.dim(); i++) rows *= x.size(i);
-    x = torch::stable::contiguous(x), weight = torch::stable::contiguous(weight);
+    x = as_contiguous(x), weight = as_contiguous(weight);
     x_scale = as(x_scale, ScalarType::Float), zero_point = as(zero_point, ScalarType::Int);
+    const int32_t *zero_points = in<int32_t>(zero_point), *end = zero_points + zero_point.numel();
+    const auto not_code = std::find_if(zero_points, end, [](int32_t z) { return z != static_cast<int8_t>(z); });
+    STD_TORCH_CHECK(not_code == end, "zero points are int8 codes, one is ", *not_code);
+    STD_TORCH_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
     sum = as(sum, ScalarType::Int), scale = as(scale, ScalarType::Float), bias = as(bias, ScalarType::Float);
   }
 
@@ -110,7 +114,7 @@ Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor
   STD_TORCH_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
                   " channels has ", columns, " columns, this one ", weight.size(1));
   check_shape("weight_scale", scale, {features});
-  weight = torch::stable::contiguous(weight);
+  weight = as_contiguous(weight);
   const int64_t groups = ceil_div(features, LANES);
   Tensor tiles = make(weight, {groups, ceil_div(channels, STEP), LANES, STEP}, ScalarType::Char);
   Tensor sum = make(weight, {features}, ScalarType::Int);

@@ -1,0 +1,147 @@
+"""Packed linears on every instruction set here: the reference's floats to the last bit, its codes but for ties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_native import CHANNELS, FEATURES, KINDS, ROWS, SUPPRESSED, draw, isa, needs_library, qparams
+
+from ptq4vm import fused, ops
+
+__all__ = ["isa"]  # a fixture
+
+BITS = st.sampled_from([4, 8])
+SEEDS = st.integers(0, 2**20)
+
+
+def packed(weight, bits):
+    return fused.pack_weight(weight, bits), weight.sum(-1, dtype=torch.int32)
+
+
+def inputs(stack, images, tokens, channels, features, bits, kind, bias, random):
+    """Arguments of linear_packed but for the dtype; `stack` linears, or one."""
+    half, lead = 2 ** (bits - 1), () if stack is None else (stack,)
+    each = [qparams(kind, images, tokens, bits, random) for _ in range(stack or 1)]
+    scale, zero_point = (torch.stack(parts) if lead else parts[0] for parts in zip(*each, strict=True))
+    x = torch.randint(-half, half, (*lead, images, tokens, channels), generator=random, dtype=torch.int8)
+    weight = torch.randint(1 - half, half, (*lead, features, channels), generator=random, dtype=torch.int8)
+    weight_scale = torch.rand(*lead, features, generator=random)
+    bias = torch.randn(*lead, features, generator=random) if bias else None
+    return x, scale, zero_point, *packed(weight, bits), weight_scale, bias
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(
+    st.sampled_from([None, None, 1, 3]),
+    st.integers(0, 2),
+    ROWS,
+    CHANNELS,
+    FEATURES,
+    BITS,
+    KINDS,
+    st.booleans(),
+    SEEDS,
+)
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+def test_packed_linears_are_the_references_to_the_last_bit(
+    isa, dtype, stack, images, tokens, channels, features, bits, kind, bias, seed
+):
+    arguments = inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
+    assert torch.equal(ops.linear_packed(*arguments, dtype), fused.linear_packed(*arguments, dtype))
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 33, 197])
+def test_the_largest_accumulators_are_exact(isa, tokens):
+    """All codes at their ends, the zero point too: nothing saturates on the way."""
+    for x, w, z in ((-128, -127, 127), (-128, 127, 127), (127, 127, -128), (127, -127, -128), (127, 127, 127)):
+        codes, weight = torch.full((1, tokens, 3072), x, dtype=torch.int8), torch.full((40, 3072), w, dtype=torch.int8)
+        one, zero_point = torch.ones(1), torch.full((1,), z, dtype=torch.int32)
+        y = ops.linear_packed(codes, one, zero_point, *packed(weight, 8), torch.ones(40), None, torch.float32)
+        assert torch.equal(y, torch.full_like(y, 3072.0 * (x - z) * w))
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-22])
+def test_denormal_results_are_kept(isa, size):
+    """Where float32 has results denormal, and bfloat16 with them."""
+    x, scale, zero_point, weight, weight_sum, weight_scale, bias = inputs(
+        None, 1, 40, 64, 48, 8, "token", True, draw(0)
+    )
+    arguments = (x, scale * size, zero_point, weight, weight_sum, weight_scale * size, bias * size * size)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = fused.linear_packed(*arguments, dtype)
+        assert (y != 0).any()
+        assert torch.equal(ops.linear_packed(*arguments, dtype), y)
+
+
+@needs_library
+@given(st.integers(0, 2), ROWS, CHANNELS, FEATURES, BITS, KINDS, KINDS, st.booleans(), st.booleans(), SEEDS)
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+def test_codes_after_a_gelu_are_the_references_but_for_ties(
+    isa, images, tokens, channels, features, bits, kind, new_kind, bias, smooth, seed
+):
+    random = draw(seed)
+    linear = inputs(None, images, tokens, channels, features, bits, kind, bias, random)
+    new_scale, new_zero_point = qparams(new_kind, images, tokens, bits, random)
+    inv_smooth = torch.rand(features, generator=random) if smooth else None
+    linear = (linear[0], linear[1] / 40, *linear[2:])
+    arguments = (*linear, 1 / (new_scale * channels**0.5), new_zero_point, inv_smooth, bits)
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    assert ours.shape == theirs.shape
+    different = (ours - theirs).abs()
+    assert (different <= 1).all() and different.sum() <= 1 + 0.001 * different.numel()
+
+
+@needs_library
+def test_few_codes_after_a_gelu_differ(isa):
+    random = draw(1)
+    linear = inputs(None, 1, 400, 64, 200, 8, "tensor", False, random)
+    linear = (linear[0], torch.full((1,), 1e-4), *linear[2:])  # outputs within about ±5
+    new = (torch.full((1,), 40.0), torch.full((1,), -100, dtype=torch.int32), None, 8)
+    ours, theirs = (op(*linear, *new).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    assert theirs.unique().numel() > 100
+    different = (ours - theirs).abs()
+    assert different.max() <= 1 and different.float().mean() < 0.001
+
+
+@needs_library
+def test_the_number_of_threads_changes_no_bit(isa):
+    random = draw(0)
+    wide = inputs(None, 3, 197, 96, 200, 8, "token", True, random)
+    narrow = inputs(4, 1, 197, 192, 14, 4, "token", False, random)
+    new_scale, new_zero_point = qparams("token", 3, 197, 8, random)
+
+    def everything():
+        return (
+            ops.linear_packed(*wide, torch.float32),
+            ops.linear_packed(*narrow, torch.bfloat16),
+            ops.linear_gelu_quantize(*wide, 1 / new_scale, new_zero_point, None, 8),
+        )
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = everything()
+        torch.set_num_threads(3)
+        three = everything()
+    finally:
+        torch.set_num_threads(before)
+    assert all(map(torch.equal, one, three))
+
+
+@needs_library
+def test_what_does_not_fit_is_named():
+    x, scale, zero_point, weight, weight_sum, weight_scale, _ = inputs(
+        None, 2, 5, 70, 20, 8, "token", False, draw(0)
+    )
+    rest = (weight_sum, weight_scale, None, torch.float32)
+    with pytest.raises(RuntimeError, match=r"calibrated for 4 tokens, the input has 5"):
+        ops.linear_packed(x, scale[:4], zero_point[:4], weight, *rest)
+    with pytest.raises(RuntimeError, match=r"pack_weight"):
+        ops.linear_packed(x, scale, zero_point, weight[:, :1], *rest)
+    with pytest.raises(RuntimeError, match=r"zero points are int8 codes, one is 300"):
+        ops.linear_packed(x, scale, zero_point.fill_(300), weight, *rest)
+    with pytest.raises(RuntimeError, match=r"x has 2 directions, the weight 3"):
+        ops.linear_packed(x, scale, zero_point, weight, weight_sum, weight_scale.expand(3, -1), None, torch.float32)

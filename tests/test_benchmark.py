@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from public_models import create
 from strategies import normal
 
-from ptq4vm import benchmark, native, quantize
+from ptq4vm import benchmark, native
 from ptq4vm.benchmark import compare, machine
 from ptq4vm.benchmark.layers import Category
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
+from ptq4vm.pipeline import skeleton
 from ptq4vm.report import write_csv
 
 seconds = st.integers(1, 1000)
@@ -113,11 +114,10 @@ def test_the_machine_is_named():
 
 @pytest.fixture(scope="module")
 def nano():
-    """A model in floating point and quantized."""
+    """A model in floating point, and quantized with scales of one."""
     torch.manual_seed(0)
     model = create("vim_nano_patch4_32", depth=2).eval()
-    config = QuantConfig(range_search=False, smoothing=None)
-    return model, quantize(model, [normal(2, 3, 32, 32, seed=0)], config, progress=False)
+    return model, skeleton(model, (normal(2, 3, 32, 32, seed=0),), QuantConfig(range_search=False))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_every_setting_is_measured_and_torch_keeps_its_threads(findings):
         assert [timing.name for timing in setting.timings] == ["quantized", "eager-fp32", "twin"]
         assert {timing.clock for timing in setting.timings} == {"cpu" if setting.threads == 1 else "wall"}
         assert setting.timings[0].ratio == 1 and all(timing.ratio > 0 for timing in setting.timings)
-        assert list(setting.layers) == ["FP32", "quantized"]
+        assert list(setting.layers) == ["FP32", "quantized", "fused"]
 
 
 def test_the_first_columns_are_those_of_timm(findings, tmp_path):
@@ -163,7 +163,7 @@ def test_json_has_everything(findings):
     assert json.loads(json.dumps(result)) == result
     assert len(result["timings"]) == 12 and result["memory"] == [] and result["unknown_operators"] == []
     whole = [row["share"] for row in result["layers"] if (row["batch_size"], row["threads"]) == (3, 1)]
-    assert sum(whole) == pytest.approx(2)  # of two graphs
+    assert sum(whole) == pytest.approx(3)  # of three graphs
     patches, tokens = 64 * 48 * 64, 65 * (64 * 256 + 2 * (128 * (4 + 2 * 16) + 4 * 128) + 128 * 64)
     assert 1e9 * result["gmacs"] == patches + 2 * tokens + 64 * 10
     assert result["parameters"] < result["file_bytes"] < 2 * result["parameters"] + 100_000

@@ -4,7 +4,7 @@ from public_models import NANO, SHORT, create
 from strategies import normal
 from torch import nn
 
-from ptq4vm import convert, ops
+from ptq4vm import convert, fuse, ops
 from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.graph import capture
@@ -22,10 +22,12 @@ def test_no_operator_of_a_family_is_of_unknown_category(name):
     granularity = Granularity.PER_TOKEN_DYNAMIC if name == NANO[0] else Granularity.PER_TOKEN
     config = QuantConfig(granularity=granularity, range_search=False)
     graphs = [capture(create(name).eval(), (IMAGES,)), skeleton(create(name, **SHORT[name]).eval(), (IMAGES,), config)]
+    graphs += [fuse(graphs[1])]
     for gm in graphs:
         assert [str(node.target) for node in calls(gm) if not is_known(node)] == []
         found = {category(node) for node in calls(gm)}
-        assert found == set(Category) - ({Category.QUANTIZE} if gm is graphs[0] else set())
+        quantized = [set(), {Category.QUANTIZE}, found & {Category.QUANTIZE}][graphs.index(gm)]
+        assert found == set(Category) - {Category.QUANTIZE} | quantized
 
 
 def test_each_of_our_operators_has_a_category_that_is_not_other():
@@ -86,8 +88,9 @@ def test_every_operator_is_timed_under_its_weights_name():
 
 
 def test_integer_linears_carry_their_names(roads, images):
-    gm = roads.calibrated(QuantConfig(range_search=False))
-    layers = profile({"quantized": convert(gm)}, images[:2], warmup=0, repeats=1)["quantized"]
-    names = [layer.name for layer in layers if layer.op == "linear" and layer.name.startswith("layers.")]
-    assert "layers.0.mixer.in_proj" in names and "layers.1.mixer.dt_proj_b" in names
-    assert all(layer.gops for layer in layers if layer.category is Category.LINEAR)
+    lowered = convert(roads.calibrated(QuantConfig(range_search=False)))
+    found = profile({"quantized": lowered, "fused": fuse(lowered)}, images[:2], warmup=0, repeats=1)
+    for layers in found.values():
+        linears = [layer for layer in layers if layer.category is Category.LINEAR]
+        assert {"layers.0.mixer.in_proj", "layers.1.mixer.out_proj"} <= {layer.name for layer in linears}
+        assert all(layer.gops for layer in linears)

@@ -242,7 +242,7 @@ def test_benchmark_compares_kinds_and_saved_models(run, saved, tmp_path):
     assert code == 0 and [line for line in err.splitlines() if not line.endswith(" …")] == []
     assert [timing["name"] for timing in result["timings"]] == ["quantized", "eager-fp32", copy]
     assert result["timings"][0]["ratio"] == 1 and result["timings"][0]["threads"] == 1
-    assert {row["graph"] for row in result["layers"]} == {"FP32", "quantized"}  # a picture shows them
+    assert {row["graph"] for row in result["layers"]} == {"FP32", "quantized", "fused"}  # a picture shows them
     assert result["file_bytes"] == (Path(saved) / "model.safetensors").stat().st_size < result["float16_bytes"]
     heading, *lines = (tmp_path / "out" / "times.csv").read_text().splitlines()
     assert len(lines) == 3 and heading.startswith("model,infer_samples_per_sec,infer_step_time,")

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.benchmark.plain import EXPORTED, LOOP, replace_ops
-from ptq4vm.graph import aten, capture
+from ptq4vm.graph import Pipeline, aten, capture
+from ptq4vm.passes.fuse import fuse
+from ptq4vm.pipeline import converted_graph
 
 Call = Callable[[Tensor], Any]
 
@@ -105,6 +107,12 @@ def _compiled_bf16(network: Network, images: Tensor) -> Call:
 def _quantized(network: Network, images: Tensor) -> Call:
     """The lowered graph, operator by operator."""
     return network.quantized
+
+
+@_kind("fused")
+def _fused(network: Network, images: Tensor) -> Call:
+    """The lowered graph after fusion, operator by operator."""
+    return converted_graph(network.quantized, Pipeline((fuse,)))
 
 
 @_kind("compiled")

@@ -163,12 +163,9 @@ def _op(node: Node) -> str:
 
 def _label(node: Node) -> str:
     if category(node) in (Category.LINEAR, Category.CONV):
-        names = [str(parameter_of(argument)) for argument in node.all_input_nodes if parameter_of(argument)]
-        weight = next((name for name in names if name.rpartition(".")[2] in _WEIGHTS), names[0] if names else "")
-        if weight:
-            owner, _, leaf = weight.rpartition(".")
-            return owner if owner and leaf in _WEIGHTS else weight
+        names = (parameter_of(argument) or "" for argument in node.all_input_nodes)
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            if "weight" in leaf:
+                return owner if owner and leaf.startswith("weight") else name
     return scope(node) or node.name
-
-
-_WEIGHTS = {"weight", "weight_q", "weight_packed"}

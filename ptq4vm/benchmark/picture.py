@@ -38,15 +38,15 @@ def draw(path: Path, title: str, panels: Sequence[tuple[str, Mapping[str, Mappin
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1.4 + 4.1 * len(panels), 5.2), squeeze=False, layout="constrained"
-    )
+    bars = max(len(graphs) for _, graphs in panels)
+    size = (2 + 1.8 * bars * len(panels), 5.4)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (heading, graphs) in zip(axes[0], panels, strict=True):
         _panel(axis, heading, graphs)
     axes[0][0].set_ylabel("ms")
     shown = [kind for kind in Category if any(parts.get(kind, 0) for _, graphs in panels for parts in graphs.values())]
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in reversed(shown)]
-    figure.legend(handles, [str(kind) for kind in reversed(shown)], loc="outside right upper", frameon=False)
+    figure.legend(handles, [str(kind) for kind in reversed(shown)], loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
     options: dict[str, Any] = {"dpi": 150, "format": path.suffix.removeprefix(".").lower()}
     try:
@@ -63,14 +63,20 @@ def _panel(axis: Any, heading: str, graphs: Mapping[str, Mapping[Category, float
             seconds = parts.get(kind, 0.0)
             axis.bar(place, 1e3 * seconds, bottom=1e3 * bottom, color=COLORS[kind], width=0.72)
             if seconds > SMALLEST * highest:
-                label = f"{1e3 * seconds:.3g} ms, {seconds / whole:.0%}"
+                label = f"{_milliseconds(seconds)}, {seconds / whole:.0%}"
                 light = kind in (Category.OTHER, Category.LAYOUT)
                 color = "black" if light else "white"
                 axis.text(place, 1e3 * (bottom + seconds / 2), label, ha="center", va="center", color=color, fontsize=8)
             bottom += seconds
-        axis.text(place, 1e3 * bottom, f"{1e3 * whole:.3g} ms", ha="center", va="bottom", weight="bold", fontsize=9)
+        label = _milliseconds(whole)
+        axis.text(place, 1e3 * bottom, label, ha="center", va="bottom", weight="bold", fontsize=9)
     axis.set_xticks(range(len(graphs)), list(graphs))
     axis.set_xlim(-0.6, len(graphs) - 0.4)
     axis.set_ylim(0, 1.08e3 * highest)
     axis.set_title(heading, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1e3 * seconds
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"

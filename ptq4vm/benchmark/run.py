@@ -22,7 +22,9 @@ from ptq4vm.benchmark.memory import Peak, measure
 from ptq4vm.benchmark.picture import check_picture, draw
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
 from ptq4vm.checkpoint import WEIGHTS, save
-from ptq4vm.graph import capture
+from ptq4vm.graph import Pipeline, capture
+from ptq4vm.passes.fuse import fuse
+from ptq4vm.pipeline import converted_graph
 from ptq4vm.report import table
 
 __all__ = ["Findings", "Plan", "Setting", "check_picture", "run"]
@@ -131,7 +133,7 @@ class Findings:
             (str(setting), {name: totals(layers) for name, layers in setting.layers.items()})
             for setting in self.settings
         ]
-        draw(Path(path), f"{self.model}: where the time goes ({native.isa()} kernels, operator by operator)", panels)
+        draw(Path(path), f"{self.model}: where the time goes\noperator by operator, {native.isa()} kernels", panels)
 
     def __str__(self) -> str:
         text = [line for setting in self.settings for line in (*_lines(setting), "")]
@@ -157,7 +159,10 @@ def run(
     others = others or {}
     random = torch.Generator().manual_seed(0)
     images = torch.randn(max(plan.batch_sizes), *shape, generator=random)
-    graphs = {"FP32": capture(float_model, (images[:2],)), "quantized": quantized} if plan.layers else {}
+    graphs: dict[str, GraphModule] = {}
+    if plan.layers:
+        fused = converted_graph(quantized, Pipeline((fuse,)))
+        graphs = {"FP32": capture(float_model, (images[:2],)), "quantized": quantized, "fused": fused}
     settings = []
     with tempfile.TemporaryDirectory() as folder, _progress(plan, len(graphs)) as bar:
         network = Network(float_model, quantized, Path(folder))

@@ -279,21 +279,27 @@ class Insertion:
     def call(self, target: Any, *args: Any) -> Node:
         with self.gm.graph.inserting_before(self.before):
             node = self.gm.graph.call_function(target, args)
-        values = fx.map_arg(args, self._value)
-        mode = _fake_mode(self.gm)
-        if mode is not None:
-            with mode, enable_python_dispatcher():
-                node.meta["val"] = target(*_to_fake(values, mode))
+        if _fake_mode(self.gm) is not None:
+            node.meta["val"] = value_of(self.gm, target, args)
         return self._tag(node)
-
-    def _value(self, node: Node) -> Any:
-        """A parameter that a torch pass has put in has none recorded."""
-        return node.meta["val"] if "val" in node.meta or node.op != "get_attr" else attribute(self.gm, str(node.target))
 
     def _tag(self, node: Node) -> Node:
         if "nn_module_stack" in self.before.meta:
             node.meta["nn_module_stack"] = self.before.meta["nn_module_stack"]
         return node
+
+
+def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any:
+    """What calling an operator on nodes gives: type and shape, no numbers."""
+
+    def value(node: Node) -> Any:
+        # a parameter that a torch pass has put in has none recorded
+        return node.meta["val"] if "val" in node.meta or node.op != "get_attr" else attribute(gm, str(node.target))
+
+    mode = _fake_mode(gm)
+    arguments, options = fx.map_arg((args, kwargs or {}), value)
+    with mode, enable_python_dispatcher():
+        return target(*_to_fake(arguments, mode), **_to_fake(options, mode))
 
 
 def _fake_mode(gm: GraphModule) -> Any:

@@ -24,8 +24,6 @@ from ptq4vm.passes.lower import lower
 from ptq4vm.pipeline import converted_graph
 from ptq4vm.record import record_of
 
-INDUCTOR = "inductor"
-
 
 def ptq4vm_backend(
     gm: GraphModule,
@@ -37,14 +35,15 @@ def ptq4vm_backend(
     """Compiles a graph that Dynamo has traced; quantized models come as Q/DQ graphs or as integer ones.
 
     Parameters and buffers are frozen: they are rearranged for the kernels now, and what is loaded into the model later
-    is not seen. `options={"inductor": False}` runs what is left after fusing as it is, which compiles at once; all
-    other options and `mode` are Inductor's.
+    is not seen. `options={"inductor": False}` runs what is left after fusing as it is, which compiles at once;
+    `options={"activations": torch.bfloat16}` halves the memory of activations (`ptq4vm.passes.fuse.fuse` says at what
+    price). All other options and `mode` are Inductor's.
     """
     settings = dict(options or {})
-    inductor = settings.pop(INDUCTOR, True)
+    inductor, activations = settings.pop("inductor", True), settings.pop("activations", torch.float32)
     gm, kept = freeze(gm)
     origin = frozenset(value.data_ptr() for value in gm.state_dict().values())
-    gm = _share_constants(fuse(finish(lower(gm))), origin)
+    gm = _share_constants(fuse(finish(lower(gm)), activations), origin)
     inputs = [example_inputs[i] for i in kept]
     if inductor:
         from torch._inductor import compile_fx, list_mode_options

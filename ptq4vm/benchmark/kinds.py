@@ -99,7 +99,7 @@ def _compiled_fp32(network: Network, images: Tensor) -> Call:
 
 @_kind("compiled-bf16")
 def _compiled_bf16(network: Network, images: Tensor) -> Call:
-    """Inductor on the model in bfloat16, with our scan and convolution: the fastest floating-point way there is."""
+    """Inductor on the model in bfloat16, with our scan and convolution: the honest baseline."""
     return _compiled(copy.deepcopy(network.model).bfloat16(), images, torch.bfloat16)
 
 

@@ -42,6 +42,13 @@ def test_one_compilation_of_the_whole_graph_runs_any_batch(quantized, images, op
             assert close(compiled(batch), quantized(batch))
 
 
+def test_bfloat16_activations_are_an_option(quantized, images):
+    half = {"activations": torch.bfloat16}
+    compiled = torch.compile(quantized, backend="ptq4vm", fullgraph=True, options=FAST | half)
+    with torch.inference_mode():
+        assert close(compiled(images), ptq4vm.fuse(quantized, **half)(images))
+
+
 def test_the_exchange_form_is_lowered(roads, images):
     prepared = roads.calibrated(QuantConfig.w8a8())
     compiled = torch.compile(convert(prepared, lower=False), backend="ptq4vm", fullgraph=True, options=FAST)
@@ -51,7 +58,7 @@ def test_the_exchange_form_is_lowered(roads, images):
 
 def test_what_is_compiled_is_fused(quantized, images, monkeypatch):
     seen = []
-    monkeypatch.setattr(backend, "fuse", lambda gm, fuse=backend.fuse: seen.append(fuse(gm)) or seen[-1])
+    monkeypatch.setattr(backend, "fuse", lambda *args, fuse=backend.fuse: seen.append(fuse(*args)) or seen[-1])
     torch.compile(quantized, backend="ptq4vm", options=FAST)(images)
     (gm,) = seen
     targets = {str(node.target) for node in gm.graph.nodes if node.op == "call_function"}

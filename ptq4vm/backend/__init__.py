@@ -48,7 +48,8 @@ def ptq4vm_backend(
     if inductor:
         from torch._inductor import compile_fx, list_mode_options
 
-        patches = {**(list_mode_options(mode) if mode else {}), **settings}
+        # constants are frozen already; this lets Inductor arrange those of the stem's convolutions for oneDNN
+        patches = {"freezing": True, **(list_mode_options(mode) if mode else {}), **settings}
         run: Any = compile_fx.compile_fx(gm, inputs, config_patches=patches)
     else:
         run = gm.forward

@@ -118,9 +118,20 @@ def _fused(network: Network, images: Tensor) -> Call:
 @_kind("compiled")
 def _backend(network: Network, images: Tensor) -> Call:
     """The lowered graph through our backend of torch.compile, which fuses."""
+    return _through_backend(network, images, {})
+
+
+@_kind("compiled-half")
+def _backend_half(network: Network, images: Tensor) -> Call:
+    """The same with activations between operators, and the convolutions of the stem, in bfloat16."""
+    return _through_backend(network, images, {"activations": torch.bfloat16})
+
+
+def _through_backend(network: Network, images: Tensor, options: dict[str, Any]) -> Call:
     if "ptq4vm" not in torch._dynamo.list_backends(exclude_tags=()):
         raise ImportError("torch.compile knows no backend 'ptq4vm': install ptq4vm again (pip install .)")
-    return _called(torch.compile(network.quantized, backend="ptq4vm", dynamic=False), images)
+    compiled = torch.compile(network.quantized, backend="ptq4vm", dynamic=False, options=options)
+    return _called(compiled, images)
 
 
 @_kind("torchao-int8")

@@ -144,6 +144,30 @@ def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
             assert (ours - theirs).abs().median() <= 0.02 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("name", NANO)
+def test_bfloat16_activations_cost_less_than_quantization(lowered, name):
+    """The trained models' logits move less than W8A8 itself has moved them."""
+    plain = lowered(name)
+    gm = fuse(copied(plain), torch.bfloat16)
+    assert sum(value.dtype is torch.bfloat16 for value in values(gm)) > sum(
+        value.dtype is torch.bfloat16 for value in values(fuse(copied(plain)))
+    )
+    model, images = timm.create_model(name, pretrained=True).eval(), torch.randn(16, 3, 32, 32)
+    with torch.inference_mode():
+        exact, quantized, half = model(images), plain(images), gm(images)
+    assert (half - quantized).norm() <= (quantized - exact).norm() and half.dtype is torch.float32
+
+
+def values(gm):
+    found = (node.meta.get("val") for node in gm.graph.nodes)
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+def test_other_types_of_activations_are_refused(lowered):
+    with pytest.raises(ValueError, match=r"torch\.float16"):
+        fuse(copied(lowered("vim_nano_patch4_32")), torch.float16)
+
+
 def test_fusing_again_changes_nothing(lowered):
     gm = fuse(copied(lowered("vmamba_nano_32")))
     code = gm.code

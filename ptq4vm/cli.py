@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 KINDS = (
-    "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, torchao-int8, onnxruntime-int8, "
-    "openvino-int8"
+    "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, "
+    "torchao-int8, onnxruntime-int8, openvino-int8"
 )
 PRESETS = "w8a8, w6a6, w4a4, minmaxN, smoothquantN (N bits)"
 INTERRUPTED = 130

@@ -266,7 +266,14 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     ]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
     tests = sorted(str(path) for path in (tmp_path / "tests").glob("test_native*.py"))
-    test = [sys.executable, "-m", "pytest", "-p", "no:xdist", *tests]
+    run_here = (  # an editable install's finder would import the library that is not sanitized
+        "import sys\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if '_editable' not in type(finder).__module__]\n"
+        "import pytest, ptq4vm.native\n"
+        "assert str(ptq4vm.native.LIBRARY).startswith(sys.argv[1]), ptq4vm.native.LIBRARY\n"
+        "sys.exit(pytest.main(sys.argv[2:]))"
+    )
+    test = [sys.executable, "-c", run_here, str(tmp_path), "-p", "no:xdist", *tests]
     done = subprocess.run(test, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "skipped" not in done.stdout  # else there were no kernels

@@ -186,8 +186,21 @@ def directional_scan(
     (K, E, R) with scales (K, E). step_bias, D (K, E); A (K, E, S); z (B, L, E). `merge` gives the sum of all directions
     (B, L, E), else each is given (K, B, L, E), in u's dtype.
     """
-    scan = (u, projected, step_inv_scale, step_scale, step_zero_point, step_inv_smooth, step_bits, step_weight)
-    y = _scanned(*scan, step_weight_sum, step_weight_scale, step_bias, A, D, z, order, merge, factor)
+    states, outputs = A.shape[-1], []
+    low_rank, B, C = projected.float().split((projected.shape[-1] - 2 * states, states, states), -1)
+    gate = factor if z is None else F.silu(z.float()) * factor
+    for k, tokens in enumerate(order.long().unbind(0)):
+        smooth = None if step_inv_smooth is None else step_inv_smooth[k]
+        codes = reference.quantize(low_rank[k], step_inv_scale[k], step_zero_point[k], smooth, step_bits)
+        packed = (step_weight[k], step_weight_sum[k], step_weight_scale[k], None)
+        delta = linear_packed(codes, step_scale[k], step_zero_point[k], *packed, torch.float32)
+        skip = None if D is None else D[k]
+        x = u[k if len(u) > 1 else 0].float()
+        x_k, delta_k, B_k, C_k = (_read(value, tokens) for value in (x, delta, B[k], C[k]))
+        y = reference.selective_scan(x_k, delta_k, A[k], B_k, C_k, skip, None, step_bias[k], True)
+        natural = torch.zeros_like(x).index_copy_(1, tokens[tokens >= 0], y[:, tokens >= 0])
+        outputs.append(natural if merge else natural * gate)
+    y = sum(outputs[1:], outputs[0]) * gate if merge else torch.stack(outputs)
     return y.to(u.dtype).contiguous()
 
 
@@ -214,45 +227,9 @@ def directional_scan_quantize(
     bits: int,
 ) -> Tensor:
     """The codes (B, L, E) of the merged `directional_scan`; inv_scale and zero_point (L,) or (1,), inv_smooth (E,)."""
-    scan = (u, projected, step_inv_scale, step_scale, step_zero_point, step_inv_smooth, step_bits, step_weight)
-    y = _scanned(*scan, step_weight_sum, step_weight_scale, step_bias, A, D, z, order, True, factor)
+    scan = (u.float(), projected, step_inv_scale, step_scale, step_zero_point, step_inv_smooth, step_bits, step_weight)
+    y = directional_scan(*scan, step_weight_sum, step_weight_scale, step_bias, A, D, z, order, True, factor)
     return reference.quantize(y, inv_scale, zero_point, inv_smooth, bits)
-
-
-def _scanned(
-    u: Tensor,
-    projected: Tensor,
-    step_inv_scale: Tensor,
-    step_scale: Tensor,
-    step_zero_point: Tensor,
-    step_inv_smooth: Tensor | None,
-    step_bits: int,
-    step_weight: Tensor,
-    step_weight_sum: Tensor,
-    step_weight_scale: Tensor,
-    step_bias: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    order: Tensor,
-    merge: bool,
-    factor: float,
-) -> Tensor:
-    states, outputs = A.shape[-1], []
-    low_rank, B, C = projected.float().split((projected.shape[-1] - 2 * states, states, states), -1)
-    gate = factor if z is None else F.silu(z.float()) * factor
-    for k, tokens in enumerate(order.long().unbind(0)):
-        smooth = None if step_inv_smooth is None else step_inv_smooth[k]
-        codes = reference.quantize(low_rank[k], step_inv_scale[k], step_zero_point[k], smooth, step_bits)
-        packed = (step_weight[k], step_weight_sum[k], step_weight_scale[k], None)
-        delta = linear_packed(codes, step_scale[k], step_zero_point[k], *packed, torch.float32)
-        skip = None if D is None else D[k]
-        x = u[k if len(u) > 1 else 0].float()
-        x_k, delta_k, B_k, C_k = (_read(value, tokens) for value in (x, delta, B[k], C[k]))
-        y = reference.selective_scan(x_k, delta_k, A[k], B_k, C_k, skip, None, step_bias[k], True)
-        natural = torch.zeros_like(x).index_copy_(1, tokens[tokens >= 0], y[:, tokens >= 0])
-        outputs.append(natural if merge else natural * gate)
-    return sum(outputs[1:], outputs[0]) * gate if merge else torch.stack(outputs)
 
 
 def _read(x: Tensor, tokens: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from ptq4vm.models.plain import Mixer, PlainMamba
-from ptq4vm.models.registry import create, digits, imagenet
+from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scans import ChannelGate, Direction, direction_table
 
 SEARCHED = direction_table(
@@ -48,6 +48,7 @@ FIXED = (("h", "h_flip", "w2", "w2_flip"),) * 20
 """The second definition of `local_vim_small` in the official file, which timm's registry sees there."""
 
 NANO = (("h", "v_flip", "w2", "w2_flip"), ("h_flip", "v", "w4", "w4_flip")) * 2
+MICRO = NANO[:2] * 3
 
 
 class LocalVimMixer(Mixer):
@@ -124,6 +125,7 @@ default_cfgs = generate_default_cfgs(
         "local_vim_small": imagenet(*ENDS),
         "local_vim_small_searched": imagenet(*ENDS),
         "local_vim_nano_patch4_32.digits": digits(*ENDS, "local_vim_nano_patch4_32.digits.safetensors"),
+        "local_vim_micro_patch4_32.cifar10": cifar10(*ENDS, "local_vim_micro_patch4_32.cifar10.safetensors"),
     }
 )
 
@@ -157,3 +159,10 @@ def local_vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVi
     """64 tokens, for 32×32 images."""
     defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 48, "directions": NANO, "state": 8}
     return create(LocalVim, "local_vim_nano_patch4_32", pretrained, defaults, kwargs)
+
+
+@register_model
+def local_vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVim:
+    """64 tokens, for 32×32 images."""
+    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 96, "directions": MICRO, "state": 8}
+    return create(LocalVim, "local_vim_micro_patch4_32", pretrained, defaults, kwargs)

@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_last
-from ptq4vm.models.registry import create, digits, imagenet
+from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scans import ChannelGate, Direction, direction_table, transpose_map
 
 TINY = direction_table(
@@ -80,6 +80,7 @@ NANO = (
     ("h", "v_flip", "w2", "w2_flip"),
     ("h_flip", "v", "w2", "w2_flip"),
 )
+MICRO = (*NANO, NANO[0])
 
 
 class MultiScan(nn.Module):
@@ -180,6 +181,7 @@ default_cfgs = generate_default_cfgs(
         "local_vmamba_tiny": imagenet(*ENDS),
         "local_vmamba_small": imagenet(*ENDS),
         "local_vmamba_nano_32.digits": digits(*ENDS, "local_vmamba_nano_32.digits.safetensors"),
+        "local_vmamba_micro_32.cifar10": cifar10(*ENDS, "local_vmamba_micro_32.cifar10.safetensors"),
     }
 )
 
@@ -200,3 +202,10 @@ def local_vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba
     """Maps of 8², 4², 2² tokens, for 32×32 images."""
     defaults = {"num_classes": 10, "embed_dim": 24, "depths": (1, 1, 2), "directions": NANO, "state": 8}
     return create(LocalVMamba, "local_vmamba_nano_32", pretrained, defaults, kwargs, FeatureMaps)
+
+
+@register_model
+def local_vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
+    """Maps of 8², 4², 2² tokens, for 32×32 images."""
+    defaults = {"num_classes": 10, "embed_dim": 48, "depths": (1, 2, 2), "directions": MICRO, "state": 8}
+    return create(LocalVMamba, "local_vmamba_micro_32", pretrained, defaults, kwargs, FeatureMaps)

@@ -33,10 +33,19 @@ def imagenet(first_conv: str, classifier: str, **changes: Any) -> dict[str, Any]
 
 def digits(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
     """The same for a bundled model that reads scikit-learn's digits."""
-    grey = (0.5, 0.5, 0.5)
-    size = (3, 32, 32)
-    path = str(PRETRAINED / file)
-    changes = {"num_classes": 10, "input_size": size, "crop_pct": 1.0, "mean": grey, "std": grey, "file": path}
+    return _small_images(first_conv, classifier, file, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def cifar10(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
+    """The same for a bundled model of CIFAR-10."""
+    return _small_images(first_conv, classifier, file, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+
+
+def _small_images(
+    first_conv: str, classifier: str, file: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    size, path = (3, 32, 32), str(PRETRAINED / file)
+    changes = {"num_classes": 10, "input_size": size, "crop_pct": 1.0, "mean": mean, "std": std, "file": path}
     return imagenet(first_conv, classifier, **changes)
 
 

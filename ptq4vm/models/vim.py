@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
 from ptq4vm.models.plain import Mixer, PlainMamba
-from ptq4vm.models.registry import create, digits, imagenet
+from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scans import ROWS, ROWS_FLIP
 
 
@@ -65,6 +65,7 @@ default_cfgs = generate_default_cfgs(
         "vim_base_patch16_224": imagenet(*ENDS),
         "vim_nano_patch4_32.digits": digits(*ENDS, "vim_nano_patch4_32.digits.safetensors"),
         "vim_nano_patch4_32.digits_hard": digits(*ENDS, "vim_nano_patch4_32.digits_hard.safetensors"),
+        "vim_micro_patch4_32.cifar10": cifar10(*ENDS, "vim_micro_patch4_32.cifar10.safetensors"),
     }
 )
 
@@ -89,3 +90,10 @@ def vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
     """65 tokens, for 32×32 images."""
     defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "depth": 6}
     return create(Vim, "vim_nano_patch4_32", pretrained, defaults, kwargs)
+
+
+@register_model
+def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
+    """65 tokens, for 32×32 images."""
+    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 128, "depth": 8}
+    return create(Vim, "vim_micro_patch4_32", pretrained, defaults, kwargs)

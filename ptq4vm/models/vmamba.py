@@ -12,7 +12,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_first, to_channels_last
-from ptq4vm.models.registry import create, digits, imagenet
+from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scans import COLUMNS, COLUMNS_FLIP, ROWS, ROWS_FLIP
 
 CROSS_SCAN = (ROWS, COLUMNS, ROWS_FLIP, COLUMNS_FLIP)
@@ -73,6 +73,7 @@ default_cfgs = generate_default_cfgs(
         "vmamba_base_s2l15": imagenet(*ENDS),
         "vmamba_base_s1l20": imagenet(*ENDS),
         "vmamba_nano_32.digits": digits(*ENDS, "vmamba_nano_32.digits.safetensors"),
+        "vmamba_micro_32.cifar10": cifar10(*ENDS, "vmamba_micro_32.cifar10.safetensors"),
     }
 )
 
@@ -115,3 +116,9 @@ def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
 def vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """Maps of 8², 4², 2² tokens, for 32×32 images."""
     return _create("vmamba_nano_32", pretrained, kwargs, num_classes=10, embed_dim=24, depths=(1, 1, 2))
+
+
+@register_model
+def vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """Maps of 8², 4², 2² tokens, for 32×32 images."""
+    return _create("vmamba_micro_32", pretrained, kwargs, num_classes=10, embed_dim=64, depths=(2, 2, 4))

@@ -59,10 +59,9 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, _, smooth, _ = needs = ctx.needs_input_grad
-        grads = reference.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, x, scale, smooth)
-        by_input = (grads[0], grads[1], None, grads[2], None)
-        return tuple(value if need else None for value, need in zip(by_input, needs, strict=True))
+        needs = ctx.needs_input_grad[:4]
+        grads = reference.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, *needs)
+        return *(value if need else None for value, need in zip(grads, needs, strict=True)), None
 
 
 def plain_scan(*inputs):

@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
   m.def("causal_conv1d_backward(Tensor grad, " PTQ4VM_CONV ") -> (Tensor, Tensor, Tensor)");
   m.def("fake_quantize(" PTQ4VM_FAKE ") -> Tensor");
   m.def("fake_quantize_backward(Tensor grad, " PTQ4VM_FAKE
-        ", bool need_x, bool need_scale, bool need_smooth) -> (Tensor, Tensor, Tensor)");
+        ", bool need_x, bool need_scale, bool need_zero_point, bool need_smooth) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_packed(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor");
   m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", " PTQ4VM_QPARAMS ") -> Tensor");
   m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, " PTQ4VM_QPARAMS

@@ -202,7 +202,7 @@ def _conv_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("ptq4vm::causal_conv1d", _conv_gradient, setup_context=_save_conv, lib=_library)
 
 _FAKE = "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
-_NEEDS = "bool need_x, bool need_scale, bool need_smooth"
+_NEEDS = "bool need_x, bool need_scale, bool need_zero_point, bool need_smooth"
 
 
 def _fake_quantize(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
@@ -224,19 +224,21 @@ def _fake_quantize_backward_fake(
     bits: int,
     need_x: bool,
     need_scale: bool,
+    need_zero_point: bool,
     need_smooth: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     factor = x if smooth is None else smooth
     return (
         x.new_empty(x.shape if need_x else 0),
         scale.new_empty(scale.shape if need_scale else 0),
+        scale.new_empty(scale.shape if need_zero_point else 0, dtype=torch.float32),
         factor.new_empty(x.shape[-1] if need_smooth else 0),
     )
 
 
 _define(f"fake_quantize({_FAKE}) -> Tensor", _fake_quantize, _fake_quantize_fake)
 _define(
-    f"fake_quantize_backward(Tensor grad, {_FAKE}, {_NEEDS}) -> (Tensor, Tensor, Tensor)",
+    f"fake_quantize_backward(Tensor grad, {_FAKE}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.fake_quantize_backward,
     _fake_quantize_backward_fake,
 )
@@ -248,11 +250,9 @@ def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _fake_quantize_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    need_x, need_scale, _, need_smooth, *_ = ctx.needs_input_grad
-    needs = (need_x, need_scale, need_smooth)
+    needs = ctx.needs_input_grad[:4]
     grads = torch.ops.ptq4vm.fake_quantize_backward(grad.contiguous(), *ctx.saved_tensors, ctx.bits, *needs)
-    grad_x, grad_scale, grad_smooth = (value if need else None for value, need in zip(grads, needs, strict=True))
-    return grad_x, grad_scale, None, grad_smooth, None
+    return *(value if need else None for value, need in zip(grads, needs, strict=True)), None
 
 
 torch.library.register_autograd(

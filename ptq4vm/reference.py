@@ -120,26 +120,31 @@ def fake_quantize_backward(
     bits: int,
     need_x: bool,
     need_scale: bool,
+    need_zero_point: bool,
     need_smooth: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Straight-through gradients of x, scale and smooth, empty where not needed.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Straight-through gradients of x, scale, zero_point and smooth, empty where not needed.
 
     Rounding has the identity's gradient wherever the rounded code is in range, both ends included; not `clamp`'s,
-    which is zero at the ends: the last codes would never learn. So the scale's is that of LSQ (Esser et al. 2020).
+    which is zero at the ends: the last codes would never learn. So the scale's is that of LSQ (Esser et al. 2020), and
+    the zero point's that of LSQ+ (Bhalgat et al. 2020): only values out of range move with it.
     """
     v, codes, clamped = _fake_codes(x, scale, zero_point, smooth, bits)
     grad, inside = grad.float(), codes == clamped
     through = torch.where(inside, grad, 0)
-    grad_x, grad_scale, grad_smooth = (grad.new_empty(0) for _ in range(3))
+    grad_x, grad_scale, grad_zero_point, grad_smooth = (grad.new_empty(0) for _ in range(4))
     if need_x:
         grad_x = (through if smooth is None else through * smooth.float()).contiguous()
     if need_scale:
         grad_scale = (grad * (clamped - torch.where(inside, v, 0))).sum(-1).sum_to_size(scale.shape)
+    if need_zero_point:
+        grad_zero_point = (-scale.float() * torch.where(inside, 0, grad).sum(-1)).sum_to_size(scale.shape)
     if need_smooth:
         grad_smooth = (through * x.float()).flatten(0, -2).sum(0)
     return (
         grad_x.to(x.dtype),
         grad_scale.to(scale.dtype),
+        grad_zero_point,
         grad_smooth.to(x.dtype if smooth is None else smooth.dtype),
     )
 

@@ -62,7 +62,7 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
     for (int64_t r = block * ROWS_IN_SUM; r < std::min(q.rows, (block + 1) * ROWS_IN_SUM); r++) {
       const Row row(q, r);
       const int64_t at = r * q.channels;
-      f32xw sum_scale{};
+      f32xw sum_scale{}, sum_clamped{};
       for (int64_t d = 0; d < q.channels; d += WIDTH) {
         const int64_t left = q.channels - d;
         const f32xw x = load_lanes(q.x + at + d, left), grad = load_lanes(b.grad + at + d, left);
@@ -74,8 +74,10 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
         if (b.x) store_lanes(b.x + at + d, smoothed<SMOOTH>(q, through, d, left), left);
         if (sums) store_lanes(sums + d, load_lanes(sums + d, left) + through * x, left);
         sum_scale += grad * (clamped - where(v, inside));
+        sum_clamped += where(grad, ~inside);
       }
       if (b.scale) b.scale[r] = sum(sum_scale);
+      if (b.zero_point) b.zero_point[r] = -row.scale * sum(sum_clamped);
     }
   }
 }

@@ -201,12 +201,12 @@ struct FakeQuantize {
   int low, high;
 };
 
-// Its gradients, each null where nobody asks. The scale's is written for every row, the smoothing's (D,) for every
-// block of ROWS_IN_SUM rows, and the caller sums them.
+// Its gradients, each null where nobody asks. Those of scale and zero point are written for every row, the smoothing's
+// (D,) for every block of ROWS_IN_SUM rows, and the caller sums them.
 struct FakeQuantizeBackward {
   FakeQuantize forward;  // y unused
   const float* grad;
-  float *x, *scale, *smooth;
+  float *x, *scale, *zero_point, *smooth;
 };
 
 constexpr int64_t ROWS_IN_SUM = 32;

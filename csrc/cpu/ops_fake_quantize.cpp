@@ -55,29 +55,41 @@ void sum_rows(const float* rows, int64_t count, int64_t width, float* sums, int6
   std::copy(exact.begin(), exact.end(), sums);
 }
 
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Optional zero_point,
-                                                          Optional smooth, int64_t bits, bool need_x, bool need_scale,
-                                                          bool need_smooth) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, Tensor x, Tensor scale,
+                                                                  Optional zero_point, Optional smooth, int64_t bits,
+                                                                  bool need_x, bool need_scale, bool need_zero_point,
+                                                                  bool need_smooth) {
   const FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
   const auto same = grad.sizes();
   STD_TORCH_CHECK(std::equal(same.begin(), same.end(), inputs.shape.begin(), inputs.shape.end()),
                   "grad has another shape than x");
   STD_TORCH_CHECK(smooth || !need_smooth, "there is no smoothing whose gradient could be given");
+  STD_TORCH_CHECK(zero_point || !need_zero_point, "there is no zero point whose gradient could be given");
   grad = as(grad, ScalarType::Float);
   const FakeQuantize q = inputs.view(nullptr);
   const int64_t blocks = (q.rows + ROWS_IN_SUM - 1) / ROWS_IN_SUM;
   const auto none = [&] { return make(inputs.x, {0}, ScalarType::Float); };
   Tensor dx = need_x ? inputs.like_x() : none();
-  std::vector<float> by_row(need_scale ? q.rows : 0), by_block(need_smooth ? blocks * q.channels : 0);
-  const FakeQuantizeBackward b{q, in<float>(grad), need_x ? out<float>(dx) : nullptr,
-                               need_scale ? by_row.data() : nullptr, need_smooth ? by_block.data() : nullptr};
+  std::vector<float> scales(need_scale ? q.rows : 0), zeros(need_zero_point ? q.rows : 0);
+  std::vector<float> by_block(need_smooth ? blocks * q.channels : 0);
+  const FakeQuantizeBackward b{q,
+                               in<float>(grad),
+                               need_x ? out<float>(dx) : nullptr,
+                               need_scale ? scales.data() : nullptr,
+                               need_zero_point ? zeros.data() : nullptr,
+                               need_smooth ? by_block.data() : nullptr};
   const auto run = kernels().fake_quantize_backward;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { run(b, begin, end); });
-  Tensor dscale = need_scale ? torch::stable::new_empty(inputs.x, scale.sizes(), ScalarType::Float) : none();
+  const auto summed = [&](bool needed, const std::vector<float>& by_row) {
+    if (!needed) return none();
+    Tensor sums = torch::stable::new_empty(inputs.x, scale.sizes(), ScalarType::Float);
+    if (scale.numel()) sum_rows(by_row.data(), q.rows, 1, out<float>(sums), scale.numel());
+    return sums;
+  };
   Tensor dsmooth = need_smooth ? make(inputs.x, {q.channels}, ScalarType::Float) : none();
-  if (need_scale && scale.numel()) sum_rows(by_row.data(), q.rows, 1, out<float>(dscale), scale.numel());
   if (need_smooth) sum_rows(by_block.data(), blocks, q.channels, out<float>(dsmooth), 1);
-  return {as(dx, x.scalar_type()), as(dscale, scale.scalar_type()),
+  return {as(dx, x.scalar_type()), as(summed(need_scale, scales), scale.scalar_type()),
+          summed(need_zero_point, zeros),
           as(dsmooth, (smooth ? *smooth : x).scalar_type())};
 }
 

@@ -11,6 +11,7 @@ half precision, as they are saved.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.optim import muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
@@ -28,6 +30,9 @@ import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm.data import loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate
 from ptq4vm.files import replace_file
+
+# bfloat16, its default, is slow on CPUs that emulate it
+muon.zeropower_via_newtonschulz = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
 
 PADDING = 4
 """Pixels by which an image may move."""
@@ -54,7 +59,7 @@ def optimizers(model: nn.Module, rate: float, weight_decay: float) -> list[torch
             (decayed if parameter.ndim > 1 and name not in kept else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [
-        torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        muon.Muon(matrices, lr=rate, weight_decay=weight_decay, nesterov=True),
         torch.optim.AdamW(groups, lr=rate, fused=True),
     ]
 
@@ -67,6 +72,7 @@ def train(
     batch_size: int,
     rate: float,
     weight_decay: float,
+    bf16: bool,
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
@@ -102,7 +108,7 @@ def train(
         order = torch.randperm(len(images))[: steps * batch_size].view(steps, batch_size)
         for chosen in (bar := tqdm(order, desc=f"{name} epoch {epoch}", mininterval=5)):
             x = ((augment(images[chosen]) - mean) / std).to(device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits = model(x)
             loss = F.cross_entropy(logits.float(), targets[chosen].to(device), label_smoothing=0.1)
             model.zero_grad()
@@ -134,6 +140,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
+    parser.add_argument("--bf16", action="store_true", help="for GPUs, and CPUs with AMX or AVX512-BF16")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

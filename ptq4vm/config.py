@@ -7,7 +7,9 @@ import enum
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+
+_Enum = TypeVar("_Enum", bound=enum.StrEnum)
 
 
 class Scheme(enum.StrEnum):
@@ -26,6 +28,26 @@ class Granularity(enum.StrEnum):
     """One scale per image and token, found at run time from that token's minimum and maximum."""
     PER_TOKEN = "per_token"
     """One static scale per token position (PTQ4VM section 4.1, "PTS"); binds the model to one token count."""
+
+
+class RangeSearch(enum.StrEnum):
+    """How the range of a tensor is found."""
+
+    MINMAX = "minmax"
+    """Minimum to maximum."""
+    SQUARED_ERROR = "squared_error"
+    """The truncation with the least squared error (PTQ4VM section 4.3, stage 2)."""
+    RELEASED = "released"
+    """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
+
+
+class Loss(enum.StrEnum):
+    """What learning makes small: the distance of a block's output from that in floating point."""
+
+    COSINE = "cosine"
+    """1 - cosine similarity of each token's channels (PTQ4VM eq. 9)."""
+    RESIDUAL = "residual"
+    """The same of the residual stream after the block, plus its relative squared error: length counts too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +69,11 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learning:
-    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3).
+    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3), and of more.
 
     Scales are learned as logarithms, so they stay positive, and a rate is a relative change: with Adam,
-    `scale_rate=2e-2` moves a step size by at most about 2 % a step. The rates decay to zero along a cosine.
+    `scale_rate=2e-2` moves a step size by at most about 2 % a step. The rates decay to zero along a cosine; what has
+    the rate zero is not learned. The paper learns the scales alone.
     """
 
     epochs: int
@@ -58,8 +81,18 @@ class Learning:
     """Step size (relative, per optimizer step) of the activation and weight scales."""
     smooth_rate: float = 2e-2
     """Step size (relative, per optimizer step) of the smoothing scales."""
+    zero_point_rate: float = 0.0
+    """Step of the activations' zero points, in codes (LSQ+, Bhalgat et al. 2020)."""
+    rounding_rate: float = 0.0
+    """Step of an offset of every weight before it is rounded, in codes and within half a code; so each weight is
+    rounded up or down as the block's output wants it (AdaRound, Nagel et al. 2020, as SignRound, Cheng et al. 2023)."""
+    bias_rate: float = 0.0
+    """Step of a correction added to each linear's bias, relative to the error that rounding leaves in its output."""
+    loss: Loss = Loss.COSINE
     batch_size: int = 32
     """Images in one optimizer step."""
+    only: tuple[str, ...] = ()
+    """Shell patterns of the linears that learn, such as `*.in_proj`; none for all."""
 
     def __post_init__(self) -> None:
         _check(
@@ -70,8 +103,10 @@ class Learning:
             "at least 1; for no learning use learning=None",
         )
         _check("learning.batch_size", self.batch_size, int, lambda v: v >= 1, "at least 1")
-        for name in ("scale_rate", "smooth_rate"):
+        for name in ("scale_rate", "smooth_rate", "zero_point_rate", "rounding_rate", "bias_rate"):
             _check(f"learning.{name}", getattr(self, name), (int, float), lambda v: 0 <= v < 1, "in [0, 1)")
+        object.__setattr__(self, "loss", _member("learning.loss", Loss, self.loss))
+        object.__setattr__(self, "only", _patterns("learning.only", self.only))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +118,8 @@ class QuantConfig:
     granularity: Granularity = Granularity.PER_TOKEN
     smoothing: float | None = 0.5
     """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
-    range_search: bool = True
-    """Search truncated ranges with the least squared error; otherwise minimum to maximum."""
+    range_search: RangeSearch = RangeSearch.SQUARED_ERROR
+    """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     learning: Learning | None = None
     seed: int = 0
     """Decides the order of the images in learning. The caller's loader decides which images there are."""
@@ -94,17 +129,14 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
-        if not isinstance(self.granularity, Granularity):
-            try:
-                object.__setattr__(self, "granularity", Granularity(self.granularity))
-            except ValueError:
-                options = ", ".join(Granularity)
-                raise ValueError(f"granularity must be one of {options}; got {self.granularity!r}") from None
+        object.__setattr__(self, "granularity", _member("granularity", Granularity, self.granularity))
         if self.smoothing is not None:
             _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None or in [0, 1]")
-        if not isinstance(self.range_search, bool):
-            raise ValueError(f"range_search must be true or false, got {self.range_search!r}")
-        if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search:
+        search = self.range_search
+        if isinstance(search, bool):
+            search = RangeSearch.SQUARED_ERROR if search else RangeSearch.MINMAX
+        object.__setattr__(self, "range_search", _member("range_search", RangeSearch, search))
+        if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search is not RangeSearch.MINMAX:
             raise ValueError(
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
@@ -116,11 +148,7 @@ class QuantConfig:
         if not isinstance(self.learning, Learning | None):
             raise ValueError(f"learning must be a Learning, its keys, or None; got {self.learning!r}")
         _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
-        if not isinstance(self.exclude, Sequence) or isinstance(self.exclude, str):
-            raise ValueError(f"exclude must be a sequence of patterns, got {self.exclude!r}")
-        if not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise ValueError(f"exclude must hold patterns of linears' names, got {list(self.exclude)!r}")
-        object.__setattr__(self, "exclude", tuple(self.exclude))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
 
     @property
     def weight(self) -> QuantSpec:
@@ -129,6 +157,10 @@ class QuantConfig:
     @property
     def activation(self) -> QuantSpec:
         return QuantSpec(bits=self.activation_bits, scheme=Scheme.AFFINE)
+
+    @property
+    def corrects_biases(self) -> bool:
+        return self.learning is not None and self.learning.bias_rate > 0
 
     @classmethod
     def w8a8(cls, **changes: Any) -> Self:
@@ -158,10 +190,7 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""
-        return dataclasses.asdict(self) | {
-            "granularity": str(self.granularity),
-            "exclude": list(self.exclude),
-        }
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -187,6 +216,21 @@ def _paper(bits: int, epochs: int) -> dict[str, Any]:
 def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
+
+
+def _member(name: str, kind: type[_Enum], value: Any) -> _Enum:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{name} must be one of {', '.join(kind)}; got {value!r}") from None
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name} must be a sequence of patterns, got {value!r}")
+    if not all(isinstance(pattern, str) for pattern in value):
+        raise ValueError(f"{name} must hold patterns of linears' names, got {list(value)!r}")
+    return tuple(value)
 
 
 def _check_bits(name: str, bits: Any) -> None:

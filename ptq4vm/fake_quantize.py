@@ -11,7 +11,7 @@ import enum
 import logging
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,8 +45,12 @@ class Mode(enum.Enum):
     """What a fake-quantizer does with a tensor."""
 
     PASS = "pass"
-    CAPTURE = "capture"
     QUANTIZE = "quantize"
+
+
+def round_through(x: Tensor) -> Tensor:
+    """Rounded half to even, with the gradient of the identity."""
+    return x + (x.round() - x).detach()
 
 
 class _FakeQuantize(FakeQuantizeBase):
@@ -87,8 +91,9 @@ class ActivationFakeQuantize(_FakeQuantize):
     def __init__(self, spec: QuantSpec, granularity: Granularity, **_: Any) -> None:
         super().__init__(spec)
         self.granularity = granularity
-        self.captured: list[Tensor] = []
+        self.tap: Callable[[Tensor], None] | None = None
         self.register_buffer("zero_point", None)
+        self.zero_shift: nn.Parameter | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -102,19 +107,39 @@ class ActivationFakeQuantize(_FakeQuantize):
         assert self.scale is not None and self.zero_point is not None
         return self.scale, self.zero_point
 
+    def start_learning_zero_point(self) -> nn.Parameter:
+        """A shift of the zero points in codes, one per zero point, to be learned."""
+        assert self.zero_point is not None
+        self.zero_shift = nn.Parameter(torch.zeros_like(self.zero_point, dtype=torch.float32))
+        return self.zero_shift
+
+    def finish_learning(self) -> None:
+        super().finish_learning()
+        self.zero_point, self.zero_shift = self.zero().detach().to(torch.int32), None
+
+    def zero(self) -> Tensor:
+        """The zero point; while it is learned, in float32 and with a gradient."""
+        assert self.zero_point is not None
+        if self.zero_shift is None:
+            return self.zero_point
+        return round_through(self.zero_point + self.zero_shift).clamp(*self.spec.bounds)
+
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
-        """x · smooth, fake-quantized."""
+        """x · smooth, fake-quantized; `tap` sees what is returned."""
+        y = self._forward(x, smooth)
+        if self.tap is not None:
+            self.tap(y.detach())
+        return y
+
+    def _forward(self, x: Tensor, smooth: Tensor | None) -> Tensor:
         if self.mode is not Mode.QUANTIZE or self.dynamic:
             x, smooth = x if smooth is None else x * smooth, None
-        if self.mode is Mode.CAPTURE:
-            self.captured.append(x.detach())
         if self.mode is not Mode.QUANTIZE:
             return x
         if self.dynamic:
             scale, zero_point = reference.choose_qparams(x.detach(), None, self.spec.bits)
         else:
-            assert self.zero_point is not None
-            scale, zero_point = self.step(), self.zero_point
+            scale, zero_point = self.step(), self.zero()
         return ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
@@ -147,8 +172,26 @@ class ActivationFakeQuantize(_FakeQuantize):
 class WeightFakeQuantize(_FakeQuantize):
     """Symmetric, one step size per output channel; W (N, D), already smoothed."""
 
+    rounding: Tensor | None
+    """An offset (N, D), in codes, before they are rounded."""
+
     def __init__(self, spec: QuantSpec, **_: Any) -> None:
         super().__init__(spec)
+        self.register_buffer("rounding", None)
+
+    def start_learning_rounding(self, w: Tensor) -> nn.Parameter:
+        """The offset of w (N, D), which starts with what it is."""
+        start = torch.zeros_like(w) if self.rounding is None else self.rounding
+        del self.rounding
+        self.rounding = nn.Parameter(start.clone())
+        return self.rounding
+
+    def finish_learning(self) -> None:
+        super().finish_learning()
+        if isinstance(self.rounding, nn.Parameter):
+            value = self.rounding.detach()
+            del self.rounding
+            self.register_buffer("rounding", value)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         assert self.scale is not None
@@ -158,13 +201,24 @@ class WeightFakeQuantize(_FakeQuantize):
         """w · smooth, fake-quantized."""
         if self.mode is not Mode.QUANTIZE:
             return w if smooth is None else w * smooth
+        if self.rounding is not None:
+            w, smooth = self._offset(w if smooth is None else w * smooth), None
         return ops.fake_quantize(w, self.step(), None, smooth, self.spec.bits)
+
+    def _offset(self, w: Tensor) -> Tensor:
+        assert self.rounding is not None
+        return w + self.rounding * self.step().unsqueeze(-1)
+
+    def integers(self, w: Tensor) -> Tensor:
+        """The int8 codes (N, D) of w, already smoothed."""
+        assert self.scale is not None
+        return reference.quantize_weight(w if self.rounding is None else self._offset(w), self.scale, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""
         scale, zero_point = self.calculate_qparams()
         with torch.no_grad():
-            integers = reference.quantize_weight(constant(model, node.args[0]), scale, self.spec.bits)
+            integers = self.integers(constant(model, node.args[0]))
         graph, (low, high) = model.graph, self.spec.bounds
         with graph.inserting_before(node):
             codes = graph.get_attr(set_tensor(model, f"{self.name}.weight_q", integers))

@@ -51,14 +51,13 @@ def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Pheno
     if record.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
     linears = quantized_linears(prepared, [linear.name for linear in record.linears])
+    seen: dict[str, list[Tensor]] = {linear.name: [] for linear in linears}
     for linear in linears:
-        linear.input.captured.clear()
-        linear.input.mode = Mode.CAPTURE
+        linear.input.mode, linear.input.tap = Mode.PASS, seen[linear.name].append
     try:
         for batch in batches:
             prepared(batch)
-        return {linear.name: phenomena(torch.cat(linear.input.captured)) for linear in linears}
+        return {name: phenomena(torch.cat(values)) for name, values in seen.items()}
     finally:
         for linear in linears:
-            linear.input.captured.clear()
-            linear.input.mode = Mode.PASS
+            linear.input.tap = None

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Granularity, Learning, QuantConfig
+from ptq4vm.config import Granularity, Learning, Loss, QuantConfig, RangeSearch
 
 bits = st.integers(2, 8)
 seeds = st.integers(0, 2**31 - 1)
@@ -52,14 +52,20 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         epochs=st.integers(1, 1000),
         scale_rate=rates,
         smooth_rate=rates,
+        zero_point_rate=rates,
+        rounding_rate=rates,
+        bias_rate=rates,
+        loss=st.sampled_from(Loss),
         batch_size=st.integers(1, 512),
+        only=st.lists(st.text(max_size=9), max_size=2).map(tuple),
     )
+    searches = [RangeSearch.MINMAX] if granularity is Granularity.PER_TOKEN_DYNAMIC else list(RangeSearch)
     return QuantConfig(
         weight_bits=draw(bits),
         activation_bits=draw(bits),
         granularity=granularity,
         smoothing=draw(st.none() | st.floats(0, 1)),
-        range_search=granularity is not Granularity.PER_TOKEN_DYNAMIC and draw(st.booleans()),
+        range_search=draw(st.sampled_from(searches)),
         learning=draw(st.none() | learning),
         seed=draw(seeds),
         exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),

@@ -81,7 +81,7 @@ def test_json_of_another_kind_is_refused(text):
         ({"exclude": "layers.*"}, r"exclude must be a sequence of patterns, got 'layers\.\*'"),
         ({"exclude": (3,)}, r"exclude must hold patterns of linears' names, got \[3\]"),
         ({"exclude": None}, "exclude must be a sequence of patterns, got None"),
-        ({"range_search": "off"}, "range_search must be true or false, got 'off'"),
+        ({"range_search": "off"}, "range_search must be one of minmax, squared_error, released; got 'off'"),
         ({"learning": "on"}, "learning must be a Learning, its keys, or None; got 'on'"),
         ({"learning": {}}, "learning needs the key 'epochs'"),
         ({"learning": {"epochs": 0}}, "learning.epochs must be at least 1; for no learning use learning=None"),

@@ -164,5 +164,5 @@ def local_vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVi
 @register_model
 def local_vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVim:
     """64 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 96, "directions": MICRO, "state": 8}
+    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 80, "directions": MICRO, "state": 4}
     return create(LocalVim, "local_vim_micro_patch4_32", pretrained, defaults, kwargs)

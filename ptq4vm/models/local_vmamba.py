@@ -207,5 +207,5 @@ def local_vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba
 @register_model
 def local_vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
     """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    defaults = {"num_classes": 10, "embed_dim": 48, "depths": (1, 2, 2), "directions": MICRO, "state": 8}
+    defaults = {"num_classes": 10, "embed_dim": 40, "depths": (1, 2, 2), "directions": MICRO, "state": 4}
     return create(LocalVMamba, "local_vmamba_micro_32", pretrained, defaults, kwargs, FeatureMaps)

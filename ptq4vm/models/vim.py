@@ -95,5 +95,5 @@ def vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
 @register_model
 def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
     """65 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 128, "depth": 8}
+    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 96, "depth": 6, "state": 4}
     return create(Vim, "vim_micro_patch4_32", pretrained, defaults, kwargs)

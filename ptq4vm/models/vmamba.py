@@ -121,4 +121,4 @@ def vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
 @register_model
 def vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
     """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    return _create("vmamba_micro_32", pretrained, kwargs, num_classes=10, embed_dim=64, depths=(2, 2, 4))
+    return _create("vmamba_micro_32", pretrained, kwargs, num_classes=10, embed_dim=48, depths=(1, 2, 2))

@@ -20,10 +20,10 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.fake_quantize import Mode, constant
+from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
-from ptq4vm.passes.learn import Values, learn_block
+from ptq4vm.passes.learn import Values, learn_block, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
 from ptq4vm.passes.smooth import smoothing_scale
 from ptq4vm.quantizer import QuantizedLinear
@@ -72,17 +72,19 @@ def calibrate_blocks(
     with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
-            targets = _run(part, exact, members, Mode.CAPTURE)
+            seen = _tap(members) if saved.missing(index) else {}
+            targets = _run(part, exact, members, Mode.PASS)
             if members:
                 stored = saved.read(index)
                 if stored is None:
-                    _set_ranges(members, config)
+                    _set_ranges(members, seen, config)
                 else:
                     _restore(members, stored[0])
                     bar.update(epochs)
                 for linear in members:
-                    linear.input.captured.clear()
+                    linear.input.tap = None
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
+                seen.clear()
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is None and config.learning is not None:
                     seed, show = config.seed + index, _reporter(bar, part)
@@ -114,11 +116,21 @@ def _keep(values: Values, names: set[str]) -> Values:
 
 def _reset(linear: QuantizedLinear) -> None:
     linear.input.mode = linear.weight.mode = Mode.PASS
-    linear.input.captured.clear()
+    linear.input.tap = None
     linear.input.scale = linear.input.zero_point = linear.weight.scale = None
     linear.input.log_factor = linear.weight.log_factor = None
-    if linear.smooth is not None:
-        linear.smooth.data.zero_()
+    linear.input.zero_shift = linear.weight.rounding = None
+    for parameter in (linear.smooth, linear.correction):
+        if parameter is not None:
+            parameter.data.zero_()
+
+
+def _tap(members: Sequence[QuantizedLinear]) -> dict[str, list[Tensor]]:
+    """What will reach each linear, piece by piece."""
+    seen: dict[str, list[Tensor]] = {linear.name: [] for linear in members}
+    for linear in members:
+        linear.input.tap = seen[linear.name].append
+    return seen
 
 
 def _linears_of(part: Part, linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
@@ -139,9 +151,9 @@ def _run(part: Part, values: Values, members: Sequence[QuantizedLinear], mode: M
 
 
 @torch.no_grad()
-def _set_ranges(members: Sequence[QuantizedLinear], config: QuantConfig) -> None:
+def _set_ranges(members: Sequence[QuantizedLinear], seen: dict[str, list[Tensor]], config: QuantConfig) -> None:
     for linear in members:
-        x = torch.cat(linear.input.captured).float()
+        x = torch.cat(seen[linear.name]).float()
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
             raise ValueError(
@@ -150,20 +162,12 @@ def _set_ranges(members: Sequence[QuantizedLinear], config: QuantConfig) -> None
             )
         if linear.smooth is not None:
             assert config.smoothing is not None
-            scale = smoothing_scale(x.abs().amax((0, 1)), _weight(linear), config.smoothing)
+            scale = smoothing_scale(x.abs().amax((0, 1)), weight_of(linear), config.smoothing)
             linear.smooth.data.copy_(scale.log())
             x = x * linear.smooth.exp().reciprocal()
         if config.granularity is not Granularity.PER_TOKEN_DYNAMIC:
             linear.input.set_qparams(*input_qparams(x, config.activation, config.granularity, config.range_search))
-        linear.weight.scale = weight_scale(_weight(linear), config.weight, config.range_search)
-
-
-def _weight(linear: QuantizedLinear) -> Tensor:
-    """The weight (N, D) as its fake-quantizer sees it: smoothed."""
-    observer: Any = linear.node.args[1]
-    graph_module = linear.node.graph.owning_module
-    assert graph_module is not None
-    return constant(graph_module, observer.args[0]).detach().float()
+        linear.weight.scale = weight_scale(weight_of(linear), config.weight, config.range_search)
 
 
 def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -171,7 +175,9 @@ def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
         "input_scale": linear.input.scale,
         "input_zero_point": linear.input.zero_point,
         "weight_scale": linear.weight.scale,
+        "rounding": linear.weight.rounding,
         "log_smooth": linear.smooth,
+        "correction": linear.correction,
     }
     return {f"{linear.name}.{key}": value.detach() for key, value in found.items() if value is not None}
 
@@ -181,8 +187,10 @@ def _restore(members: Sequence[QuantizedLinear], stored: Values) -> None:
         linear.weight.scale = stored[f"{linear.name}.weight_scale"]
         if not linear.input.dynamic:
             linear.input.set_qparams(stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"])
-        if linear.smooth is not None:
-            linear.smooth.data.copy_(stored[f"{linear.name}.log_smooth"])
+        linear.weight.rounding = stored.get(f"{linear.name}.rounding")
+        for name, parameter in (("log_smooth", linear.smooth), ("correction", linear.correction)):
+            if parameter is not None:
+                parameter.data.copy_(stored[f"{linear.name}.{name}"])
 
 
 class _Saved:
@@ -210,9 +218,12 @@ class _Saved:
         assert self.folder is not None
         return self.folder / f"block_{index:03d}.safetensors"
 
+    def missing(self, index: int) -> bool:
+        return self.folder is None or not self._path(index).exists()
+
     def read(self, index: int) -> tuple[Values, dict[str, Any]] | None:
         """The tensors and the report of a finished block."""
-        if self.folder is None or not self._path(index).exists():
+        if self.missing(index):
             return None
         try:
             with safe_open(self._path(index), "pt") as file:
@@ -221,7 +232,7 @@ class _Saved:
             raise ValueError(f"{self._path(index)} cannot be read ({error}); delete it and calibrate again") from error
 
     def write(self, index: int, members: Sequence[QuantizedLinear], report: dict[str, Any]) -> None:
-        if self.folder is not None and not self._path(index).exists():
+        if self.folder is not None and self.missing(index):
             tensors = {name: value for linear in members for name, value in _tensors(linear).items()}
             metadata = {"report": json.dumps(report)}
             replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
@@ -236,7 +247,7 @@ def _read_json(path: Path) -> Any:
 
 def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:
     digest = hashlib.sha256(config.to_json().encode())
-    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith(".log_smooth")}
+    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith((".log_smooth", ".correction"))}
     for name, value in sorted({**tensors, **images}.items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())

@@ -1,8 +1,9 @@
 """JLSS: joint learning of smoothing scales and step sizes, one block at a time (PTQ4VM section 4.3, stage 3).
 
-The loss is 1 - cosine similarity over channels, averaged over tokens, between the block's output in floating point
-on floating-point inputs, and the quantized block's output on the outputs of the quantized blocks before it. Weights
-are rounded again at every step with the scales of that step. Scales are learned as logarithms.
+The target is the block's output in floating point on floating-point inputs; what comes near it is the quantized
+block's output on the outputs of the quantized blocks before it. Weights are rounded again at every step with the
+scales of that step. Scales are learned as logarithms. Beside them zero points, the rounding of the weights and biases
+can be learned (`Learning`).
 
 The channels of an output are those of the block's last quantized linear, in (B, D, H, W) as in (B, H, W, D). Earlier
 published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.
@@ -11,6 +12,8 @@ published code takes the last axis of both: the width of an image, along which a
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptq4vm.config import Learning
+from ptq4vm.config import Learning, Loss
+from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import Part
 from ptq4vm.graph import finish as finish_graph
 from ptq4vm.passes.smooth import merge_smoothing
@@ -27,17 +31,34 @@ from ptq4vm.quantizer import QuantizedLinear
 
 Values = dict[str, Tensor]
 
+BETA = 0.5
+"""Offsets of rounding stay within ±BETA codes: a weight may go to either of its two neighbours."""
 
-def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
+
+def block_loss(outputs: Values, targets: Values, channels: int, loss: Loss = Loss.COSINE) -> Tensor:
     """Mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
 
-    `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
+    `Loss.RESIDUAL` adds the relative squared error. `channels` says which axis of an output holds the channels: the
+    last one, or the second one of (B, D, H, W).
     """
-    losses = [
-        (1 - F.cosine_similarity(outputs[name], target, dim=_channel_axis(target, channels))).mean()
-        for name, target in targets.items()
-    ]
+    losses = []
+    for name, target in targets.items():
+        output, axis = outputs[name], _channel_axis(target, channels)
+        losses.append((1 - F.cosine_similarity(output, target, dim=axis)).mean())
+        if loss is Loss.RESIDUAL:
+            losses.append(((output - target).square().sum(axis) / target.square().sum(axis).clamp(min=1e-6)).mean())
     return torch.stack(losses).sum()
+
+
+def streams(values: Values, targets: Sequence[str]) -> Values:
+    """The outputs that quantization changes, each with the others of its shape added.
+
+    A block hands on its residual stream whole (VMamba), or as the mixer's output and the stream before it (Vim).
+    """
+    return {
+        name: sum((value for value in values.values() if value.shape == values[name].shape), torch.zeros(()))
+        for name in targets
+    }
 
 
 def _channel_axis(output: Tensor, channels: int) -> int:
@@ -46,14 +67,45 @@ def _channel_axis(output: Tensor, channels: int) -> int:
     return 1 if first else -1
 
 
-def learnables(linears: Sequence[QuantizedLinear]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Starts learning; the step sizes' and the smoothing vectors' parameters, each once."""
-    quantizers = dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight))
-    scales = [quantizer.start_learning() for quantizer in quantizers if quantizer.scale is not None]
+def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dict[str, Any]]:
+    """Starts learning: an optimizer's groups of parameters, each parameter once."""
+    inputs = list(dict.fromkeys(linear.input for linear in linears if linear.input.scale is not None))
+    scales = [quantizer.start_learning() for quantizer in (*inputs, *(linear.weight for linear in linears))]
     smooth = [linear.smooth for linear in linears if linear.smooth is not None]
-    for parameter in smooth:
+    zeros = [quantizer.start_learning_zero_point() for quantizer in inputs] if config.zero_point_rate else []
+    rounding = (
+        [linear.weight.start_learning_rounding(weight_of(linear)) for linear in linears] if config.rounding_rate else []
+    )
+    biases = [
+        (linear.correction, config.bias_rate * rounding_error(linear))
+        for linear in linears
+        if linear.correction is not None and config.bias_rate
+    ]
+    groups: list[tuple[list[nn.Parameter], float]] = [
+        (scales, config.scale_rate),
+        (smooth, config.smooth_rate),
+        (zeros, config.zero_point_rate),
+        (rounding, config.rounding_rate),
+        *(([correction], rate) for correction, rate in biases),
+    ]
+    for parameter in (*smooth, *(correction for correction, _ in biases)):
         parameter.requires_grad_(True)
-    return scales, smooth
+    return [{"params": params, "lr": rate} for params, rate in groups if params]
+
+
+def rounding_error(linear: QuantizedLinear) -> float:
+    """About what rounding the weights adds to an output: √D products of half a step and half the codes' range."""
+    inputs = 1.0 if linear.input.scale is None else float(linear.input.scale.mean())
+    steps = float(linear.weight.calculate_qparams()[0].mean())
+    return 0.5 * steps * inputs * 2.0 ** (linear.input.spec.bits - 2) * linear.node.args[1].meta["val"].shape[1] ** 0.5
+
+
+def weight_of(linear: QuantizedLinear) -> Tensor:
+    """The weight (N, D) as its fake-quantizer sees it: smoothed."""
+    observer: Any = linear.node.args[1]
+    graph_module = linear.node.graph.owning_module
+    assert graph_module is not None
+    return constant(graph_module, observer.args[0]).detach().float()
 
 
 def finish(linears: Sequence[QuantizedLinear]) -> None:
@@ -61,10 +113,10 @@ def finish(linears: Sequence[QuantizedLinear]) -> None:
     for quantizer in dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight)):
         if quantizer.log_factor is not None:
             quantizer.finish_learning()
-    for linear in linears:
-        if linear.smooth is not None:
-            linear.smooth.requires_grad_(False)
-            linear.smooth.grad = None
+    for parameter in itertools.chain.from_iterable((linear.smooth, linear.correction) for linear in linears):
+        if parameter is not None:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def learn_block(
@@ -80,44 +132,67 @@ def learn_block(
 
     `report(epoch, loss)` is called after every epoch with its mean loss.
     """
-    scales, smooth = learnables(linears)
-    parameters = scales + smooth
+    channels = len(linears[-1].weight.calculate_qparams()[0])
+    chosen = [linear for linear in linears if _learns(linear.name, config)]
+    groups = learnables(chosen, config)
+    parameters = [parameter for group in groups for parameter in group["params"]]
     start = [parameter.detach().clone() for parameter in parameters]
     images = len(next(iter(targets.values())))
-    steps = config.epochs * math.ceil(images / config.batch_size)
-    groups: list[dict[str, Any]] = [
-        {"params": params, "lr": rate}
-        for params, rate in ((scales, config.scale_rate), (smooth, config.smooth_rate))
-        if params
-    ]
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    generator = torch.Generator().manual_seed(seed)
-    channels = len(linears[-1].weight.calculate_qparams()[0])
-    part = _merged(part)
+    merged = _merged(part)
     # gradients tell which outputs the quantization changes
-    one = part({name: value[:1] for name, value in inputs.items()})
-    targets = {name: value for name, value in targets.items() if one[name].requires_grad}
-    before = _total_loss(part, inputs, targets, config.batch_size, channels)
+    one = merged({name: value[:1] for name, value in inputs.items()})
+    changed = [name for name, value in one.items() if value.requires_grad]
+
+    def loss_of(batch: Tensor) -> Tensor:
+        outputs = merged({name: value[batch] for name, value in inputs.items()})
+        wanted = {name: value[batch] for name, value in targets.items()}
+        if config.loss is Loss.RESIDUAL:
+            return block_loss(streams(outputs, changed), streams(wanted, changed), channels, config.loss)
+        return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
+
+    before = _mean_loss(loss_of, images, config.batch_size)
+    if not parameters:
+        return before, before
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, config.epochs * math.ceil(images / config.batch_size)
+    )
+    generator = torch.Generator().manual_seed(seed)
     for epoch in range(config.epochs):
         total = 0.0
-        for chosen in torch.randperm(images, generator=generator).split(config.batch_size):
-            outputs = part({name: value[chosen] for name, value in inputs.items()})
-            loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()}, channels)
+        for batch in torch.randperm(images, generator=generator).split(config.batch_size):
+            loss = loss_of(batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(chosen)
+            _bound(chosen)
+            total += loss.item() * len(batch)
         report(epoch, total / images)
-    after = _total_loss(part, inputs, targets, config.batch_size, channels)
+    after = _mean_loss(loss_of, images, config.batch_size)
     if not after < before:
         with torch.no_grad():
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
         after = before
-    finish(linears)
+    finish(chosen)
     return before, after
+
+
+@torch.no_grad()
+def _mean_loss(loss_of: Callable[[Tensor], Tensor], images: int, batch_size: int) -> float:
+    return sum(loss_of(batch).item() * len(batch) for batch in torch.arange(images).split(batch_size)) / images
+
+
+def _learns(name: str, config: Learning) -> bool:
+    return not config.only or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.only)
+
+
+@torch.no_grad()
+def _bound(linears: Sequence[QuantizedLinear]) -> None:
+    for linear in linears:
+        if isinstance(linear.weight.rounding, nn.Parameter):
+            linear.weight.rounding.clamp_(-BETA, BETA)
 
 
 def _merged(part: Part) -> Part:
@@ -125,14 +200,3 @@ def _merged(part: Part) -> Part:
     graph = fx.Graph()
     graph.output(graph.graph_copy(part.module.graph, {}))
     return dataclasses.replace(part, module=finish_graph(merge_smoothing(fx.GraphModule(part.module, graph))))
-
-
-@torch.no_grad()
-def _total_loss(part: Part, inputs: Values, targets: Values, batch_size: int, channels: int) -> float:
-    images = len(next(iter(targets.values())))
-    total = 0.0
-    for chosen in torch.arange(images).split(batch_size):
-        outputs = part({name: value[chosen] for name, value in inputs.items()})
-        loss = block_loss(outputs, {name: value[chosen] for name, value in targets.items()}, channels)
-        total += loss.item() * len(chosen)
-    return total / images

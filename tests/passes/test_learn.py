@@ -55,7 +55,7 @@ def learn(block, config=LEARNING, seed=0, report=lambda epoch, loss: None):
 
 def test_every_learnable_receives_a_gradient(block):
     part, members, inputs, targets = block
-    learnables(members)
+    learnables(members, LEARNING)
     block_loss(part(inputs), targets, 32).backward()
     idle = [
         f"{member.name}.{kind}"
@@ -77,7 +77,7 @@ def test_learning_lowers_the_loss(block):
 
 def test_every_learnable_moves(monkeypatch, block):
     losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.learn._total_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
     before = state(block[1])
     learn(block)
     unmoved = [i for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if torch.equal(a, b)]
@@ -113,7 +113,7 @@ def test_without_rates_nothing_changes(block):
 @pytest.mark.parametrize(("rate", "kinds"), [("scale_rate", {2}), ("smooth_rate", {0, 1})])
 def test_each_rate_has_its_own_parameters(monkeypatch, block, rate, kinds):
     losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.learn._total_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
     before = state(block[1])
     learn(block, dataclasses.replace(LEARNING, **{rate: 0.0}))
     moved = {i % 3 for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if not torch.equal(a, b)}
@@ -206,7 +206,7 @@ def test_the_last_axis_counts_where_the_channels_are_on_both_axes_or_on_none(cha
 def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
     config = QuantConfig.w4a4(learning=None, granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
     part, members, inputs, targets = prepare_block(roads.calibrated(config), images, 0)
-    scales, smooth = learnables(members)
+    scales, smooth = (group["params"] for group in learnables(members, LEARNING))
     assert (len(scales), len(smooth)) == (6, 6)
     block_loss(part(inputs), targets, 32).backward()
     assert all(parameter.grad.any() for parameter in scales + smooth)

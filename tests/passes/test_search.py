@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from strategies import bits, normal, positive_sizes, seeds
 
 from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, Scheme
+from ptq4vm.config import Granularity, QuantSpec, RangeSearch, Scheme
 from ptq4vm.passes.search import input_qparams, weight_scale
 
+MINMAX, SEARCH = RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
 
 
@@ -57,33 +58,33 @@ NOT_WORSE = 1 + 1e-6  # the search adds its squares in float32
 )
 def test_the_search_is_never_worse_than_minimum_to_maximum(kind, granularity, count, images, tokens, channels, seed):
     x = KINDS[kind](images, tokens, channels, seed=seed)
-    full = input_qparams(x, affine(count), granularity, False)
-    found = input_qparams(x, affine(count), granularity, True)
+    full = input_qparams(x, affine(count), granularity, MINMAX)
+    found = input_qparams(x, affine(count), granularity, SEARCH)
     assert (input_error(x, found, count) <= NOT_WORSE * input_error(x, full, count)).all()
 
 
 @given(st.sampled_from(sorted(KINDS)), bits, positive_sizes, positive_sizes, seeds)
 def test_the_weights_search_is_never_worse_either(kind, count, outputs, channels, seed):
     weight = KINDS[kind](outputs, channels, seed=seed)
-    full, found = (weight_scale(weight, symmetric(count), search) for search in (False, True))
+    full, found = (weight_scale(weight, symmetric(count), search) for search in (MINMAX, SEARCH))
     assert (weight_error(weight, found, count) <= NOT_WORSE * weight_error(weight, full, count)).all()
 
 
 @pytest.mark.parametrize("granularity", STATIC)
 def test_a_long_tail_is_cut_at_four_bits(granularity):
     x = silu_like(64, 5, 128)
-    full = input_error(x, input_qparams(x, affine(4), granularity, False), 4)
-    found = input_error(x, input_qparams(x, affine(4), granularity, True), 4)
+    full = input_error(x, input_qparams(x, affine(4), granularity, MINMAX), 4)
+    found = input_error(x, input_qparams(x, affine(4), granularity, SEARCH), 4)
     assert (found < 0.8 * full).all()
 
 
 def test_a_weights_outlier_is_cut_at_four_bits():
     weight = silu_like(5, 4096)
-    full, found = (weight_error(weight, weight_scale(weight, symmetric(4), search), 4) for search in (False, True))
+    full, found = (weight_error(weight, weight_scale(weight, symmetric(4), search), 4) for search in (MINMAX, SEARCH))
     assert (found < 0.8 * full).all()
 
 
-@given(bits, st.sampled_from(STATIC), seeds, st.booleans())
+@given(bits, st.sampled_from(STATIC), seeds, st.sampled_from(RangeSearch))
 def test_qparams_have_the_shape_of_their_granularity_and_are_finite(count, granularity, seed, search):
     x = silu_like(3, 5, 7, seed=seed)
     scale, zero_point = input_qparams(x, affine(count), granularity, search)
@@ -95,16 +96,16 @@ def test_qparams_have_the_shape_of_their_granularity_and_are_finite(count, granu
 @given(bits, seeds)
 def test_without_a_search_the_range_is_minimum_to_maximum(count, seed):
     x = normal(3, 5, 7, seed=seed)
-    found = input_qparams(x, affine(count), Granularity.PER_TOKEN, False)
+    found = input_qparams(x, affine(count), Granularity.PER_TOKEN, MINMAX)
     want = reference.affine_qparams(x.amin((0, 2)), x.amax((0, 2)), count)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     weight = normal(5, 7, seed=seed)
-    largest = reference.quantize_weight(weight, weight_scale(weight, symmetric(count), False), count)
+    largest = reference.quantize_weight(weight, weight_scale(weight, symmetric(count), MINMAX), count)
     assert (largest.abs().amax(-1) == 2 ** (count - 1) - 1).all()
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(STATIC), bits, seeds, st.booleans(), st.integers(-8, 8))
+@given(st.sampled_from(STATIC), bits, seeds, st.sampled_from((MINMAX, SEARCH)), st.integers(-8, 8))
 def test_a_power_of_two_goes_through_the_search(granularity, count, seed, search, exponent):
     x, factor = silu_like(3, 5, 7, seed=seed), 2.0**exponent
     scale, zero_point = input_qparams(x, affine(count), granularity, search)
@@ -119,8 +120,8 @@ def test_a_power_of_two_goes_through_the_search(granularity, count, seed, search
 @given(seeds)
 def test_tokens_are_searched_one_by_one(seed):
     x = silu_like(4, 5, 9, seed=seed)
-    together = input_qparams(x, affine(4), Granularity.PER_TOKEN, True)
-    alone = [input_qparams(x[:, t : t + 1], affine(4), Granularity.PER_TOKEN, True) for t in range(5)]
+    together = input_qparams(x, affine(4), Granularity.PER_TOKEN, SEARCH)
+    alone = [input_qparams(x[:, t : t + 1], affine(4), Granularity.PER_TOKEN, SEARCH) for t in range(5)]
     for i in (0, 1):
         assert torch.equal(together[i], torch.cat([pair[i] for pair in alone]))
 
@@ -131,6 +132,18 @@ def test_thinned_out_samples_still_see_the_whole_range(monkeypatch):
     x = normal(40, 3, 17).clamp(-1, 1)
     x[7, :, 5], x[11, :, 3] = 8, -8
     for granularity in STATIC:
-        full = input_qparams(x, affine(8), granularity, False)
-        found = input_qparams(x, affine(8), granularity, True)
+        full = input_qparams(x, affine(8), granularity, MINMAX)
+        found = input_qparams(x, affine(8), granularity, SEARCH)
         assert (found[0] <= full[0]).all() and found[0].shape == full[0].shape
+
+
+@pytest.mark.parametrize("count", [4, 6, 8])
+def test_the_released_search_is_worse_and_at_eight_bits_worse_than_none(count):
+    """As measured on the released code: it can widen a range beyond what it scored, and never keeps the full one."""
+    x = silu_like(64, 5, 128)
+    full, found, released = (
+        input_error(x, input_qparams(x, affine(count), Granularity.PER_TOKEN, search), count)
+        for search in (MINMAX, SEARCH, RangeSearch.RELEASED)
+    )
+    assert (found < released).all()
+    assert (released > full).all() or count < 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import fnmatch
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class RangeSearch(enum.StrEnum):
     """The truncation with the least squared error (PTQ4VM section 4.3, stage 2)."""
     RELEASED = "released"
     """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
+
+
+class Alpha(enum.StrEnum):
+    """How strong smoothing is, where it is not a number for all linears."""
+
+    SEARCH = "search"
+    """For each linear the smoothing vector with the least error of its output; see `ptq4vm.passes.smooth`."""
 
 
 class Loss(enum.StrEnum):
@@ -110,28 +118,52 @@ class Learning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """A last stage over the whole model: everything that blocks learn, norms and biases, by KL to the logits of the
+    model in floating point."""
+
+    epochs: int
+    rate: float = 1e-3
+    """Relative step of the scales; norms and biases move by as much of their largest value."""
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _check("tuning.epochs", self.epochs, int, lambda v: v >= 1, "at least 1; for no tuning use tuning=None")
+        _check("tuning.batch_size", self.batch_size, int, lambda v: v >= 1, "at least 1")
+        _check("tuning.rate", self.rate, (int, float), lambda v: 0 < v < 1, "in (0, 1)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
     """One recipe: `prepare` reads the granularity and the bits, `calibrate` the rest."""
 
     weight_bits: int = 8
     activation_bits: int = 8
     granularity: Granularity = Granularity.PER_TOKEN
-    smoothing: float | None = 0.5
-    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
+    smoothing: float | Alpha | None = 0.5
+    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing; `search` for each linear's
+    best."""
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
+    gptq: bool = False
+    """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), before learning."""
     learning: Learning | None = None
+    tuning: Tuning | None = None
     seed: int = 0
     """Decides the order of the images in learning. The caller's loader decides which images there are."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of linears to keep in floating point, such as `layers.0.*` or `*.dt_proj*`."""
+    eight_bit: tuple[str, ...] = ()
+    """Shell patterns of linears whose weights and inputs get 8 bits whatever the others get."""
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
         object.__setattr__(self, "granularity", _member("granularity", Granularity, self.granularity))
-        if self.smoothing is not None:
-            _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None or in [0, 1]")
+        if isinstance(self.smoothing, str):
+            object.__setattr__(self, "smoothing", _member("smoothing", Alpha, self.smoothing))
+        elif self.smoothing is not None:
+            _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None, search, or in [0, 1]")
         search = self.range_search
         if isinstance(search, bool):
             search = RangeSearch.SQUARED_ERROR if search else RangeSearch.MINMAX
@@ -140,23 +172,21 @@ class QuantConfig:
             raise ValueError(
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
-        if isinstance(self.learning, Mapping):
-            known = _known("learning", Learning, self.learning)
-            if "epochs" not in known:
-                raise ValueError("learning needs the key 'epochs'; for no learning use null")
-            object.__setattr__(self, "learning", Learning(**known))
-        if not isinstance(self.learning, Learning | None):
-            raise ValueError(f"learning must be a Learning, its keys, or None; got {self.learning!r}")
+        if not isinstance(self.gptq, bool):
+            raise ValueError(f"gptq must be true or false, got {self.gptq!r}")
+        object.__setattr__(self, "learning", _stage("learning", Learning, self.learning))
+        object.__setattr__(self, "tuning", _stage("tuning", Tuning, self.tuning))
         _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
-        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        for name in ("exclude", "eight_bit"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
 
-    @property
-    def weight(self) -> QuantSpec:
-        return QuantSpec(bits=self.weight_bits, scheme=Scheme.SYMMETRIC)
+    def weight(self, linear: str) -> QuantSpec:
+        """Of the linear of that name."""
+        return QuantSpec(bits=8 if matches(linear, self.eight_bit) else self.weight_bits, scheme=Scheme.SYMMETRIC)
 
-    @property
-    def activation(self) -> QuantSpec:
-        return QuantSpec(bits=self.activation_bits, scheme=Scheme.AFFINE)
+    def activation(self, linear: str) -> QuantSpec:
+        """Of the input of the linear of that name."""
+        return QuantSpec(bits=8 if matches(linear, self.eight_bit) else self.activation_bits, scheme=Scheme.AFFINE)
 
     @property
     def corrects_biases(self) -> bool:
@@ -208,6 +238,11 @@ class QuantConfig:
         return cls.from_dict(values)
 
 
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a linear's name fits one of the shell patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _paper(bits: int, epochs: int) -> dict[str, Any]:
     """PTQ4VM table 7: the epochs of JLSS at each number of bits."""
     return {"weight_bits": bits, "activation_bits": bits, "learning": Learning(epochs=epochs)}
@@ -223,6 +258,17 @@ def _member(name: str, kind: type[_Enum], value: Any) -> _Enum:
         return kind(value)
     except ValueError:
         raise ValueError(f"{name} must be one of {', '.join(kind)}; got {value!r}") from None
+
+
+def _stage(name: str, kind: type, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        known = _known(name, kind, value)
+        if "epochs" not in known:
+            raise ValueError(f"{name} needs the key 'epochs'; to leave it out use null")
+        value = kind(**known)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, its keys, or None; got {value!r}")
+    return value
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

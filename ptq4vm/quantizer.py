@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vm.config import QuantConfig
+from ptq4vm.config import Granularity, QuantConfig, QuantSpec, matches
 from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
 from ptq4vm.graph import LinearSite, attribute, find_linears
 
@@ -31,11 +30,12 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
     """
     sites = find_linears(gm)
     in_blocks = [site for site in sites if site.block is not None] or sites
-    for pattern in config.exclude:
-        if not any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
-            known = ", ".join(site.name for site in sites[:6])
-            raise ValueError(f"exclude pattern {pattern!r} matches no linear; there are {known}, …")
-    chosen = [site for site in in_blocks if not any(fnmatch.fnmatchcase(site.name, p) for p in config.exclude)]
+    for key in ("exclude", "eight_bit"):
+        for pattern in getattr(config, key):
+            if not any(matches(site.name, (pattern,)) for site in sites):
+                known = ", ".join(site.name for site in sites[:6])
+                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {known}, …")
+    chosen = [site for site in in_blocks if not matches(site.name, config.exclude)]
     if not chosen:
         raise ValueError(
             "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
@@ -48,10 +48,10 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
                 f"{site.name}: its weight is {dtype}, and models are quantized from float32: call model.float(), and "
                 "give float32 example inputs"
             )
-        bound = site.in_features * 2**config.activation_bits * 2 ** (config.weight_bits - 1)
-        if bound >= 2**31:
+        weight, activation = config.weight(site.name).bits, config.activation(site.name).bits
+        if site.in_features * 2**activation * 2 ** (weight - 1) >= 2**31:
             raise ValueError(
-                f"{site.name}: {site.in_features} channels at W{config.weight_bits}A{config.activation_bits} can "
+                f"{site.name}: {site.in_features} channels at W{weight}A{activation} can "
                 "overflow an int32 accumulator; use fewer bits or exclude this linear"
             )
     return chosen
@@ -63,30 +63,31 @@ class TokenQuantizer(Quantizer):
     def __init__(self, config: QuantConfig, sites: Sequence[LinearSite]) -> None:
         super().__init__()
         self.config = config
-        self.nodes = {site.node.name for site in sites}
+        self.names = {site.node.name: site.name for site in sites}
+        self.specs: dict[tuple[type, QuantSpec], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        config, nodes = self.config, [node for node in model.graph.nodes if node.name in self.nodes]
-        low, high = config.activation.bounds
-        activation = QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=ActivationFakeQuantize.with_args(
-                spec=config.activation, granularity=config.granularity
-            ),
-            quant_min=low,
-            quant_max=high,
-        )
-        low, high = config.weight.bounds
-        weight = QuantizationSpec(
-            dtype=torch.int8,
-            observer_or_fake_quant_ctr=WeightFakeQuantize.with_args(spec=config.weight),
-            quant_min=low,
-            quant_max=high,
-        )
-        for node in nodes:
-            specs = {node.args[0]: activation, node.args[1]: weight}
+        config = self.config
+        for node in model.graph.nodes:
+            name = self.names.get(node.name)
+            if name is None:
+                continue
+            specs = {
+                node.args[0]: self._spec(ActivationFakeQuantize, config.activation(name), config.granularity),
+                node.args[1]: self._spec(WeightFakeQuantize, config.weight(name), None),
+            }
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
         return model
+
+    def _spec(self, kind: Any, spec: QuantSpec, granularity: Granularity | None) -> QuantizationSpec:
+        """One object for equal ones: linears that read one input then share its fake-quantizer."""
+        if (kind, spec) not in self.specs:
+            low, high = spec.bounds
+            make = kind.with_args(spec=spec, granularity=granularity)
+            self.specs[kind, spec] = QuantizationSpec(
+                dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high
+            )
+        return self.specs[kind, spec]
 
     def validate(self, model: GraphModule) -> None:
         pass

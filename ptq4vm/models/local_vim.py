@@ -48,7 +48,6 @@ FIXED = (("h", "h_flip", "w2", "w2_flip"),) * 20
 """The second definition of `local_vim_small` in the official file, which timm's registry sees there."""
 
 NANO = (("h", "v_flip", "w2", "w2_flip"), ("h_flip", "v", "w4", "w4_flip")) * 2
-MICRO = NANO[:2] * 3
 
 
 class LocalVimMixer(Mixer):
@@ -164,5 +163,5 @@ def local_vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVi
 @register_model
 def local_vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVim:
     """64 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 80, "directions": MICRO, "state": 4}
+    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "directions": NANO, "state": 4}
     return create(LocalVim, "local_vim_micro_patch4_32", pretrained, defaults, kwargs)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.fake_quantize import Mode
+from ptq4vm import reference
+from ptq4vm.config import Alpha, QuantConfig
+from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
+from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_codes
 from ptq4vm.passes.learn import Values, learn_block, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
-from ptq4vm.passes.smooth import smoothing_scale
+from ptq4vm.passes.smooth import smoothing_candidates, smoothing_scale
 from ptq4vm.quantizer import QuantizedLinear
+
+Seen = dict[ActivationFakeQuantize, list[Tensor]]
+
+SMOOTHING_SAMPLES = 1024
+"""Values of one token that score a smoothing vector."""
 
 FORWARD_BATCH = 32
 """Images that run through a block at once when nothing is learned."""
@@ -72,7 +80,7 @@ def calibrate_blocks(
     with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
-            seen = _tap(members) if saved.missing(index) else {}
+            seen: Seen = _tap(members) if saved.missing(index) else {}
             targets = _run(part, exact, members, Mode.PASS)
             if members:
                 stored = saved.read(index)
@@ -84,6 +92,8 @@ def calibrate_blocks(
                 for linear in members:
                     linear.input.tap = None
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
+                if stored is None and config.gptq:
+                    _round_weights(part, members, seen, rounded)
                 seen.clear()
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is None and config.learning is not None:
@@ -125,11 +135,11 @@ def _reset(linear: QuantizedLinear) -> None:
             parameter.data.zero_()
 
 
-def _tap(members: Sequence[QuantizedLinear]) -> dict[str, list[Tensor]]:
-    """What will reach each linear, piece by piece."""
-    seen: dict[str, list[Tensor]] = {linear.name: [] for linear in members}
-    for linear in members:
-        linear.input.tap = seen[linear.name].append
+def _tap(members: Sequence[QuantizedLinear]) -> Seen:
+    """What will reach each linear's input, piece by piece; some may share one."""
+    seen: Seen = {linear.input: [] for linear in members}
+    for quantizer, pieces in seen.items():
+        quantizer.tap = pieces.append
     return seen
 
 
@@ -151,9 +161,9 @@ def _run(part: Part, values: Values, members: Sequence[QuantizedLinear], mode: M
 
 
 @torch.no_grad()
-def _set_ranges(members: Sequence[QuantizedLinear], seen: dict[str, list[Tensor]], config: QuantConfig) -> None:
+def _set_ranges(members: Sequence[QuantizedLinear], seen: Seen, config: QuantConfig) -> None:
     for linear in members:
-        x = torch.cat(seen[linear.name]).float()
+        x = torch.cat(seen[linear.input]).float()
         if not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
             raise ValueError(
@@ -161,13 +171,54 @@ def _set_ranges(members: Sequence[QuantizedLinear], seen: dict[str, list[Tensor]
                 "check the checkpoint and the images, or exclude the layer"
             )
         if linear.smooth is not None:
-            assert config.smoothing is not None
-            scale = smoothing_scale(x.abs().amax((0, 1)), weight_of(linear), config.smoothing)
-            linear.smooth.data.copy_(scale.log())
+            linear.smooth.data.copy_(_smoothing(x, linear, config).log())
             x = x * linear.smooth.exp().reciprocal()
-        if config.granularity is not Granularity.PER_TOKEN_DYNAMIC:
-            linear.input.set_qparams(*input_qparams(x, config.activation, config.granularity, config.range_search))
-        linear.weight.scale = weight_scale(weight_of(linear), config.weight, config.range_search)
+        if not linear.input.dynamic:
+            linear.input.set_qparams(*input_qparams(x, linear.input.spec, config.granularity, config.range_search))
+        linear.weight.scale = weight_scale(weight_of(linear), linear.weight.spec, config.range_search)
+
+
+def _smoothing(x: Tensor, linear: QuantizedLinear, config: QuantConfig) -> Tensor:
+    weight = weight_of(linear)
+    if config.smoothing is not Alpha.SEARCH:
+        assert config.smoothing is not None
+        return smoothing_scale(x.abs().amax((0, 1)), weight, config.smoothing)
+    few = x[:: max(1, math.ceil(x.shape[0] * x.shape[2] / SMOOTHING_SAMPLES))]
+    want = few @ weight.t()
+
+    def error(scale: Tensor) -> float:
+        return (quantized_product(few / scale, weight * scale, linear, config) - want).square().sum().item()
+
+    return min(smoothing_candidates(x, weight), key=error)
+
+
+def quantized_product(x: Tensor, weight: Tensor, linear: QuantizedLinear, config: QuantConfig) -> Tensor:
+    """x Wᵀ with both rounded as they would be stored."""
+    bits = linear.input.spec.bits
+    if linear.input.dynamic:
+        scale, zero_point = reference.choose_qparams(x, None, bits)
+    else:
+        scale, zero_point = input_qparams(x, linear.input.spec, config.granularity, config.range_search)
+    x = reference.dequantize(reference.quantize(x, 1.0 / scale, zero_point, None, bits), scale, zero_point)
+    step = weight_scale(weight, linear.weight.spec, config.range_search)
+    return x @ (reference.quantize_weight(weight, step, linear.weight.spec.bits) * step.unsqueeze(-1)).t()
+
+
+@torch.no_grad()
+def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, rounded: Values) -> None:
+    """GPTQ, one linear after another: each for the inputs that those before it, already rounded so, give it."""
+    for linear in members:
+        weight, pieces = weight_of(linear), iter(seen[linear.input])
+        moments = Moments(weight.shape[1])
+        inverse = torch.ones(()) if linear.smooth is None else linear.smooth.exp().reciprocal()
+        linear.input.tap = lambda x, moments=moments, pieces=pieces, inverse=inverse: moments.add(
+            next(pieces) * inverse, x
+        )
+        _run(part, rounded, members, Mode.QUANTIZE)
+        linear.input.tap = None
+        step = linear.weight.calculate_qparams()[0]
+        codes = gptq_codes(compensated_weight(weight, moments), step, linear.weight.spec, moments)
+        linear.weight.rounding = codes - weight / step.unsqueeze(-1)
 
 
 def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -247,7 +298,9 @@ def _read_json(path: Path) -> Any:
 
 def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:
     digest = hashlib.sha256(config.to_json().encode())
-    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith((".log_smooth", ".correction"))}
+    tensors = {
+        name: value for name, value in prepared.named_parameters() if not name.endswith((".log_smooth", ".correction"))
+    }
     for name, value in sorted({**tensors, **images}.items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())

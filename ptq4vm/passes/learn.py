@@ -12,7 +12,6 @@ published code takes the last axis of both: the width of an image, along which a
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptq4vm.config import Learning, Loss
+from ptq4vm.config import Learning, Loss, matches
 from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import Part
 from ptq4vm.graph import finish as finish_graph
@@ -32,7 +31,7 @@ from ptq4vm.quantizer import QuantizedLinear
 Values = dict[str, Tensor]
 
 BETA = 0.5
-"""Offsets of rounding stay within ±BETA codes: a weight may go to either of its two neighbours."""
+"""Codes by which the offset of a weight's rounding may move: from rounding to nearest, to either of its neighbours."""
 
 
 def block_loss(outputs: Values, targets: Values, channels: int, loss: Loss = Loss.COSINE) -> Tensor:
@@ -97,7 +96,7 @@ def rounding_error(linear: QuantizedLinear) -> float:
     """About what rounding the weights adds to an output: √D products of half a step and half the codes' range."""
     inputs = 1.0 if linear.input.scale is None else float(linear.input.scale.mean())
     steps = float(linear.weight.calculate_qparams()[0].mean())
-    return 0.5 * steps * inputs * 2.0 ** (linear.input.spec.bits - 2) * linear.node.args[1].meta["val"].shape[1] ** 0.5
+    return 0.5 * steps * inputs * 2.0 ** (linear.input.spec.bits - 2) * weight_of(linear).shape[1] ** 0.5
 
 
 def weight_of(linear: QuantizedLinear) -> Tensor:
@@ -133,9 +132,11 @@ def learn_block(
     `report(epoch, loss)` is called after every epoch with its mean loss.
     """
     channels = len(linears[-1].weight.calculate_qparams()[0])
-    chosen = [linear for linear in linears if _learns(linear.name, config)]
+    chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
     groups = learnables(chosen, config)
     parameters = [parameter for group in groups for parameter in group["params"]]
+    offsets = [linear.weight.rounding for linear in chosen if isinstance(linear.weight.rounding, nn.Parameter)]
+    limits = [(offset, offset.detach() - BETA, offset.detach() + BETA) for offset in offsets]
     start = [parameter.detach().clone() for parameter in parameters]
     images = len(next(iter(targets.values())))
     merged = _merged(part)
@@ -166,7 +167,7 @@ def learn_block(
             loss.backward()
             optimizer.step()
             schedule.step()
-            _bound(chosen)
+            _bound(limits)
             total += loss.item() * len(batch)
         report(epoch, total / images)
     after = _mean_loss(loss_of, images, config.batch_size)
@@ -184,15 +185,10 @@ def _mean_loss(loss_of: Callable[[Tensor], Tensor], images: int, batch_size: int
     return sum(loss_of(batch).item() * len(batch) for batch in torch.arange(images).split(batch_size)) / images
 
 
-def _learns(name: str, config: Learning) -> bool:
-    return not config.only or any(fnmatch.fnmatchcase(name, pattern) for pattern in config.only)
-
-
 @torch.no_grad()
-def _bound(linears: Sequence[QuantizedLinear]) -> None:
-    for linear in linears:
-        if isinstance(linear.weight.rounding, nn.Parameter):
-            linear.weight.rounding.clamp_(-BETA, BETA)
+def _bound(limits: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    for parameter, low, high in limits:
+        parameter.clamp_(low, high)
 
 
 def _merged(part: Part) -> Part:

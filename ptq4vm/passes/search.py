@@ -26,9 +26,7 @@ SAMPLES = 8192
 """Values of one token that are scored; of more, evenly spaced images are taken. The full range is that of all."""
 
 
-def input_qparams(
-    x: Tensor, spec: QuantSpec, granularity: Granularity, search: RangeSearch
-) -> tuple[Tensor, Tensor]:
+def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: RangeSearch) -> tuple[Tensor, Tensor]:
     """Static scale and zero point of x: (L,) per token, (1,) per tensor."""
     per_token = granularity is Granularity.PER_TOKEN
     low, high = x.amin((0, 2)), x.amax((0, 2))

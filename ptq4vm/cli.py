@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING, Any
 from ptq4vm import __version__
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.fx import GraphModule
 
     from ptq4vm.config import QuantConfig
     from ptq4vm.data import ImageDataset
+    from ptq4vm.inspection.layers import Report
 
 RANDOM = "random"
 KINDS = (
@@ -188,51 +190,178 @@ def benchmark(args: argparse.Namespace) -> Outcome:
 
 
 def inspect(args: argparse.Namespace) -> Outcome:
-    """What is in the folder of a quantized model, or in a file of weights and which model it is for."""
-    from ptq4vm.inspection import graph_report, weights_report
-
-    path = Path(args.path)
+    """What is in a quantized model or a file of weights; with images, what quantization did to each linear."""
+    path, saved = Path(args.path), _is_saved(args.path)
     if path.is_file():
-        if args.graph:
-            raise ValueError(f"--graph is for the folder of a quantized model; {path} is a file")
-        result, lines = weights_report(path, args.ema)
-        return Outcome(result=result, text="\n".join(lines))
-    if not _is_saved(args.path):
+        return _inspect_file(path, args)
+    _check_inspect(args, saved)
+    if args.data_dir is not None:
+        return _inspect_layers(args) if saved else _inspect_activations(args)
+    if not saved:
         raise ValueError(
             f"{path} is neither the folder of a quantized model (with config.json and model.safetensors) "
-            "nor a file of weights (.pth, .ckpt, .safetensors)"
+            "nor a file of weights (.pth, .ckpt, .safetensors); if it is a name that timm knows, give --data-dir DIR "
+            "with images to run it on"
         )
-    if args.ema:
-        raise ValueError(f"--ema is for a file of weights; {path} is the folder of a quantized model")
+    return _inspect_folder(path, args.graph)
 
+
+def _check_inspect(args: argparse.Namespace, saved: bool) -> None:
+    """Refuses options that would do nothing."""
+    what = f"{args.path} is the folder of a quantized model" if saved else f"{args.path} is no such folder"
+    if not saved and (args.graph or args.against is not None):
+        raise ValueError(f"{'--graph' if args.graph else '--against'} is for the folder of a quantized model; {what}")
+    if saved and args.against is None and (args.ema or args.checkpoint is not None):
+        option = "--ema is for a file of weights" if args.ema else "--checkpoint is for --against or a model's name"
+        raise ValueError(f"{option}; {what}")
+    if args.against is not None and _is_saved(args.against):
+        raise ValueError(
+            f"--against is the name of the floating-point model, and {args.against} is a quantized one; "
+            "'ptq4vm evaluate' compares two of them"
+        )
+    for option in ("against", "output"):
+        if getattr(args, option) is not None and args.data_dir is None:
+            raise ValueError(f"--{option} needs images to run the model on: give --data-dir DIR with it")
+    if args.graph and args.data_dir is not None:
+        raise ValueError("--graph tells what is fused and --data-dir measures layers: give one of them")
+    if args.output is not None and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise FileExistsError(f"{args.output} is a file; choose a folder for the figures")
+    _check_ema(args)
+
+
+def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
+    from ptq4vm.inspection.contents import weights_report
+
+    if args.graph:
+        raise ValueError(f"--graph is for the folder of a quantized model; {path} is a file")
+    for option in ("data_dir", "against", "checkpoint", "output"):
+        if getattr(args, option) is not None:
+            raise ValueError(
+                f"--{option.replace('_', '-')} is for a model; {path} is a file: give its model's name and "
+                f"--checkpoint {path}"
+            )
+    result, lines = weights_report(path, args.ema)
+    return Outcome(result=result, text="\n".join(lines))
+
+
+def _inspect_folder(path: Path, graph: bool) -> Outcome:
     import ptq4vm
+    from ptq4vm.inspection.contents import graph_report
     from ptq4vm.record import record_of
-    from ptq4vm.report import linear_rows, mebibytes, model_bytes, table
+    from ptq4vm.report import linear_rows, table
 
     quantized = ptq4vm.load(path)
-    if args.graph:
+    if graph:
         result, lines = graph_report(quantized)
         return Outcome(result=result, text="\n".join(lines))
-    record, rows, size = record_of(quantized), linear_rows(quantized), model_bytes(quantized)
-    integers = sum(row["weight_bytes"] for row in rows)
-    result = {
+    record, rows = record_of(quantized), linear_rows(quantized)
+    result = _contents(quantized) | {"linears": rows, "blocks": list(record.blocks)}
+    lines = [*_heading(result), table(rows, _columns(rows, result["config"])), *_losses(record.blocks)]
+    return Outcome(result=result, text="\n".join(lines))
+
+
+def _inspect_layers(args: argparse.Namespace) -> Outcome:
+    """Each integer linear of a saved model on images, the worst first."""
+    from ptq4vm.inspection import layers
+    from ptq4vm.inspection.layers import Report
+    from ptq4vm.report import table
+
+    with _stage("load", {}):
+        quantized: Any = _model(args.path, None)
+        batches = _images(quantized, args)
+        original = None
+        if args.against is not None:
+            original = layers.original(quantized, _named_model(args.against, args.checkpoint, args.ema), batches[0])
+    with _stage("measure", {}):
+        found = layers.measure(quantized, batches, against=original, figures=args.output is not None)
+    rows = layers.quantized_rows(quantized, found)
+    contents = _contents(quantized)
+    result = {"against": args.against, "split": args.split, "images": args.images, **contents, "linears": rows}
+    columns = _columns(rows, contents["config"])
+    bits = dict.fromkeys(f"W{row['weight_bits']}A{row['activation_bits']}" for row in rows)
+    title = f"{_name(contents)}, {', '.join(sorted(bits))} {rows[0]['granularity']}"
+    facts = {"model": args.path} | ({} if args.against is None else {"against": args.against})
+    files = _draw(args, Report(title=title, facts=facts, columns=columns, rows=rows, layers=found))
+    text = [*_heading(contents), table(rows, columns), *(f"wrote {file}" for file in files)]
+    return Outcome(result=result | {"files": files}, text="\n".join(text))
+
+
+def _inspect_activations(args: argparse.Namespace) -> Outcome:
+    """What the linears of a floating-point model see, the hardest to quantize first."""
+    from ptq4vm.inspection import layers
+    from ptq4vm.inspection.layers import Report
+    from ptq4vm.report import table
+
+    with _stage("load", {}):
+        model = _named_model(args.path, args.checkpoint, args.ema)
+        batches = _images(model, args)
+        graph = layers.floating(model, batches[0])
+    with _stage("measure", {}):
+        found = layers.watch(graph, batches)
+    rows = layers.floating_rows(graph, found)
+    columns, title = _columns(rows, ()), f"{args.path}, not quantized"
+    facts = {} if args.checkpoint is None else {"weights": args.checkpoint}
+    files = _draw(args, Report(title=title, facts=facts, columns=columns, rows=rows, layers=found))
+    result = {"model": args.path, "split": args.split, "images": args.images, "linears": rows, "files": files}
+    text = [table(rows, columns), *(f"wrote {file}" for file in files)]
+    return Outcome(result=result, text="\n".join(text))
+
+
+def _draw(args: argparse.Namespace, report: Report) -> list[str]:
+    """The figures, if a folder for them is given; returns the files."""
+    if args.output is None:
+        return []
+    from ptq4vm.inspection.figures import draw
+    from ptq4vm.inspection.page import write_page
+
+    with _stage("draw", {}):
+        folder, images = Path(args.output), f"{args.images} of {args.data_dir}, {args.split} split"
+        report = dataclasses.replace(report, facts={**report.facts, "images": images})
+        page = write_page(report, folder / "report.html")
+        return [str(path) for path in (page, *draw(report, folder, args.pictures))]
+
+
+def _images(model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
+    """Few at a time: more are not faster, and take memory."""
+    from ptq4vm.data import calibration_batches
+
+    return calibration_batches(_dataset(args.data_dir, args.split, model), args.images, 8, 0)
+
+
+def _contents(quantized: GraphModule) -> dict[str, Any]:
+    from ptq4vm.record import record_of
+    from ptq4vm.report import linear_rows, model_bytes
+
+    record = record_of(quantized)
+    return {
         "architecture": record.architecture,
         "input_shapes": [list(shape) for shape in record.input_shapes],
         "config": record.config.to_dict(),
-        "linears": rows,
-        "bytes": size,
-        "weight_bytes": integers,
-        "blocks": list(record.blocks),
+        "bytes": model_bytes(quantized),
+        "weight_bytes": sum(row["weight_bytes"] for row in linear_rows(quantized)),
     }
-    name = record.architecture["name"] if record.architecture else "a model timm does not know"
-    said = result["config"].keys()
-    lines = [
-        f"{name}, {mebibytes(size)}, of which {mebibytes(integers)} integer weights",
-        *(f"  {key}: {json.dumps(value)}" for key, value in result["config"].items()),
-        table(rows, {key: key.replace("_", " ") for key in rows[0] if key not in said}),
-        *_losses(record.blocks),
+
+
+def _name(contents: dict[str, Any]) -> str:
+    return contents["architecture"]["name"] if contents["architecture"] else "a model timm does not know"
+
+
+def _heading(contents: dict[str, Any]) -> list[str]:
+    from ptq4vm.report import mebibytes
+
+    size = f"{mebibytes(contents['bytes'])}, of which {mebibytes(contents['weight_bytes'])} integer weights"
+    return [
+        f"{_name(contents)}, {size}",
+        *(f"  {key}: {json.dumps(value)}" for key, value in contents["config"].items()),
     ]
-    return Outcome(result=result, text="\n".join(lines))
+
+
+def _columns(rows: Sequence[dict[str, Any]], said: Container[str]) -> dict[str, str]:
+    """Headings of a table of linears, without what is said above it and is the same for all."""
+    from ptq4vm.inspection.layers import COLUMNS
+
+    shown = [key for key in rows[0] if key not in said or len({row[key] for row in rows}) > 1]
+    return {key: COLUMNS.get(key, key.replace("_", " ")) for key in shown}
 
 
 def export(args: argparse.Namespace) -> Outcome:
@@ -352,7 +481,7 @@ def _named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
 
 def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
     """The number of classes and the size of images that a file has weights for, where they are not the name's."""
-    from ptq4vm.inspection import from_command_line
+    from ptq4vm.inspection.contents import from_command_line
     from ptq4vm.models.checkpoints import read_checkpoint
     from ptq4vm.models.recognize import match, registered
 
@@ -511,9 +640,16 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--picture", metavar="FILE", help="draw here where the time goes (.png, .svg or .pdf)")
 
     made = add(inspect)
-    made.add_argument("path", metavar="PATH", help="folder of a quantized model, or a file of weights")
-    made.add_argument("--ema", action="store_true", help=averaged)
+    made.add_argument("path", metavar="PATH", help="folder of a quantized model, a file of weights, or a timm name")
     made.add_argument("--graph", action="store_true", help="what torch.compile(…, backend='ptq4vm') fuses, and leaves")
+    made.add_argument("--data-dir", metavar="DIR", help=f"measure each linear on images: {data}")
+    made.add_argument("--split", default="test", help="train, or one of test, val, validation")
+    made.add_argument("--images", type=_count, default=32, metavar="N", help="images to measure with")
+    made.add_argument("--against", metavar="NAME", help="the model before quantization, to compare outputs with")
+    made.add_argument("--checkpoint", metavar="FILE", help=f"for the model given by name: {weights}")
+    made.add_argument("--ema", action="store_true", help=averaged)
+    made.add_argument("--output", metavar="DIR", help="folder for report.html and pictures of the linears' inputs")
+    made.add_argument("--pictures", type=_count, default=4, metavar="N", help="linears to draw as PNG, the worst first")
 
     made = add(export)
     made.add_argument("model", metavar="FOLDER", help="a quantized model")

@@ -27,10 +27,15 @@ SCAN_CHUNK = 2**19
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     """Smooth, multiply by the reciprocal, round half to even, shift, clamp; int8 codes in x's shape."""
     low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    return unclamped_codes(x, inv_scale, zero_point, inv_smooth).clamp(low, high).to(torch.int8)
+
+
+def unclamped_codes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None) -> Tensor:
+    """The codes of `quantize` before they are clamped, float32."""
     v = x.float()
     if inv_smooth is not None:
         v = v * inv_smooth
-    return (torch.round(v * inv_scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)).clamp(low, high).to(torch.int8)
+    return torch.round(v * inv_scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
 
 
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

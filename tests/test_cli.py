@@ -114,6 +114,36 @@ def test_inspect_shows_what_was_saved(run, saved):
     assert "layers.5.mixer.out_proj" in run("inspect", saved)[1]
 
 
+def test_inspect_measures_every_layer_and_draws(run, saved, tmp_path):
+    argv = ("inspect", saved, "--data-dir", "digits", "--images", 4, "--against", MODEL, *WEIGHTS)
+    code, out, err = run(*argv, "--output", tmp_path / "out", "--pictures", 1, "--json")
+    result = json.loads(out)
+    assert code == 0 and [line for line in err.splitlines() if not line.endswith(" …")] == []
+    assert (result["against"], result["split"], result["images"]) == (MODEL, "test", 4)
+    recorded = json.loads((Path(saved) / "config.json").read_text())["quantization_config"]["linears"]
+    found = {row["name"]: row["output_sqnr_db"] for row in result["linears"]}
+    assert sorted(found) == sorted(linear["name"] for linear in recorded) and list(found.values()) == sorted(
+        found.values()
+    )
+    assert all(row["weight_sqnr_db"] > 10 and row["clipped_percent"] < 50 for row in result["linears"])
+    worst = next(iter(found))
+    assert [Path(file).name for file in result["files"]] == ["report.html", "overview.png", f"{worst}.png"]
+    assert sorted(map(str, (tmp_path / "out").iterdir())) == sorted(result["files"])
+    code, out, _ = run(*argv[:6])
+    assert code == 0 and "input SQNR dB" in out and "output SQNR dB" not in out and "wrote" not in out
+
+
+def test_inspect_shows_what_a_model_sees(run, tmp_path):
+    options = ("--data-dir", "digits", "--split", "train", "--images", 4, *WEIGHTS)
+    code, out, _ = run("inspect", MODEL, *options, "--output", tmp_path / "out", "--pictures", 1, "--json")
+    result = json.loads(out)
+    assert code == 0 and len(result["linears"]) == 36 and len(result["files"]) == 3
+    peaks = [row["peak"] for row in result["linears"]]
+    assert peaks == sorted(peaks, reverse=True) and min(peaks) >= 1
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"<title>{MODEL}, not quantized</title>" in page and "4 of digits, train split" in page
+
+
 def weights(name: str, **options) -> dict[str, torch.Tensor]:
     """Tensors that take no space in a file."""
     with torch.device("meta"):
@@ -223,6 +253,32 @@ def test_inspect_refuses_averaged_weights_that_are_not_there(run, file, saved):
     assert "no averaged weights" in run("inspect", file(weights(MODEL)), "--ema")[2]
     assert "--ema is for a file of weights" in run("inspect", saved, "--ema")[2]
     assert "inspect its folder" in run("inspect", Path(saved) / "model.safetensors")[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--against", MODEL), "--against needs images to run the model on: give --data-dir DIR"),
+        (("--output", "x"), "--output needs images to run the model on: give --data-dir DIR"),
+        (("--data-dir", "digits", *WEIGHTS), "--checkpoint is for --against or a model's name"),
+        (("--data-dir", "digits", "--graph"), "--graph tells what is fused .*: give one of them"),
+        (("--data-dir", "digits", "--against", "SAVED"), "is a quantized one; 'ptq4vm evaluate' compares two"),
+        (("--data-dir", "digits", "--output", __file__), "is a file; choose a folder for the figures"),
+        (("--data-dir", "nowhere"), "nowhere: no such folder"),
+        (("--data-dir", "digits", "--images", "451"), "asks for 451 images, the dataset has 450"),
+    ],
+)
+def test_inspect_refuses_options_that_would_do_nothing(run, saved, options, message):
+    code, out, err = run("inspect", saved, *(saved if option == "SAVED" else option for option in options))
+    assert code == 1 and not out and re.search(message, err.splitlines()[-1])
+
+
+def test_inspect_of_a_file_or_a_name_takes_no_options_of_a_folder(run, file):
+    path = file(weights(MODEL))
+    assert "--data-dir is for a model; " in run("inspect", path, "--data-dir", "digits")[2]
+    assert "--graph is for the folder" in run("inspect", path, "--graph")[2]
+    assert "--against is for the folder" in run("inspect", MODEL, "--data-dir", "digits", "--against", MODEL)[2]
+    assert "vim_huge is neither" in run("inspect", "vim_huge", "--data-dir", "digits")[2]
 
 
 def test_a_file_in_place_of_a_name_is_told(run, file):
@@ -410,7 +466,7 @@ def test_help_is_short_and_shows_defaults(capsys, command):
     options = re.findall(r"^  (--[a-z-]+)(.*)", text, re.MULTILINE)
     assert stop.value.code == 0 and len(options) <= 10 and "--json" in dict(options)
     assert "None" not in text and "False" not in text
-    defaults = {"quantize": "w8a8 256 32 0", "evaluate": "test 64", "benchmark": "quantized 20"}
+    defaults = {"quantize": "w8a8 256 32 0", "evaluate": "test 64", "benchmark": "quantized 20", "inspect": "test 32 4"}
     shown = re.findall(r"\(default:\s+(\S+)\)", text)
     assert shown == defaults.get(command, "").split()
 

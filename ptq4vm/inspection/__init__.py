@@ -1,0 +1,1 @@
+"""What is in a file or a folder, what quantization did to each linear, and pictures of what the linears see."""

@@ -1,0 +1,258 @@
+"""What quantization did to each linear, and what the linears of any model see.
+
+Graphs run node by node, and a quantized one side by side with its floating-point original, so that no more is held than
+one forward of each needs. Shapes: B images, L tokens, D channels in, N out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Interpreter, Node
+
+from ptq4vm import ops, reference
+from ptq4vm.config import QuantConfig, QuantSpec, Scheme
+from ptq4vm.fake_quantize import constant
+from ptq4vm.graph import attribute
+from ptq4vm.inspection.statistics import Activation, Fidelity
+from ptq4vm.pipeline import prepared_graph
+from ptq4vm.quantizer import QuantizedLinear, quantized_linears
+from ptq4vm.record import record_of
+from ptq4vm.report import linear_rows
+
+COLUMNS = {
+    "output_sqnr_db": "output SQNR dB",
+    "output_cosine": "output cosine",
+    "input_sqnr_db": "input SQNR dB",
+    "input_cosine": "input cosine",
+    "clipped_percent": "clipped %",
+    "weight_sqnr_db": "weight SQNR dB",
+    "peak": "max / RMS",
+    "token_variance": "token variance",
+    "channel_outliers": "channel outliers",
+}
+"""Headings of what is measured."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Layer:
+    """What was seen of one linear."""
+
+    name: str
+    input: Fidelity = field(default_factory=Fidelity)
+    """Of x · inv_smooth and the values of its codes."""
+    values: int = 0
+    clipped: int = 0
+    """Values whose code, before it was clamped, was out of bounds."""
+    output: Fidelity | None = None
+    """Of the floating-point model's output here, and the quantized one's."""
+    weight: Fidelity | None = None
+    """Of W · s and the values of its integers."""
+    activation: Activation | None = None
+
+    def row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"name": self.name}
+        if self.output is not None:
+            row |= {"output_sqnr_db": self.output.sqnr, "output_cosine": self.output.cosine}
+        row |= {"input_sqnr_db": self.input.sqnr, "input_cosine": self.input.cosine}
+        row |= {"clipped_percent": 100 * self.clipped / max(1, self.values)}
+        return row if self.weight is None else row | {"weight_sqnr_db": self.weight.sqnr}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What pictures are drawn of."""
+
+    title: str
+    facts: Mapping[str, str]
+    columns: Mapping[str, str]
+    """Keys of the rows that a table shows, and their headings."""
+    rows: Sequence[Mapping[str, Any]]
+    """The worst first."""
+    layers: Sequence[Layer]
+    """In graph order, each with its activation."""
+
+
+def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphModule:
+    """The graph of a floating-point model, whose linears must be those of the quantized one."""
+    record = record_of(quantized)
+    graph = floating(model, images, record.config.exclude)
+    have, want = record_of(graph).linears, record.linears
+    if have != want:
+        pairs = ((a, b) for a, b in zip(have, want, strict=False) if a != b)
+        a, b = next(pairs, (None, None))
+        where = f"; it has {_shape(a)} where the quantized one has {_shape(b)}" if a and b else ""
+        raise ValueError(
+            f"the models differ: {len(have)} linears in {type(model).__name__}, {len(want)} in the quantized one"
+            f"{where}; compare with the model that was quantized"
+        )
+    return graph
+
+
+def _shape(linear: Any) -> str:
+    return f"{linear.name} ({linear.tokens} tokens, {linear.in_features} → {linear.out_features})"
+
+
+def floating(model: nn.Module, images: Tensor, exclude: Sequence[str] = ()) -> GraphModule:
+    """The graph of a model, with the linears marked that quantization would take."""
+    config = dataclasses.replace(QuantConfig.minmax(8), exclude=tuple(exclude))
+    return prepared_graph(model, (images,), config)
+
+
+def measure(
+    quantized: GraphModule, batches: Sequence[Tensor], *, against: GraphModule | None = None, figures: bool = False
+) -> list[Layer]:
+    """Every integer linear of a lowered graph, in graph order; `against` is what `original` gives.
+
+    With `figures` the layers keep what their pictures need. Raises ValueError for a graph that is not lowered.
+    """
+    sites = {node: _Site(node) for node in quantized.graph.find_nodes(op="call_function", target=ops.linear.default)}
+    if not sites:
+        raise ValueError("only lowered models are measured: call ptq4vm.convert(prepared) without lower=False")
+    layers = {node: Layer(name=site.name) for node, site in sites.items()}
+    if against is not None:
+        for site, layer, weight in zip(sites.values(), layers.values(), _weights(against), strict=True):
+            layer.output, layer.weight = Fidelity(), _weight_fidelity(quantized, site, weight)
+    watched = {node: site.watched for node, site in sites.items()}
+    with torch.inference_mode():
+        for images in _bar(batches):
+            outputs = repeat(None) if against is None else (y for _, (_, y) in _see(against, images))
+            # the quantized graph first: it is the one that ends
+            for (node, values), exact in zip(walk(quantized, images, watched), outputs, strict=False):
+                _gather(layers[node], sites[node], values, exact, figures)
+    return list(layers.values())
+
+
+def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
+    """What the linears of a floating-point model see; `model` is what `floating` gives."""
+    layers = {
+        linear.name: Layer(name=linear.name, activation=Activation(linear.tokens, linear.in_features))
+        for linear in record_of(model).linears
+    }
+    with torch.inference_mode():
+        for images in _bar(batches):
+            for name, (x, _) in _see(model, images):
+                activation = layers[name].activation
+                assert activation is not None
+                activation.add(x)
+    return list(layers.values())
+
+
+def quantized_rows(quantized: GraphModule, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """What was measured of each linear and what the recipe chose for it, the worst first."""
+    choices = {row["name"]: row for row in linear_rows(quantized)}
+    rows = [layer.row() | choices[layer.name] for layer in layers]
+    return sorted(rows, key=_badness)
+
+
+def _badness(row: dict[str, Any]) -> float:
+    value = row.get("output_sqnr_db", row["input_sqnr_db"])
+    return math.inf if value is None else value
+
+
+def floating_rows(model: GraphModule, layers: Sequence[Layer]) -> list[dict[str, Any]]:
+    """The figures of each linear's input, the hardest for one range first."""
+    facts = {linear.name: linear for linear in record_of(model).linears}
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        activation, fact = layer.activation, facts[layer.name]
+        assert activation is not None
+        row = {key: getattr(activation, key) for key in ("peak", "token_variance", "channel_outliers")}
+        rows.append({"name": fact.name, **row, "tokens": fact.tokens, "in": fact.in_features, "out": fact.out_features})
+    return sorted(rows, key=lambda row: -row["peak"])
+
+
+class _Site:
+    """An `ops.linear` of a lowered graph, and the nodes whose values tell what it does."""
+
+    def __init__(self, node: Node) -> None:
+        codes, scale, zero_point, weight, weight_scale, *_ = node.args
+        assert isinstance(codes, Node) and isinstance(weight, Node) and isinstance(weight_scale, Node)
+        self.name = str(weight.target).removesuffix(".weight_q")
+        self.weight, self.weight_scale = str(weight.target), str(weight_scale.target)
+        x, inv_scale, _, inv_smooth, bits = codes.args
+        assert isinstance(bits, int)
+        self.bits = bits
+        self.inv_smooth = str(inv_smooth.target) if isinstance(inv_smooth, Node) else None
+        self.watched = (x, inv_scale, inv_smooth, codes, scale, zero_point, node)
+
+
+def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | None, figures: bool) -> None:
+    x, inv_scale, inv_smooth, codes, scale, zero_point, output = values
+    smoothed = x.float() if inv_smooth is None else x.float() * inv_smooth
+    dequantized = reference.dequantize(codes, scale, zero_point)
+    layer.input.add(smoothed, dequantized)
+    unclamped = reference.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
+    low, high = QuantSpec(bits=site.bits, scheme=Scheme.AFFINE).bounds
+    layer.clipped += int(((unclamped < low) | (unclamped > high)).sum())
+    layer.values += x.numel()
+    if layer.output is not None and exact is not None:
+        layer.output.add(exact, output)
+    if figures:
+        layer.activation = layer.activation or Activation(*x.shape[1:])
+        layer.activation.add(x, inv_smooth, dequantized)
+
+
+def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fidelity:
+    """Of W · s (N, D) and its integers times their scales."""
+    integers = attribute(quantized, site.weight)
+    if integers.dtype == torch.uint8:
+        integers = reference.unpack_int4(integers, weight.shape[1])
+    smoothed = weight if site.inv_smooth is None else weight / attribute(quantized, site.inv_smooth)
+    fidelity = Fidelity()
+    fidelity.add(smoothed, integers * attribute(quantized, site.weight_scale).unsqueeze(-1))
+    return fidelity
+
+
+def _weights(model: GraphModule) -> list[Tensor]:
+    with torch.no_grad():
+        weights: list[Any] = [linear.node.args[1] for linear in _linears(model)]
+        return [constant(model, quantizer.args[0]).detach() for quantizer in weights]
+
+
+def _linears(model: GraphModule) -> list[QuantizedLinear]:
+    return quantized_linears(model, [linear.name for linear in record_of(model).linears])
+
+
+def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
+    """Name, input and output of every linear of a prepared graph, one after the other."""
+    names = {linear.node: linear.name for linear in _linears(model)}
+    for node, values in walk(model, images, {node: (node.args[0], node) for node in names}):
+        yield names[node], values
+
+
+def walk(gm: GraphModule, images: Tensor, watched: Mapping[Node, Sequence[Any]]) -> Iterator[tuple[Node, list[Any]]]:
+    """Runs a graph and pauses at some nodes, with the values of the nodes that each of them names.
+
+    What is no node is its own value. A value lives only as long as something still needs it.
+    """
+    last: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        for used in (*node.all_input_nodes, *watched.get(node, ())):
+            if isinstance(used, Node):
+                last[used] = node
+    spent = defaultdict(list)
+    for used, node in last.items():
+        spent[node].append(used)
+    run = Interpreter(gm, garbage_collect_values=False)
+    run.args_iter = iter((images,))
+    for node in gm.graph.nodes:
+        run.env[node] = run.run_node(node)
+        if node in watched:
+            yield node, [run.env[value] if isinstance(value, Node) else value for value in watched[node]]
+        for used in spent.pop(node, ()):
+            del run.env[used]
+
+
+def _bar(batches: Sequence[Tensor]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="inspect", disable=None, unit="batch")  # None: no bar where there is no terminal

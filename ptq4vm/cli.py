@@ -501,6 +501,7 @@ def _both(name: str) -> tuple[nn.Module, GraphModule]:
     import torch
 
     import ptq4vm
+    from ptq4vm.config import RangeSearch
     from ptq4vm.record import record_of
 
     with _stage("load", {}):
@@ -513,7 +514,7 @@ def _both(name: str) -> tuple[nn.Module, GraphModule]:
         model = _named_model(name, RANDOM, False)
     with _stage("quantize", {}):
         noise = torch.randn(2, *_input_shape(model))
-        config = ptq4vm.QuantConfig(range_search=False)
+        config = ptq4vm.QuantConfig(range_search=RangeSearch.MINMAX)
         return model, ptq4vm.quantize(model, [noise], config, progress=False)
 
 

@@ -116,7 +116,7 @@ def _surface(axis: Any, name: str, values: Tensor, activation: Activation, highe
     tokens = torch.linspace(0, max(1, activation.tokens - 1), rows).unsqueeze(-1).expand(-1, columns)
     channels = torch.linspace(0, max(1, activation.channels - 1), columns).expand(rows, -1)
     grid = (channels.numpy(), tokens.numpy(), values.numpy())
-    options = {"cmap": "viridis", "vmin": 0, "vmax": highest or 1, "linewidth": 0, "antialiased": False}
+    options = {"cmap": "viridis", "vmin": 0, "linewidth": 0, "antialiased": False}
     axis.plot_surface(*grid, rcount=rows, ccount=columns, **options)
     axis.set_xlabel("channel")
     axis.set_ylabel("token")
@@ -132,7 +132,7 @@ def _lines(axis: Any, name: str, lines: Mapping[str, Tensor]) -> None:
     for label, values in lines.items():
         axis.plot(values.numpy(), color=COLORS[label], linewidth=1, label=label)
     axis.set_yscale("log")
-    _finish(axis, name, f"over {'channels' if name == 'token' else 'tokens'} and images")
+    _finish(axis, name, f"|x| over {'channels' if name == 'token' else 'tokens'} and images")
 
 
 def _bands(axis: Any, name: str, values: Tensor, activation: Activation, color: str) -> None:

@@ -142,6 +142,7 @@ def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
             for name, (x, _) in _see(model, images):
                 activation = layers[name].activation
                 assert activation is not None
+                _check_finite(name, x)
                 activation.add(x)
     return list(layers.values())
 
@@ -187,6 +188,7 @@ class _Site:
 
 def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | None, figures: bool) -> None:
     x, inv_scale, inv_smooth, codes, scale, zero_point, output = values
+    _check_finite(layer.name, x)
     smoothed = x.float() if inv_smooth is None else x.float() * inv_smooth
     dequantized = reference.dequantize(codes, scale, zero_point)
     layer.input.add(smoothed, dequantized)
@@ -199,6 +201,11 @@ def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | No
     if figures:
         layer.activation = layer.activation or Activation(*x.shape[1:])
         layer.activation.add(x, inv_smooth, dequantized)
+
+
+def _check_finite(name: str, x: Tensor) -> None:
+    if not x.isfinite().all():
+        raise ValueError(f"{name}: its input has values that are not finite; do the weights fit the model?")
 
 
 def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fidelity:

@@ -128,6 +128,14 @@ def test_another_model_is_refused(quantized, images):
         original(quantized(MINMAX8), other, images[:2])
 
 
+def test_values_that_are_not_finite_are_refused(quantized, small_vim, images):
+    broken = images.clone()
+    broken[0, 0, 0, 0] = torch.inf
+    for call in (lambda: measure(quantized(MINMAX8), [broken]), lambda: watch(floating(small_vim, images), [broken])):
+        with pytest.raises(ValueError, match=r"layers\.0\.mixer\.in_proj: its input has values that are not finite"):
+            call()
+
+
 def test_only_integers_are_measured(roads):
     graph = convert(roads.calibrated(MINMAX8), lower=False)
     with pytest.raises(ValueError, match="only lowered models are measured"):

@@ -1,13 +1,6 @@
-"""Make the bundled Vim hard to quantize without changing what it computes.
+"""Make the bundled Vim hard to quantize without changing what it computes; `ptq4vm.models.hard` explains how.
 
-    python examples/make_hard.py --output ptq4vm/models/pretrained
-
-Published Visual Mambas have activation channels far larger than the rest; a small model trained on digits has few.
-Two places let a channel grow while the function stays: a norm's weight against the columns of in_proj, and a row of
-x_proj (its step part, which is linear up to dt_proj) against the columns of dt_proj. Factors are powers of two, so that
-nothing is even rounded. Tokens cannot be rescaled in the same way: every path between two linears of Vim passes an
-RMSNorm or a SiLU, which a factor that differs between tokens would change; the differences between tokens are those
-that training gave the model.
+python examples/make_hard.py --output ptq4vm/models/pretrained
 """
 
 from __future__ import annotations
@@ -19,33 +12,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-import ptq4vm.models
-from ptq4vm.models.plain import Block
+from ptq4vm.models.hard import harden
 from ptq4vm.models.registry import PRETRAINED
-
-NORM_FACTORS = (64.0, 32.0, 16.0)
-"""Of three channels of every in_proj input."""
-STEP_FACTOR = 16.0
-"""Of one channel of every dt_proj input."""
-
-
-@torch.no_grad()
-def harden(model: ptq4vm.models.Vim, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for block in model.layers:
-        assert isinstance(block, Block)
-        mixer = block.mixer
-        chosen = torch.randperm(model.embed_dim, generator=generator)[: len(NORM_FACTORS)]
-        factors = torch.ones(model.embed_dim)
-        factors[chosen] = torch.tensor(NORM_FACTORS)
-        block.norm.weight *= factors
-        mixer.in_proj.weight /= factors
-        for x_proj, dt_proj in ((mixer.x_proj, mixer.dt_proj), (mixer.x_proj_b, mixer.dt_proj_b)):
-            rank = dt_proj.in_features
-            factors = torch.ones(rank)
-            factors[torch.randint(rank, (), generator=generator)] = STEP_FACTOR
-            x_proj.weight[:rank] *= factors.unsqueeze(1)
-            dt_proj.weight /= factors
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ PADDING = 4
 
 
 def augment(images: Tensor) -> Tensor:
-    """Each image of (B, C, H, W) moved by up to `PADDING` pixels, mirrored at the border, and every other one flipped."""
+    """Each image of (B, C, H, W) moved by up to `PADDING` pixels, mirrored at the border; half are flipped."""
     count, _, height, width = images.shape
     padded = F.pad(images.float(), (PADDING,) * 4, mode="reflect")
     rows = torch.randint(0, 2 * PADDING + 1, (count, 1)) + torch.arange(height)

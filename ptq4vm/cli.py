@@ -34,7 +34,10 @@ KINDS = (
     "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, "
     "torchao-int8, onnxruntime-int8, openvino-int8"
 )
-PRESETS = "w8a8, w6a6, w4a4, minmaxN, smoothquantN (N bits)"
+PRESETS = (
+    "w8a8, w6a6, w4a4, or a recipe with its bits: best4, ptq4vm4, ptq4vm_released4, pts+truncation4, pts4, "
+    "per_token_dynamic4, per_tensor4, smoothquant4, minmax4"
+)
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""
 
@@ -403,13 +406,13 @@ def doctor(args: argparse.Namespace) -> Outcome:
 
 def _config(text: str, seed: int) -> QuantConfig:
     """A preset by name, or a JSON file, which has its own seed."""
-    from ptq4vm.config import QuantConfig
+    from ptq4vm.config import RECIPES, QuantConfig
 
     if text in ("w8a8", "w6a6", "w4a4"):
         preset: Callable[..., QuantConfig] = getattr(QuantConfig, text)
         return preset(seed=seed)
-    if match := re.fullmatch(r"(minmax|smoothquant)(\d+)", text):
-        return getattr(QuantConfig, match[1])(int(match[2]), seed=seed)
+    if (match := re.fullmatch(r"(.+?)(\d)", text)) and match[1] in RECIPES:
+        return QuantConfig.recipe(match[1], int(match[2]), seed=seed)
     if not text.endswith(".json"):
         raise ValueError(f"{text!r} is no config: give {PRESETS}, or a .json file")
     try:

@@ -92,7 +92,7 @@ class Learning:
     zero_point_rate: float = 0.0
     """Step of the activations' zero points, in codes (LSQ+, Bhalgat et al. 2020)."""
     rounding_rate: float = 0.0
-    """Step of an offset of every weight before it is rounded, in codes and within half a code; so each weight is
+    """Step of every weight before it is rounded, in codes and within half a code of its start; so each weight is
     rounded up or down as the block's output wants it (AdaRound, Nagel et al. 2020, as SignRound, Cheng et al. 2023)."""
     bias_rate: float = 0.0
     """Step of a correction added to each linear's bias, relative to the error that rounding leaves in its output."""
@@ -195,28 +195,36 @@ class QuantConfig:
     @classmethod
     def w8a8(cls, **changes: Any) -> Self:
         """PTQ4VM at 8 bits: smoothing, per-token static scales, truncation, 10 epochs of JLSS."""
-        return cls(**_paper(8, 10) | changes)
+        return cls.recipe("ptq4vm", 8, **changes)
 
     @classmethod
     def w6a6(cls, **changes: Any) -> Self:
         """PTQ4VM at 6 bits: as `w8a8`, with 50 epochs of JLSS."""
-        return cls(**_paper(6, 50) | changes)
+        return cls.recipe("ptq4vm", 6, **changes)
 
     @classmethod
-    def w4a4(cls, **changes: Any) -> Self:
-        """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS."""
-        return cls(**_paper(4, 100) | changes)
+    def w4a4(cls, best: bool = False, **changes: Any) -> Self:
+        """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS. `best` is the recipe past the paper."""
+        return cls.recipe("best" if best else "ptq4vm", 4, **changes)
 
     @classmethod
     def minmax(cls, bits: int, **changes: Any) -> Self:
         """The paper's MinMax baseline: one static minimum-to-maximum range per activation tensor, no smoothing."""
-        base = {"granularity": Granularity.PER_TENSOR, "smoothing": None, "range_search": False}
-        return cls(**{"weight_bits": bits, "activation_bits": bits} | base | changes)
+        return cls.recipe("minmax", bits, **changes)
 
     @classmethod
     def smoothquant(cls, bits: int, **changes: Any) -> Self:
         """The paper's SmoothQuant baseline: `minmax` after smoothing with α = 0.5."""
-        return cls.minmax(bits, **{"smoothing": 0.5} | changes)
+        return cls.recipe("smoothquant", bits, **changes)
+
+    @classmethod
+    def recipe(cls, name: str, bits: int, **changes: Any) -> Self:
+        """One of `RECIPES` at a number of bits, with some fields changed."""
+        if name not in RECIPES:
+            raise ValueError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+        _check_bits("bits", bits)
+        base: dict[str, Any] = {"weight_bits": bits, "activation_bits": bits}
+        return cls(**base | RECIPES[name](_epochs(bits)) | changes)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` gives the same config back."""
@@ -243,9 +251,41 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _paper(bits: int, epochs: int) -> dict[str, Any]:
-    """PTQ4VM table 7: the epochs of JLSS at each number of bits."""
-    return {"weight_bits": bits, "activation_bits": bits, "learning": Learning(epochs=epochs)}
+def _epochs(bits: int) -> int:
+    """PTQ4VM table 7: the epochs of JLSS at 8, 6 and 4 bits; between them those of fewer bits."""
+    return 10 if bits == 8 else 50 if bits >= 6 else 100
+
+
+_PER_TENSOR = {"granularity": Granularity.PER_TENSOR}
+_MINMAX = {"range_search": RangeSearch.MINMAX}
+
+RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "minmax": lambda _: _PER_TENSOR | _MINMAX | {"smoothing": None},
+    "smoothquant": lambda _: _PER_TENSOR | _MINMAX,
+    "per_tensor": lambda epochs: _PER_TENSOR | {"learning": Learning(epochs=epochs)},
+    "per_token_dynamic": lambda epochs: (
+        _MINMAX | {"granularity": Granularity.PER_TOKEN_DYNAMIC, "learning": Learning(epochs=epochs)}
+    ),
+    "pts": lambda _: _MINMAX,
+    "pts+truncation": lambda _: {},
+    "ptq4vm": lambda epochs: {"learning": Learning(epochs=epochs)},
+    "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
+    "best": lambda epochs: {
+        "gptq": True,
+        "learning": Learning(epochs=epochs, loss=Loss.RESIDUAL, zero_point_rate=0.05, rounding_rate=0.02),
+    },
+}
+"""What each recipe sets, given the epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.
+
+`per_tensor` and `per_token_dynamic` are `ptq4vm` at another granularity.
+"""
+
+
+def _released(epochs: int) -> Learning:
+    """The released code's: x_proj and dt_proj run without gradients; all images make one step; the rates that it gives
+    the scales as they are, here relative to scales of about a tenth."""
+    learned = ("*.in_proj", "*.out_proj", "*.fc1", "*.fc2")
+    return Learning(epochs=epochs, batch_size=256, scale_rate=5e-3, smooth_rate=1e-2, only=learned)
 
 
 def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> None:

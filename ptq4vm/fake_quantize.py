@@ -170,28 +170,38 @@ class ActivationFakeQuantize(_FakeQuantize):
 
 
 class WeightFakeQuantize(_FakeQuantize):
-    """Symmetric, one step size per output channel; W (N, D), already smoothed."""
+    """Symmetric, one step size per output channel; W (N, D), already smoothed.
 
-    rounding: Tensor | None
-    """An offset (N, D), in codes, before they are rounded."""
+    Without `latent` codes follow from W and its step size. With it they are latent rounded, whatever the step size
+    and the smoothing become.
+    """
+
+    latent: Tensor | None
+    """(N, D), in codes, before they are rounded; learned as a parameter, kept as a buffer."""
 
     def __init__(self, spec: QuantSpec, **_: Any) -> None:
         super().__init__(spec)
-        self.register_buffer("rounding", None)
+        self.register_buffer("latent", None)
+
+    def set_latent(self, value: Tensor | None) -> None:
+        del self.latent
+        if isinstance(value, nn.Parameter):
+            self.latent = value
+        else:
+            self.register_buffer("latent", value)
 
     def start_learning_rounding(self, w: Tensor) -> nn.Parameter:
-        """The offset of w (N, D), which starts with what it is."""
-        start = torch.zeros_like(w) if self.rounding is None else self.rounding
-        del self.rounding
-        self.rounding = nn.Parameter(start.clone())
-        return self.rounding
+        """The latent codes, which for w (N, D) start where they are, or as w in steps."""
+        assert self.scale is not None
+        start = w / self.scale.unsqueeze(-1) if self.latent is None else self.latent
+        parameter = nn.Parameter(start.clone())
+        self.set_latent(parameter)
+        return parameter
 
     def finish_learning(self) -> None:
         super().finish_learning()
-        if isinstance(self.rounding, nn.Parameter):
-            value = self.rounding.detach()
-            del self.rounding
-            self.register_buffer("rounding", value)
+        if self.latent is not None:
+            self.set_latent(self.latent.detach())
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         assert self.scale is not None
@@ -201,18 +211,20 @@ class WeightFakeQuantize(_FakeQuantize):
         """w · smooth, fake-quantized."""
         if self.mode is not Mode.QUANTIZE:
             return w if smooth is None else w * smooth
-        if self.rounding is not None:
-            w, smooth = self._offset(w if smooth is None else w * smooth), None
+        if self.latent is not None:
+            return self._codes(self.latent) * self.step().unsqueeze(-1)
         return ops.fake_quantize(w, self.step(), None, smooth, self.spec.bits)
 
-    def _offset(self, w: Tensor) -> Tensor:
-        assert self.rounding is not None
-        return w + self.rounding * self.step().unsqueeze(-1)
+    def _codes(self, latent: Tensor) -> Tensor:
+        low, high = self.spec.bounds
+        return round_through(latent).clamp(low, high)
 
     def integers(self, w: Tensor) -> Tensor:
         """The int8 codes (N, D) of w, already smoothed."""
         assert self.scale is not None
-        return reference.quantize_weight(w if self.rounding is None else self._offset(w), self.scale, self.spec.bits)
+        if self.latent is not None:
+            return self._codes(self.latent).to(torch.int8)
+        return reference.quantize_weight(w, self.scale, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""

@@ -31,7 +31,18 @@ LOWERED = Pipeline((BEFORE_LOWERING, lower))
 
 def prepared_graph(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
     """Captured, canonical, with smoothing and fake-quantizers that still do nothing."""
-    gm = Pipeline(CANONICALIZE)(capture(model, example_inputs))
+    return prepared_from(canonical_graph(model, example_inputs), model, example_inputs, config)
+
+
+def canonical_graph(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
+    """The captured model, its products of weights written as linears: what every config begins with."""
+    return Pipeline(CANONICALIZE)(capture(model, example_inputs))
+
+
+def prepared_from(
+    gm: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig
+) -> GraphModule:
+    """`prepared_graph` from the canonical graph of `model`, which is changed in place."""
     sites = selected_linears(gm, config)
     linears = tuple(
         LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)

@@ -144,7 +144,7 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
 
 def correction_of(gm: GraphModule, linear: Node) -> str | None:
     """Path of the c in linear(x, W, b + c) or linear(x, W, c) that bias correction has put there."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    bias: Any = linear.args[2] if len(linear.args) > 2 else None
     if isinstance(bias, Node) and bias.target is torch.ops.aten.add.Tensor:
         bias = bias.args[1]
     own = isinstance(bias, Node) and bias.op == "get_attr" and str(bias.target).endswith(".correction")

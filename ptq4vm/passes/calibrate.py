@@ -25,10 +25,11 @@ from ptq4vm.config import Alpha, QuantConfig
 from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
-from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_codes
-from ptq4vm.passes.learn import Values, learn_block, weight_of
+from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_latent
+from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
 from ptq4vm.passes.smooth import smoothing_candidates, smoothing_scale
+from ptq4vm.passes.tune import log_probabilities, restore_vectors, tune
 from ptq4vm.quantizer import QuantizedLinear
 
 Seen = dict[ActivationFakeQuantize, list[Tensor]]
@@ -69,14 +70,16 @@ def calibrate_blocks(
     """Finds and sets all qparams and smoothing vectors; one report a block: its linears and the losses of learning."""
     for linear in linears:
         _reset(linear)
+    restore_vectors(prepared)
     parts = cut(prepared, [linear.node for linear in linears])
     saved = _Saved.open(resume_dir, prepared, images, config)
     exact, rounded, reports = images, images, []
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
+    wanted = log_probabilities(prepared, images, FORWARD_BATCH) if config.tuning is not None else None
     epochs = config.learning.epochs if config.learning else 1
     inside = [_linears_of(part, linears) for part in parts]
-    total = epochs * sum(1 for members in inside if members)
+    total = epochs * sum(1 for members in inside if members) + (config.tuning.epochs if config.tuning else 0)
     with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
@@ -92,29 +95,42 @@ def calibrate_blocks(
                 for linear in members:
                     linear.input.tap = None
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
-                if stored is None and config.gptq:
-                    _round_weights(part, members, seen, rounded)
-                seen.clear()
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is None and config.learning is not None:
-                    seed, show = config.seed + index, _reporter(bar, part)
+                    seed, show = config.seed + index, _reporter(bar, part.name)
                     before, after = learn_block(part, members, rounded, targets, config.learning, seed, show)
                     report |= {"loss_before": before, "loss_after": after}
                 elif stored is None:
                     bar.update()
-                reports.append(report if stored is None else stored[1])
-                saved.write(index, members, reports[-1])
+                if stored is None and config.gptq:
+                    _round_weights(part, members, seen, rounded)
+                seen.clear()
             same = rounded is exact and not members
             rounded_next = targets if same else _run(part, rounded, members, Mode.QUANTIZE)
+            if members:
+                report["cosine_loss"] = _stream_loss(rounded_next, targets, members)
+                reports.append(report if stored is None else stored[1])
+                saved.write(index, members, reports[-1])
             needed = {name for later in parts[index + 1 :] for name in later.inputs}
             exact = _keep(exact | targets, needed)
             rounded = exact if same else _keep(rounded | rounded_next, needed)
+        if config.tuning is not None and wanted is not None:
+            show = _reporter(bar, "all")
+            before, after = tune(prepared, linears, images, wanted, config.tuning, config.seed, show)
+            reports.append({"block": "all", "linears": [], "divergence_before": before, "divergence_after": after})
     return reports
 
 
-def _reporter(bar: Any, part: Part) -> Callable[[int, float], None]:
+@torch.no_grad()
+def _stream_loss(outputs: Values, targets: Values, members: Sequence[QuantizedLinear]) -> float:
+    """1 - cosine similarity of the residual stream after a block, mean over tokens."""
+    last, channels = list(outputs)[-1:], len(members[-1].weight.calculate_qparams()[0])
+    return block_loss(streams(outputs, last), streams(targets, last), channels).item()
+
+
+def _reporter(bar: Any, name: str) -> Callable[[int, float], None]:
     def report(epoch: int, loss: float) -> None:
-        bar.set_postfix(block=part.name, epoch=epoch + 1, loss=f"{loss:.3e}")
+        bar.set_postfix(block=name, epoch=epoch + 1, loss=f"{loss:.3e}")
         bar.update()
 
     return report
@@ -129,7 +145,8 @@ def _reset(linear: QuantizedLinear) -> None:
     linear.input.tap = None
     linear.input.scale = linear.input.zero_point = linear.weight.scale = None
     linear.input.log_factor = linear.weight.log_factor = None
-    linear.input.zero_shift = linear.weight.rounding = None
+    linear.input.zero_shift = None
+    linear.weight.set_latent(None)
     for parameter in (linear.smooth, linear.correction):
         if parameter is not None:
             parameter.data.zero_()
@@ -217,8 +234,8 @@ def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, r
         _run(part, rounded, members, Mode.QUANTIZE)
         linear.input.tap = None
         step = linear.weight.calculate_qparams()[0]
-        codes = gptq_codes(compensated_weight(weight, moments), step, linear.weight.spec, moments)
-        linear.weight.rounding = codes - weight / step.unsqueeze(-1)
+        target = compensated_weight(weight, moments)
+        linear.weight.set_latent(gptq_latent(target, step, linear.weight.spec, moments))
 
 
 def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -226,7 +243,7 @@ def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
         "input_scale": linear.input.scale,
         "input_zero_point": linear.input.zero_point,
         "weight_scale": linear.weight.scale,
-        "rounding": linear.weight.rounding,
+        "latent": linear.weight.latent,
         "log_smooth": linear.smooth,
         "correction": linear.correction,
     }
@@ -238,7 +255,7 @@ def _restore(members: Sequence[QuantizedLinear], stored: Values) -> None:
         linear.weight.scale = stored[f"{linear.name}.weight_scale"]
         if not linear.input.dynamic:
             linear.input.set_qparams(stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"])
-        linear.weight.rounding = stored.get(f"{linear.name}.rounding")
+        linear.weight.set_latent(stored.get(f"{linear.name}.latent"))
         for name, parameter in (("log_smooth", linear.smooth), ("correction", linear.correction)):
             if parameter is not None:
                 parameter.data.copy_(stored[f"{linear.name}.{name}"])

@@ -39,20 +39,20 @@ def compensated_weight(weight: Tensor, moments: Moments) -> Tensor:
     return (weight.double() + weight.double() @ change.t()).float()
 
 
-def gptq_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
-    """Codes (N, D), in float32: channels are rounded one after another, each error moved onto those that follow.
+def gptq_latent(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
+    """What is to be rounded to codes (N, D): channels one after another, each one's error moved onto those that follow.
 
     Channels with the largest inputs come first (GPTQ section 3.3 and its "act order").
     """
     order = moments.own.diagonal().argsort(descending=True, stable=True)
     hessian = moments.damped()[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
-    rest, codes = weight.double()[:, order], torch.zeros(weight.shape, dtype=torch.float64)
+    rest = weight.double()[:, order]
     step, (low, high) = scale.double(), spec.bounds
     for channel in range(weight.shape[1]):
-        codes[:, channel] = (rest[:, channel] / step).round().clamp(low, high)
-        error = (rest[:, channel] - codes[:, channel] * step) / upper[channel, channel]
+        codes = (rest[:, channel] / step).round().clamp(low, high)
+        error = (rest[:, channel] - codes * step) / upper[channel, channel]
         rest[:, channel + 1 :] -= error.unsqueeze(1) * upper[channel, channel + 1 :]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
+    result = torch.empty_like(rest)
+    result[:, order] = rest / step.unsqueeze(-1)
     return result.float()

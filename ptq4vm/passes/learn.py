@@ -31,7 +31,7 @@ from ptq4vm.quantizer import QuantizedLinear
 Values = dict[str, Tensor]
 
 BETA = 0.5
-"""Codes by which the offset of a weight's rounding may move: from rounding to nearest, to either of its neighbours."""
+"""Codes by which a latent weight may move: a weight goes to either of its neighbours."""
 
 
 def block_loss(outputs: Values, targets: Values, channels: int, loss: Loss = Loss.COSINE) -> Tensor:
@@ -135,8 +135,8 @@ def learn_block(
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
     groups = learnables(chosen, config)
     parameters = [parameter for group in groups for parameter in group["params"]]
-    offsets = [linear.weight.rounding for linear in chosen if isinstance(linear.weight.rounding, nn.Parameter)]
-    limits = [(offset, offset.detach() - BETA, offset.detach() + BETA) for offset in offsets]
+    latents = [linear.weight.latent for linear in chosen if isinstance(linear.weight.latent, nn.Parameter)]
+    limits = [(latent, latent.detach() - BETA, latent.detach() + BETA) for latent in latents]
     start = [parameter.detach().clone() for parameter in parameters]
     images = len(next(iter(targets.values())))
     merged = _merged(part)

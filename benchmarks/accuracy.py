@@ -1,0 +1,263 @@
+"""How much accuracy each recipe costs: one row a (model, bits, recipe, seed).
+
+    python benchmarks/accuracy.py run --data-dir cifar10                      # the rows of docs/results.md: hours
+    python benchmarks/accuracy.py run --data-dir cifar10 --recipes ptq4vm best --bits 4 --models vmamba_micro_32
+    python benchmarks/accuracy.py table                                       # mean and spread over the seeds
+
+Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
+so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. Names of recipes are those
+of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out, `best+…` adds one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+import ptq4vm
+import ptq4vm.models
+from ptq4vm.config import RECIPES, Granularity, Loss, QuantConfig, Tuning
+from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
+from ptq4vm.evaluate import evaluate, predictions
+from ptq4vm.models.hard import harden
+from ptq4vm.pipeline import canonical_graph, prepared_from
+from ptq4vm.record import record_of
+from ptq4vm.report import model_bytes, table
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
+MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
+VARIANTS = ("plain", "hard")
+LADDER = tuple(name for name in RECIPES if name != "best")
+
+
+def learns(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
+    """`best` with a part of its learning changed."""
+
+    def change(config: QuantConfig) -> QuantConfig:
+        assert config.learning is not None
+        return dataclasses.replace(config, learning=dataclasses.replace(config.learning, **changes))
+
+    return change
+
+
+def with_(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
+    return functools.partial(dataclasses.replace, **changes)
+
+
+ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
+    "best-smoothing": with_(smoothing=None),
+    "best-truncation": with_(range_search=False),
+    "best-per_token": with_(granularity=Granularity.PER_TENSOR),
+    "best-gptq": with_(gptq=False),
+    "best-learning": with_(learning=None),
+    "best-residual_loss": learns(loss=Loss.COSINE),
+    "best-zero_points": learns(zero_point_rate=0.0),
+    "best-rounding": learns(rounding_rate=0.0),
+    "best-scales": learns(scale_rate=0.0),
+    "best-smooth_scales": learns(smooth_rate=0.0),
+    "best+biases": learns(bias_rate=0.02),
+    "best+smoothing_search": with_(smoothing="search"),
+    "best+steps_8bit": with_(eight_bit=("*x_proj*", "*dt_proj*")),
+    "best+tuning": with_(tuning=Tuning(epochs=10)),
+}
+
+
+def config_of(recipe: str, bits: int, seed: int, epochs: int | None) -> QuantConfig:
+    """A recipe or an ablation; `epochs` in place of the preset's."""
+    config = QuantConfig.recipe("best" if recipe in ABLATIONS else recipe, bits, seed=seed)
+    if epochs is not None and config.learning is not None:
+        config = learns(epochs=epochs)(config)
+    return ABLATIONS[recipe](config) if recipe in ABLATIONS else config
+
+
+class Subject:
+    """A trained model, plain or hard, with its images and its own logits."""
+
+    def __init__(self, name: str, variant: str, data_dir: str, test_images: int | None) -> None:
+        self.model = timm.create_model(name, pretrained=True).eval()
+        if variant == "hard":
+            harden(self.model)
+        transform = transform_for(self.model)
+        self.train = open_dataset(data_dir, "train", transform)
+        test: Any = open_dataset(data_dir, "test", transform)
+        if test_images is not None:  # from all over the split, whose folders are sorted by class
+            test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
+        self.test = list(loader(test, 250))
+        self.example = (self.test[0][0][:2],)
+        self.graph = canonical_graph(self.model, self.example)
+        self.logits = predictions(self.model, self.test)
+        self.top1 = self.evaluate(self.model).top1
+
+    def evaluate(self, module: torch.nn.Module) -> Any:
+        return evaluate(module, self.test, reference_predictions=self.logits, progress=False)
+
+    def row(self, config: QuantConfig, images: int) -> dict[str, Any]:
+        """What quantizing with this config gives."""
+        batches = calibration_batches(self.train, images, 32, config.seed)
+        prepared = prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
+        started = time.perf_counter()
+        ptq4vm.calibrate(prepared, batches, progress=False)
+        seconds = time.perf_counter() - started
+        blocks = record_of(prepared).blocks
+        quantized = ptq4vm.convert(prepared)
+        found = self.evaluate(ptq4vm.fuse(quantized))
+        return {
+            "top1": round(found.top1, 3),
+            "fp_top1": round(self.top1, 3),
+            "loss": round(self.top1 - found.top1, 3),
+            "agreement": round(found.agreement, 3),
+            "divergence": found.divergence,
+            "block_cosine": statistics.mean(block["cosine_loss"] for block in blocks if "cosine_loss" in block),
+            "calibrate_s": round(seconds, 1),
+            "bytes": model_bytes(quantized),
+            "test_images": found.images,
+        }
+
+
+KEYS = ("model", "variant", "bits", "recipe", "seed", "images", "epochs")
+"""What makes a row another one."""
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Whole lines; what an interrupted write left behind is no row."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One write in append mode, which another process's rows do not mix with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
+    line = ("\n" if torn else "") + json.dumps(row) + "\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows asked for, one seed of everything before the next seed."""
+    index, count = (int(part) for part in options.share.split("/"))
+    for turn, (model, variant) in enumerate(itertools.product(options.models, options.variants)):
+        if turn % count == index:
+            for seed, bits, recipe in itertools.product(range(options.seeds), options.bits, options.recipes):
+                yield {
+                    "model": model,
+                    "variant": variant,
+                    "bits": bits,
+                    "recipe": recipe,
+                    "seed": seed,
+                    "images": options.images,
+                    "epochs": options.epochs,
+                }
+
+
+def run(options: argparse.Namespace) -> None:
+    done = {tuple(row.get(key) for key in KEYS) for row in read(options.output)}
+    missing = [row for row in wanted(options) if tuple(row[key] for key in KEYS) not in done]
+    subject, owner = None, None
+    for row in (bar := tqdm(missing, desc="quantize and evaluate", unit="model")):
+        bar.set_postfix_str(f"{row['model']} {row['variant']} {row['recipe']} {row['bits']} bits, seed {row['seed']}")
+        if owner != (row["model"], row["variant"]):
+            subject = None  # not two at once
+            subject = Subject(row["model"], row["variant"], options.data_dir, options.test_images)
+            owner = row["model"], row["variant"]
+        config = config_of(row["recipe"], row["bits"], row["seed"], row["epochs"])
+        append(options.output, row | subject.row(config, row["images"]))
+
+
+COLUMNS = {
+    "model": "model",
+    "variant": "version",
+    "bits": "bits",
+    "recipe": "recipe",
+    "seeds": "seeds",
+    "top1": "top-1 %",
+    "loss": "loss",
+    "spread": "±",
+    "agreement": "agree %",
+    "divergence": "KL ·1000",
+    "block_cosine": "cos loss ·1000",
+    "calibrate_s": "calibrate s",
+    "kilobytes": "kB",
+}
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds; the spread is half of what lies between the lowest and the highest loss."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in KEYS if key != "seed"), []).append(row)
+
+    def mean(found: list[dict[str, Any]], key: str) -> float:
+        return statistics.mean(row[key] for row in found)
+
+    result = [
+        {
+            **{key: found[0][key] for key in ("model", "variant", "bits", "recipe")},
+            "seeds": len(found),
+            "top1": round(mean(found, "top1"), 2),
+            "loss": round(mean(found, "loss"), 2),
+            "spread": round((max(row["loss"] for row in found) - min(row["loss"] for row in found)) / 2, 2),
+            "agreement": round(mean(found, "agreement"), 2),
+            "divergence": round(1e3 * mean(found, "divergence"), 2),
+            "block_cosine": round(1e3 * mean(found, "block_cosine"), 3),
+            "calibrate_s": round(mean(found, "calibrate_s"), 1),
+            "kilobytes": round(mean(found, "bytes") / 1e3),
+        }
+        for found in groups.values()
+    ]
+    order = [*RECIPES, *ABLATIONS]
+    return sorted(
+        result, key=lambda row: (row["model"], row["variant"] != "plain", -row["bits"], order.index(row["recipe"]))
+    )
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([str(row[key]) for key in COLUMNS] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run", help="quantize and evaluate what is missing")
+    runner.add_argument("--data-dir", required=True, help="train/<class>/* and test/<class>/*")
+    runner.add_argument("--models", nargs="+", default=MODELS)
+    runner.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    runner.add_argument("--bits", nargs="+", type=int, default=(8, 6, 4))
+    runner.add_argument("--recipes", nargs="+", default=(*LADDER, "best"), choices=(*RECIPES, *ABLATIONS))
+    runner.add_argument("--seeds", type=int, default=3)
+    runner.add_argument("--images", type=int, default=128, help="calibration images (the paper takes 256)")
+    runner.add_argument("--epochs", type=int, help="of learning, in place of the preset's")
+    runner.add_argument("--test-images", type=int, help="of the test split, in place of all")
+    runner.add_argument("--share", default="0/1", help="i/n: every n-th model and version, beginning with the i-th")
+    printer = commands.add_parser("table", help="mean and spread over the seeds")
+    printer.add_argument("--markdown", action="store_true")
+    for command in (runner, printer):
+        command.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.command == "run":
+        run(options)
+    rows = summary(read(options.output))
+    print(markdown(rows) if options.command == "table" and options.markdown else table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""x, x̂ (images, L, D), W (N, D)."""
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import bits, normal, positive_sizes, seeds
+
+from ptq4vm import QuantConfig, convert, ops, reference
+from ptq4vm.config import QuantSpec, Scheme
+from ptq4vm.fake_quantize import Mode, WeightFakeQuantize
+from ptq4vm.graph import attribute
+from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_latent
+from ptq4vm.passes.learn import weight_of
+from ptq4vm.passes.search import weight_scale
+from ptq4vm.quantizer import quantized_linears
+from ptq4vm.record import record_of
+
+
+def moments_of(x, seen) -> Moments:
+    moments = Moments(x.shape[-1])
+    moments.add(x, seen)
+    return moments
+
+
+def spec(count: int) -> QuantSpec:
+    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+
+
+def step_of(weight, count: int):
+    return weight_scale(weight, spec(count), QuantConfig().range_search)
+
+
+def correlated(*shape: int, seed: int = 0):
+    """Channels that have much in common, as those after a norm and a projection do."""
+    x = normal(*shape, seed=seed)
+    return x + 2 * x.mean(-1, keepdim=True) * shape[-1] ** 0.5
+
+
+@given(positive_sizes, positive_sizes, seeds)
+def test_moments_add_up(images, channels, seed):
+    x, seen = normal(2 * images, 3, channels, seed=seed), normal(2 * images, 3, channels, seed=seed + 1)
+    pieces = moments_of(x[:images], seen[:images])
+    pieces.add(x[images:], seen[images:])
+    whole = moments_of(x, seen)
+    for a, b in ((pieces.own, whole.own), (pieces.cross, whole.cross)):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@given(positive_sizes, positive_sizes, seeds)
+def test_where_the_input_is_exact_nothing_is_compensated(outputs, channels, seed):
+    x, weight = normal(4, 5, channels, seed=seed), normal(outputs, channels, seed=seed + 1)
+    assert torch.equal(compensated_weight(weight, moments_of(x, x)), weight)
+
+
+@given(positive_sizes, seeds)
+def test_compensation_brings_the_output_nearer(channels, seed):
+    x, weight = correlated(16, 9, channels, seed=seed), normal(6, channels, seed=seed + 1)
+    seen = (2 * x).round() / 2
+    better = compensated_weight(weight, moments_of(x, seen))
+    before, after = ((seen @ w.t() - x @ weight.t()).square().sum() for w in (weight, better))
+    assert after <= before * (1 + 1e-5)
+
+
+@given(bits, positive_sizes, positive_sizes, seeds)
+def test_codes_are_in_bounds_and_the_same_simulated(count, outputs, channels, seed):
+    x, weight = correlated(3, 4, channels, seed=seed), normal(outputs, channels, seed=seed + 1)
+    latent = gptq_latent(weight, step_of(weight, count), spec(count), moments_of(x, x))
+    fake = WeightFakeQuantize(spec(count))
+    fake.scale, fake.mode = step_of(weight, count), Mode.QUANTIZE
+    fake.set_latent(latent)
+    codes = fake.integers(weight)
+    low, high = spec(count).bounds
+    assert low <= codes.min() and codes.max() <= high
+    assert torch.equal(fake(weight), codes * fake.scale.unsqueeze(-1))
+
+
+@given(bits, seeds)
+def test_channels_that_share_nothing_are_rounded_to_nearest(count, seed):
+    weight, x = normal(5, 8, seed=seed), torch.eye(8).unsqueeze(0)
+    step = step_of(weight, count)
+    codes = gptq_latent(weight, step, spec(count), moments_of(x, x)).round().clamp(*spec(count).bounds)
+    assert torch.equal(codes, reference.quantize_weight(weight, step, count).float())
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_on_channels_that_share_much_the_output_is_far_nearer(count):
+    x, weight = correlated(32, 9, 48), normal(16, 48, seed=1)
+    step = step_of(weight, count)
+    nearest = reference.quantize_weight(weight, step, count).float()
+    found = gptq_latent(weight, step, spec(count), moments_of(x, x)).round().clamp(*spec(count).bounds)
+    before, after = ((x @ (codes * step.unsqueeze(-1) - weight).t()).square().mean() for codes in (nearest, found))
+    assert after < before / 2
+
+
+def test_the_integer_model_has_the_codes(roads, images):
+    """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
+    prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
+    linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
+    offsets = [linear.weight.latent - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
+    assert any(offset.abs().max() > 0.6 for offset in offsets)
+    lowered = convert(prepared)
+    for node, linear in zip(
+        lowered.graph.find_nodes(op="call_function", target=ops.linear.default), linears, strict=True
+    ):
+        weight, step = linear.weight, linear.weight.scale
+        smoothed = weight_of(linear)
+        codes = reference.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
+        assert torch.equal(codes * step.unsqueeze(-1), weight(smoothed))
+
+
+def test_a_models_error_falls(roads, small_vim, images):
+    want = small_vim(images)
+    plain, better = (
+        (convert(roads.calibrated(QuantConfig(weight_bits=4, activation_bits=8, gptq=on)))(images) - want)
+        .square()
+        .mean()
+        for on in (False, True)
+    )
+    assert better < plain

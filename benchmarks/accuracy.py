@@ -60,18 +60,17 @@ def with_(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
 
 
 ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
-    "best-smoothing": with_(smoothing=None),
+    "best-smoothing_search": with_(smoothing=0.5),
     "best-truncation": with_(range_search=False),
     "best-per_token": with_(granularity=Granularity.PER_TENSOR),
     "best-gptq": with_(gptq=False),
     "best-learning": with_(learning=None),
     "best-residual_loss": learns(loss=Loss.COSINE),
-    "best-zero_points": learns(zero_point_rate=0.0),
-    "best-rounding": learns(rounding_rate=0.0),
     "best-scales": learns(scale_rate=0.0),
     "best-smooth_scales": learns(smooth_rate=0.0),
+    "best+zero_points": learns(zero_point_rate=0.02),
+    "best+rounding": learns(rounding_rate=0.02),
     "best+biases": learns(bias_rate=0.02),
-    "best+smoothing_search": with_(smoothing="search"),
     "best+steps_8bit": with_(eight_bit=("*x_proj*", "*dt_proj*")),
     "best+tuning": with_(tuning=Tuning(epochs=10)),
 }

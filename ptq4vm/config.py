@@ -146,7 +146,7 @@ class QuantConfig:
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     gptq: bool = False
-    """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), before learning."""
+    """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), after learning."""
     learning: Learning | None = None
     tuning: Tuning | None = None
     seed: int = 0
@@ -271,8 +271,9 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "ptq4vm": lambda epochs: {"learning": Learning(epochs=epochs)},
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
     "best": lambda epochs: {
+        "smoothing": Alpha.SEARCH,
         "gptq": True,
-        "learning": Learning(epochs=epochs, loss=Loss.RESIDUAL, zero_point_rate=0.05, rounding_rate=0.02),
+        "learning": Learning(epochs=epochs, loss=Loss.RESIDUAL, scale_rate=1e-2, smooth_rate=1e-2),
     },
 }
 """What each recipe sets, given the epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.

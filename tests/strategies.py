@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Granularity, Learning, Loss, QuantConfig, RangeSearch
+from ptq4vm.config import Alpha, Granularity, Learning, Loss, QuantConfig, RangeSearch, Tuning
 
 bits = st.integers(2, 8)
 seeds = st.integers(0, 2**31 - 1)
@@ -60,13 +60,17 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         only=st.lists(st.text(max_size=9), max_size=2).map(tuple),
     )
     searches = [RangeSearch.MINMAX] if granularity is Granularity.PER_TOKEN_DYNAMIC else list(RangeSearch)
+    tuning = st.builds(Tuning, epochs=st.integers(1, 99), rate=st.floats(0.1, 0.9), batch_size=st.integers(1, 512))
     return QuantConfig(
         weight_bits=draw(bits),
         activation_bits=draw(bits),
         granularity=granularity,
-        smoothing=draw(st.none() | st.floats(0, 1)),
+        smoothing=draw(st.none() | st.floats(0, 1) | st.just(Alpha.SEARCH)),
         range_search=draw(st.sampled_from(searches)),
+        gptq=draw(st.booleans()),
         learning=draw(st.none() | learning),
+        tuning=draw(st.none() | tuning),
         seed=draw(seeds),
         exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),
+        eight_bit=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),
     )

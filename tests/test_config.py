@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import bits, configs
 
-from ptq4vm.config import Granularity, Learning, QuantConfig, QuantSpec, Scheme
+from ptq4vm.config import (
+    RECIPES,
+    Alpha,
+    Granularity,
+    Learning,
+    Loss,
+    QuantConfig,
+    QuantSpec,
+    RangeSearch,
+    Scheme,
+)
 
 
 @given(bits)
@@ -68,10 +78,10 @@ def test_json_of_another_kind_is_refused(text):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"smoothing": 1.5}, r"smoothing must be None or in \[0, 1\]; got 1.5"),
+        ({"smoothing": 1.5}, r"smoothing must be None, search, or in \[0, 1\]; got 1.5"),
         ({"smoothing": -0.1}, "smoothing must be"),
         ({"smoothing": float("nan")}, "smoothing must be"),
-        ({"smoothing": "0.5"}, "smoothing must be"),
+        ({"smoothing": "0.5"}, "smoothing must be one of search; got '0.5'"),
         ({"smoothing": True}, "smoothing must be"),
         ({"granularity": "per_channel"}, "granularity must be one of per_tensor, .*; got 'per_channel'"),
         ({"granularity": "per_token_dynamic"}, "range_search needs static scales"),
@@ -91,6 +101,15 @@ def test_json_of_another_kind_is_refused(text):
         ({"learning": {"epochs": 1, "scale_rate": 1}}, r"learning.scale_rate must be in \[0, 1\); got 1"),
         ({"learning": {"epochs": 1, "smooth_rate": -0.1}}, "learning.smooth_rate must be"),
         ({"learning": {"epochs": 1, "smooth_rate": "fast"}}, "learning.smooth_rate must be"),
+        ({"learning": {"epochs": 1, "rounding_rate": 2}}, r"learning.rounding_rate must be in \[0, 1\); got 2"),
+        ({"learning": {"epochs": 1, "loss": "mse"}}, "learning.loss must be one of cosine, residual; got 'mse'"),
+        ({"learning": {"epochs": 1, "only": "*.in_proj"}}, "learning.only must be a sequence of patterns"),
+        ({"tuning": {}}, "tuning needs the key 'epochs'"),
+        ({"tuning": {"epochs": 0}}, "tuning.epochs must be at least 1; for no tuning use tuning=None"),
+        ({"tuning": {"epochs": 1, "rate": 1}}, r"tuning.rate must be in \(0, 1\); got 1"),
+        ({"tuning": 3}, "tuning must be a Tuning, its keys, or None; got 3"),
+        ({"gptq": 1}, "gptq must be true or false, got 1"),
+        ({"eight_bit": "*.x_proj"}, "eight_bit must be a sequence of patterns"),
     ],
     ids=repr,
 )
@@ -104,10 +123,12 @@ def test_what_makes_no_sense_is_refused_by_name(changes, message):
     [(QuantConfig.w8a8(), 8, 10), (QuantConfig.w6a6(), 6, 50), (QuantConfig.w4a4(), 4, 100)],
 )
 def test_presets_are_the_papers(config, count, epochs):
-    assert (config.weight.bits, config.activation.bits) == (count, count)
-    assert (config.weight.scheme, config.activation.scheme) == (Scheme.SYMMETRIC, Scheme.AFFINE)
+    weight, activation = config.weight("in_proj"), config.activation("in_proj")
+    assert (weight.bits, activation.bits) == (count, count)
+    assert (weight.scheme, activation.scheme) == (Scheme.SYMMETRIC, Scheme.AFFINE)
     assert config.granularity is Granularity.PER_TOKEN
-    assert config.smoothing == 0.5 and config.range_search
+    assert config.smoothing == 0.5 and config.range_search is RangeSearch.SQUARED_ERROR
+    assert not config.gptq and config.tuning is None and not config.eight_bit
     assert config.learning == Learning(epochs=epochs)
 
 
@@ -116,7 +137,7 @@ def test_baselines_differ_by_smoothing_alone(count):
     minmax, smoothquant = QuantConfig.minmax(count), QuantConfig.smoothquant(count)
     assert (minmax.weight_bits, minmax.activation_bits) == (count, count)
     assert minmax.granularity is Granularity.PER_TENSOR
-    assert not minmax.range_search and minmax.learning is None and minmax.smoothing is None
+    assert minmax.range_search is RangeSearch.MINMAX and minmax.learning is None and minmax.smoothing is None
     assert smoothquant == dataclasses.replace(minmax, smoothing=0.5)
 
 
@@ -125,6 +146,51 @@ def test_a_preset_can_be_changed(preset):
     make = getattr(QuantConfig, preset)
     assert make(learning=None, seed=3) == dataclasses.replace(make(), learning=None, seed=3)
     assert QuantConfig.minmax(4, seed=3) == dataclasses.replace(QuantConfig.minmax(4), seed=3)
+
+
+@given(st.sampled_from(sorted(RECIPES)), bits)
+def test_every_recipe_is_a_config_at_all_bits(name, count):
+    config = QuantConfig.recipe(name, count, seed=3)
+    assert (config.weight_bits, config.activation_bits, config.seed) == (count, count, 3)
+    assert QuantConfig.from_json(config.to_json()) == config
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"there is no recipe 'pts4'; there are minmax, .*best"):
+        QuantConfig.recipe("pts4", 4)
+
+
+def test_the_ladder_adds_one_thing_at_a_rung():
+    rungs = [QuantConfig.recipe(name, 4) for name in ("smoothquant", "pts", "pts+truncation", "ptq4vm", "best")]
+    changes = [
+        {"granularity": Granularity.PER_TOKEN},
+        {"range_search": RangeSearch.SQUARED_ERROR},
+        {"learning": Learning(epochs=100)},
+        {"smoothing": Alpha.SEARCH, "gptq": True, "learning": rungs[-1].learning},
+    ]
+    for lower, upper, change in zip(rungs, rungs[1:], changes, strict=False):
+        assert upper == dataclasses.replace(lower, **change)
+    assert rungs[-1] == QuantConfig.w4a4(best=True) and rungs[-2] == QuantConfig.w4a4()
+
+
+def test_what_goes_past_the_paper_is_off_in_the_papers_preset():
+    learning = QuantConfig.w4a4().learning
+    assert learning.loss is Loss.COSINE and not learning.only
+    assert learning.zero_point_rate == learning.rounding_rate == learning.bias_rate == 0
+
+
+@given(st.booleans())
+def test_a_range_search_may_be_true_or_false(search):
+    want = RangeSearch.SQUARED_ERROR if search else RangeSearch.MINMAX
+    assert QuantConfig(range_search=search).range_search is want
+
+
+def test_linears_named_for_eight_bits_get_them():
+    config = QuantConfig(weight_bits=4, activation_bits=6, eight_bit=("*.x_proj*", "*.dt_proj"))
+    assert [(config.weight(name).bits, config.activation(name).bits) for name in ("a.x_proj_b", "a.in_proj")] == [
+        (8, 8),
+        (4, 6),
+    ]
 
 
 @given(st.sampled_from(Granularity))

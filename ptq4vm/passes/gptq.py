@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptq4vm.config import QuantSpec
 
-DAMPING = 0.01
+DAMPING = 0.1
 """Added to the diagonal of x̂ᵀx̂, as a share of its mean."""
 
 

@@ -18,6 +18,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -134,8 +135,8 @@ KEYS = ("model", "variant", "bits", "recipe", "seed", "images", "epochs")
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Whole lines; what an interrupted write left behind is no row."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -152,7 +153,10 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The rows asked for, one seed of everything before the next seed."""
-    index, count = (int(part) for part in options.share.split("/"))
+    share = re.fullmatch(r"(\d+)/(\d+)", options.share)
+    if share is None or not int(share[1]) < int(share[2]):
+        raise ValueError(f"--share must be i/n with 0 <= i < n, got {options.share!r}")
+    index, count = int(share[1]), int(share[2])
     for turn, (model, variant) in enumerate(itertools.product(options.models, options.variants)):
         if turn % count == index:
             for seed, bits, recipe in itertools.product(range(options.seeds), options.bits, options.recipes):
@@ -233,7 +237,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="quantize and evaluate what is missing")
@@ -251,7 +255,11 @@ def main() -> None:
     printer.add_argument("--markdown", action="store_true")
     for command in (runner, printer):
         command.add_argument("--output", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     if options.command == "run":
         run(options)
     rows = summary(read(options.output))

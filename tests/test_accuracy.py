@@ -1,0 +1,86 @@
+"""benchmarks/accuracy.py, the experiment runner."""
+
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptq4vm.config import RECIPES, QuantConfig
+
+SPEC = importlib.util.spec_from_file_location("accuracy", Path(__file__).parents[1] / "benchmarks/accuracy.py")
+accuracy = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(accuracy)
+
+
+def options(*words: str):
+    return accuracy.parser().parse_args(["run", "--data-dir", "digits", *words])
+
+
+def row(**changes):
+    numbers = dict.fromkeys(("top1", "loss", "agreement", "divergence", "block_cosine", "calibrate_s", "bytes"), 1.0)
+    facts = {"model": "m", "variant": "plain", "bits": 4, "recipe": "pts", "seed": 0, "images": 8, "epochs": None}
+    return facts | numbers | changes
+
+
+@pytest.mark.parametrize("name", accuracy.ABLATIONS)
+def test_an_ablation_changes_the_best_recipe(name):
+    assert accuracy.config_of(name, 4, 0, None) != QuantConfig.recipe("best", 4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_the_packages_but_for_its_epochs(name):
+    assert accuracy.config_of(name, 6, 2, None) == QuantConfig.recipe(name, 6, seed=2)
+    learning = accuracy.config_of(name, 6, 2, 3).learning
+    assert learning is None or learning.epochs == 3
+
+
+def test_what_an_interrupted_write_leaves_is_no_row_and_hides_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    accuracy.append(path, row(seed=0))
+    with path.open("a") as file:
+        file.write('{"model": "m", "to')
+    assert accuracy.read(path) == [row(seed=0)]
+    accuracy.append(path, row(seed=1))
+    assert accuracy.read(path) == [row(seed=0), row(seed=1)]
+
+
+def test_shares_are_the_whole_and_share_nothing():
+    whole = list(accuracy.wanted(options()))
+    shares = [list(accuracy.wanted(options("--share", f"{i}/3"))) for i in range(3)]
+    assert sorted(map(str, itertools.chain(*shares))) == sorted(map(str, whole))
+    assert len({str(row) for row in whole}) == len(whole)
+
+
+@pytest.mark.parametrize("share", ["3/3", "1", "a/b", "-1/2"])
+def test_a_share_that_makes_no_sense_is_refused(share):
+    with pytest.raises(ValueError, match=f"--share must be i/n with 0 <= i < n, got '{share}'"):
+        list(accuracy.wanted(options(f"--share={share}")))
+
+
+def test_the_table_has_means_and_half_the_range_over_the_seeds():
+    rows = [row(seed=seed, loss=loss) for seed, loss in enumerate((1.0, 2.0, 6.0))]
+    (summary,) = accuracy.summary(rows)
+    assert (summary["seeds"], summary["loss"], summary["spread"]) == (3, 3.0, 2.5)
+    assert len(accuracy.summary([*rows, row(recipe="best")])) == 2
+    assert accuracy.markdown([summary]).count("\n") == 2
+
+
+@pytest.mark.slow
+def test_a_run_writes_rows_and_does_none_twice(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "rows.jsonl"
+    words = ["accuracy", "run", "--data-dir", "digits", "--models", "vmamba_nano_32", "--variants", "hard"]
+    words += ["--bits", "4", "--recipes", "minmax", "best", "--seeds", "1", "--images", "16", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--test-images", "100", "--output", str(path)])
+    accuracy.main()
+    first = path.read_text()
+    minmax, best = (json.loads(line) for line in first.splitlines())
+    assert (minmax["recipe"], best["recipe"]) == ("minmax", "best") and minmax["test_images"] == 100
+    assert best["agreement"] > minmax["agreement"] and best["block_cosine"] < minmax["block_cosine"]
+    monkeypatch.setattr(accuracy.Subject, "row", None)
+    accuracy.main()
+    assert path.read_text() == first
+    assert "vmamba_nano_32" in capsys.readouterr().out

@@ -41,7 +41,7 @@ from ptq4vm.record import record_of
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
+MODELS = ("vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 VARIANTS = ("plain", "hard")
 LADDER = tuple(name for name in RECIPES if name != "best")
 
@@ -61,7 +61,7 @@ def with_(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
 
 
 ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
-    "best-smoothing_search": with_(smoothing=0.5),
+    "best-smoothing": with_(smoothing=None),
     "best-truncation": with_(range_search=False),
     "best-per_token": with_(granularity=Granularity.PER_TENSOR),
     "best-gptq": with_(gptq=False),
@@ -69,6 +69,7 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best-residual_loss": learns(loss=Loss.COSINE),
     "best-scales": learns(scale_rate=0.0),
     "best-smooth_scales": learns(smooth_rate=0.0),
+    "best+smoothing_search": with_(smoothing="search"),
     "best+zero_points": learns(zero_point_rate=0.02),
     "best+rounding": learns(rounding_rate=0.02),
     "best+biases": learns(bias_rate=0.02),

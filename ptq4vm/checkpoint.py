@@ -151,7 +151,8 @@ def load(folder: str | Path, *, model: nn.Module | None = None) -> GraphModule:
             f"{folder}: {len(wrong)} tensors do not fit {type(model).__name__}, first {', '.join(wrong[:5])}; "
             "the model's code or arguments differ from those it was saved with"
         )
-    quantized.load_state_dict(tensors, strict=True, assign=True)
+    # copies, since matrix products round differently where the file's memory is not aligned
+    quantized.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=True, assign=True)
     for parameter in quantized.parameters():
         parameter.requires_grad_(False)
     return set_record(quantized, record)

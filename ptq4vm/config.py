@@ -271,7 +271,6 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "ptq4vm": lambda epochs: {"learning": Learning(epochs=epochs)},
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
     "best": lambda epochs: {
-        "smoothing": Alpha.SEARCH,
         "gptq": True,
         "learning": Learning(epochs=epochs, loss=Loss.RESIDUAL, scale_rate=1e-2, smooth_rate=1e-2),
     },

@@ -6,6 +6,19 @@ from torch import Tensor
 
 from ptq4vm.config import Alpha, Granularity, Learning, Loss, QuantConfig, RangeSearch, Tuning
 
+EVERYTHING = QuantConfig(
+    weight_bits=4,
+    activation_bits=4,
+    smoothing=Alpha.SEARCH,
+    gptq=True,
+    learning=Learning(
+        epochs=2, batch_size=5, loss=Loss.RESIDUAL, zero_point_rate=0.01, rounding_rate=0.02, bias_rate=0.02
+    ),
+    tuning=Tuning(epochs=1, batch_size=5),
+    eight_bit=("*.x_proj*",),
+)
+"""Every option of a config at once."""
+
 bits = st.integers(2, 8)
 seeds = st.integers(0, 2**31 - 1)
 sizes = st.sampled_from([0, 1, 2, 3, 5, 8, 17])

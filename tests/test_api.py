@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 from hypothesis import given, settings
-from strategies import bits, normal
+from strategies import EVERYTHING, bits, normal
 from torch import nn
 from torch.fx import GraphModule
 
@@ -22,6 +22,7 @@ CONFIGS = {
     "per tensor unsmoothed": QuantConfig.minmax(4),
     "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
     "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, granularity=Granularity.PER_TOKEN_DYNAMIC),
+    "everything": EVERYTHING,
 }
 
 

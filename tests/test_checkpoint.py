@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from strategies import normal
+from strategies import EVERYTHING, normal
 from torch import nn
 
 import ptq4vm
@@ -24,6 +24,7 @@ CONFIGS = {
     "per tensor": QuantConfig.smoothquant(8),
     "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
     "excluded": QuantConfig.w4a4(learning=None, exclude=("layers.1.*",)),
+    "everything": EVERYTHING,
 }
 
 

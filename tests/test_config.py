@@ -8,7 +8,6 @@ from strategies import bits, configs
 
 from ptq4vm.config import (
     RECIPES,
-    Alpha,
     Granularity,
     Learning,
     Loss,
@@ -166,7 +165,7 @@ def test_the_ladder_adds_one_thing_at_a_rung():
         {"granularity": Granularity.PER_TOKEN},
         {"range_search": RangeSearch.SQUARED_ERROR},
         {"learning": Learning(epochs=100)},
-        {"smoothing": Alpha.SEARCH, "gptq": True, "learning": rungs[-1].learning},
+        {"gptq": True, "learning": rungs[-1].learning},
     ]
     for lower, upper, change in zip(rungs, rungs[1:], changes, strict=False):
         assert upper == dataclasses.replace(lower, **change)

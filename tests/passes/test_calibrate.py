@@ -3,7 +3,7 @@ import logging
 
 import pytest
 import torch
-from strategies import normal
+from strategies import EVERYTHING, normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
@@ -11,6 +11,7 @@ from ptq4vm.config import Granularity, Learning
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.passes import calibrate as module
 from ptq4vm.passes.calibrate import gather
+from ptq4vm.passes.smooth import ALPHAS
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
 from ptq4vm.reference import affine_qparams
@@ -90,6 +91,29 @@ def test_the_report_says_what_learning_did(roads):
     assert [name for block in blocks for name in block["linears"]] == names
 
 
+def test_the_report_says_how_near_each_block_is(roads):
+    """Of every recipe, learned or not; the same input, so more bits are nearer."""
+    few, many = (record_of(roads.calibrated(QuantConfig(weight_bits=n, activation_bits=n))).blocks for n in (4, 8))
+    assert all(0 < more["cosine_loss"] < less["cosine_loss"] / 10 for more, less in zip(many, few, strict=True))
+
+
+def test_searched_smoothing_is_not_worse_than_any_fixed_one(roads, images):
+    """Of the first linear, whose input is the same for all: by the error of its output on the images that decide."""
+
+    def error(smoothing):
+        gm = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, smoothing=smoothing))
+        linear, seen = linears_of(gm)[0], []
+        weight = module.weight_of(linear)
+        linear.input.tap = seen.append
+        gm(images)
+        found = seen[0] @ linear.weight(weight).t()
+        linear.input.tap, linear.input.mode = seen.append, Mode.PASS
+        gm(images)
+        return (found - seen[1] @ weight.t()).square().sum().item()
+
+    assert error("search") <= min(error(alpha) for alpha in ALPHAS) * (1 + 1e-4)
+
+
 def test_the_better_recipe_stays_closer_to_the_model(roads, small_vim, images):
     """What learning adds is held block by block, in test_learn."""
     want = small_vim(images)
@@ -117,9 +141,14 @@ def test_one_seed_gives_the_same_bytes_and_another_others(roads, images, tmp_pat
 # --- an interrupted run ---
 
 
+@pytest.fixture(params=[LEARNED, EVERYTHING], ids=["learned", "everything"])
+def config(request):
+    return request.param
+
+
 @pytest.fixture
-def uninterrupted(roads, images, tmp_path):
-    gm = calibrate(roads.prepared(LEARNED), [images], progress=False)
+def uninterrupted(roads, images, tmp_path, config):
+    gm = calibrate(roads.prepared(config), [images], progress=False)
     return saved(gm, tmp_path / "uninterrupted")
 
 
@@ -141,25 +170,23 @@ def interrupt(monkeypatch, gm, images, folder, block: int) -> None:
 
 @pytest.mark.parametrize("block", [0, 1])
 def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(
-    monkeypatch, roads, images, tmp_path, uninterrupted, block
+    monkeypatch, roads, images, tmp_path, config, uninterrupted, block
 ):
     folder = tmp_path / "resume"
-    interrupt(monkeypatch, roads.prepared(LEARNED), images, folder, block)
+    interrupt(monkeypatch, roads.prepared(config), images, folder, block)
     done = sorted(path.name for path in folder.glob("*.safetensors"))
     assert len(done) == block
 
     learned = []
     learn = module.learn_block
     monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.append(part.name) or learn(part, *rest))
-    gm = calibrate(roads.prepared(LEARNED), [images], resume_dir=folder, progress=False)
+    gm = calibrate(roads.prepared(config), [images], resume_dir=folder, progress=False)
     assert learned == ["layers.0", "layers.1"][block:]
-    weights, config = saved(gm, tmp_path / "resumed")
-    assert weights == uninterrupted[0]
-    assert config == uninterrupted[1]
+    assert saved(gm, tmp_path / "resumed") == uninterrupted
 
 
-def test_the_model_that_was_interrupted_can_go_on_itself(monkeypatch, roads, images, tmp_path, uninterrupted):
-    gm = roads.prepared(LEARNED)
+def test_the_model_that_was_interrupted_can_go_on_itself(monkeypatch, roads, images, tmp_path, config, uninterrupted):
+    gm = roads.prepared(config)
     interrupt(monkeypatch, gm, images, tmp_path / "resume", 1)
     calibrate(gm, [images], resume_dir=tmp_path / "resume", progress=False)
     assert saved(gm, tmp_path / "resumed")[0] == uninterrupted[0]

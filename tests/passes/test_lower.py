@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import check, constant, in_order
-from strategies import normal
+from strategies import EVERYTHING, normal
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, calibrate, convert, ops, prepare
@@ -31,6 +31,7 @@ CONFIGS = {
     "per tensor w4a4 unsmoothed": QuantConfig.minmax(4),
     "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
     "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, granularity=Granularity.PER_TOKEN_DYNAMIC),
+    "everything": EVERYTHING,
 }
 
 

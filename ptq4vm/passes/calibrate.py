@@ -98,8 +98,11 @@ def calibrate_blocks(
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is None and config.learning is not None:
                     seed, show = config.seed + index, _reporter(bar, part.name)
-                    before, after = learn_block(part, members, rounded, targets, config.learning, seed, show)
-                    report |= {"loss_before": before, "loss_after": after}
+                    losses = learn_block(part, members, rounded, targets, config.learning, seed, show)
+                    if losses is None:
+                        bar.update(epochs)
+                    else:
+                        report |= {"loss_before": losses[0], "loss_after": losses[1]}
                 elif stored is None:
                     bar.update()
                 if stored is None and config.gptq:

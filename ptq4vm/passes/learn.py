@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from ptq4vm.config import Learning, Loss, matches
+from ptq4vm.config import Learning, Loss, Tuning, matches
 from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import Part
 from ptq4vm.graph import finish as finish_graph
@@ -126,18 +126,18 @@ def learn_block(
     config: Learning,
     seed: int,
     report: Callable[[int, float], None],
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Learns in place; the loss over all images before and after. A block that got worse is put back.
 
-    `report(epoch, loss)` is called after every epoch with its mean loss.
+    `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
     """
     channels = len(linears[-1].weight.calculate_qparams()[0])
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
+    if not chosen:
+        return None
     groups = learnables(chosen, config)
-    parameters = [parameter for group in groups for parameter in group["params"]]
     latents = [linear.weight.latent for linear in chosen if isinstance(linear.weight.latent, nn.Parameter)]
     limits = [(latent, latent.detach() - BETA, latent.detach() + BETA) for latent in latents]
-    start = [parameter.detach().clone() for parameter in parameters]
     images = len(next(iter(targets.values())))
     merged = _merged(part)
     # gradients tell which outputs the quantization changes
@@ -151,13 +151,32 @@ def learn_block(
             return block_loss(streams(outputs, changed), streams(wanted, changed), channels, config.loss)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
 
+    before, after = descend(loss_of, groups, images, config, seed, report, limits)
+    finish(chosen)
+    return before, after
+
+
+def descend(
+    loss_of: Callable[[Tensor], Tensor],
+    groups: Sequence[dict[str, Any]],
+    images: int,
+    config: Learning | Tuning,
+    seed: int,
+    report: Callable[[int, float], None],
+    limits: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
+) -> tuple[float, float]:
+    """Adam on batches of image indices, rates falling along a cosine; the loss over all images before and after.
+
+    `limits` are parameters with the lowest and highest values they may take. What got worse is put back.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    start = [parameter.detach().clone() for parameter in parameters]
     before = _mean_loss(loss_of, images, config.batch_size)
     if not parameters:
         return before, before
     optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, config.epochs * math.ceil(images / config.batch_size)
-    )
+    steps = config.epochs * math.ceil(images / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for epoch in range(config.epochs):
         total = 0.0
@@ -176,7 +195,6 @@ def learn_block(
             for parameter, value in zip(parameters, start, strict=True):
                 parameter.copy_(value)
         after = before
-    finish(chosen)
     return before, after
 
 

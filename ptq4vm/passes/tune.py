@@ -6,7 +6,6 @@ reported apart from those of calibration alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,7 +15,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.config import Learning, Tuning
 from ptq4vm.graph import finish as finish_graph
-from ptq4vm.passes.learn import Values, finish, learnables
+from ptq4vm.passes.learn import Values, descend, finish, learnables
 from ptq4vm.passes.smooth import merge_smoothing
 from ptq4vm.quantizer import QuantizedLinear
 
@@ -64,7 +63,6 @@ def tune(
 
     Returns the mean KL divergence over all images before and after. A model that got worse is put back.
     """
-    count = _count(images)
     vectors = [
         (name, parameter)
         for name, parameter in prepared.named_parameters()
@@ -75,8 +73,6 @@ def tune(
     for _, parameter in vectors:
         parameter.requires_grad_(True)
         groups.append({"params": [parameter], "lr": config.rate * max(float(parameter.detach().abs().max()), 1e-3)})
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    start = [parameter.detach().clone() for parameter in parameters]
     graph = fx.Graph()
     graph.output(graph.graph_copy(prepared.graph, {}))
     merged = finish_graph(merge_smoothing(fx.GraphModule(prepared, graph)))
@@ -84,33 +80,7 @@ def tune(
     def divergence(batch: Tensor) -> Tensor:
         return F.kl_div(_run(merged, images, batch), wanted[batch], reduction="batchmean", log_target=True)
 
-    @torch.no_grad()
-    def mean() -> float:
-        batches = torch.arange(count).split(config.batch_size)
-        return sum(divergence(batch).item() * len(batch) for batch in batches) / count
-
-    before = mean()
-    optimizer = torch.optim.Adam(groups)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-        optimizer, config.epochs * math.ceil(count / config.batch_size)
-    )
-    generator = torch.Generator().manual_seed(seed)
-    for epoch in range(config.epochs):
-        total = 0.0
-        for batch in torch.randperm(count, generator=generator).split(config.batch_size):
-            loss = divergence(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-        report(epoch, total / count)
-    after = mean()
-    if not after < before:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, start, strict=True):
-                parameter.copy_(value)
-        after = before
+    before, after = descend(divergence, groups, _count(images), config, seed, report)
     for _, parameter in vectors:
         parameter.requires_grad_(False)
         parameter.grad = None

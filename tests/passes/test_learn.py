@@ -5,10 +5,10 @@ import torch
 from strategies import normal
 
 from ptq4vm import QuantConfig
-from ptq4vm.config import Granularity, Learning
+from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.graph import cut
-from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables
+from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weight_of
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
 
@@ -68,6 +68,62 @@ def test_every_learnable_receives_a_gradient(block):
         if parameter.grad is None or not parameter.grad.any() or not torch.isfinite(parameter.grad).all()
     ]
     assert not idle
+
+
+ALL = dataclasses.replace(LEARNING, loss=Loss.RESIDUAL, zero_point_rate=0.05, rounding_rate=0.05, bias_rate=0.05)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_goes_past_the_paper_receives_a_gradient_too_and_moves(monkeypatch, roads, images, index):
+    config = dataclasses.replace(UNLEARNED, learning=dataclasses.replace(ALL, epochs=1))
+    part, members, inputs, targets = prepare_block(roads.calibrated(config), images, index)
+    before = [(m.input.zero_point.clone(), m.weight.integers(weight_of(m)), m.correction.clone()) for m in members]
+    losses = iter((1.0, 0.0))  # whatever was learned is kept
+    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
+    learn((part, members, inputs, targets), dataclasses.replace(ALL, zero_point_rate=0.5, epochs=10))
+    after = [(m.input.zero_point, m.weight.integers(weight_of(m)), m.correction) for m in members]
+    for kind in range(3):
+        assert all(not torch.equal(a[kind], b[kind]) for a, b in zip(before, after, strict=True))
+    assert all(m.input.zero_shift is None and not m.weight.latent.requires_grad for m in members)
+
+
+def test_a_latent_weight_goes_to_a_neighbour_at_the_most(monkeypatch, block):
+    members = block[1]
+    start = [weight_of(m) / m.weight.scale.unsqueeze(-1) for m in members]
+    losses = iter((1.0, 0.0))
+    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
+    learn(block, dataclasses.replace(LEARNING, epochs=10, rounding_rate=0.9))
+    for member, latent in zip(members, start, strict=True):
+        assert (member.weight.latent - latent).abs().max() <= 0.5 + 1e-6
+
+
+def test_learned_rounding_lowers_the_residual_loss(block):
+    rounding = Learning(epochs=20, batch_size=4, loss=Loss.RESIDUAL, scale_rate=0, smooth_rate=0, rounding_rate=0.01)
+    before, after = learn(block, rounding)
+    assert 0 < after < before
+
+
+def test_only_the_linears_named_learn(monkeypatch, block):
+    members = block[1]
+    before = state(members)
+    losses = iter((1.0, 0.0))  # whatever was learned is kept
+    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
+    learn(block, dataclasses.replace(LEARNING, only=("*.in_proj",), epochs=10))
+    moved = {i // 3 for i, (a, b) in enumerate(zip(state(members), before, strict=True)) if not torch.equal(a, b)}
+    assert moved == {i for i, member in enumerate(members) if member.name.endswith(".in_proj")}
+    assert learn(block, dataclasses.replace(LEARNING, only=("nothing",))) is None
+
+
+def test_the_residual_loss_knows_length_and_the_cosine_does_not():
+    target = normal(2, 3, 4)
+    assert block_loss({"y": 2 * target}, {"y": target}, 4).item() == pytest.approx(0, abs=1e-6)
+    assert block_loss({"y": 2 * target}, {"y": target}, 4, Loss.RESIDUAL).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_a_stream_is_the_sum_of_the_outputs_of_its_shape():
+    a, b, other = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 5)
+    found = streams({"a": a, "b": b, "other": other}, ["b", "other"])
+    assert torch.equal(found["b"], a + b) and torch.equal(found["other"], other)
 
 
 def test_learning_lowers_the_loss(block):

@@ -38,6 +38,7 @@ FILES = {
 """What the files in golden/ call each model."""
 
 BACKBONES = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15", "local_vmamba_tiny", "local_vmamba_small")
+MICRO = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 NANO = ("vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32")
 """For 32×32 images, one a family."""
 

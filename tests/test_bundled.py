@@ -1,11 +1,14 @@
 """The bundled models: what the demo and the README say of them."""
 
+import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from lowering import check
+from torch.utils.data import Subset
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.config import Learning
@@ -113,3 +116,33 @@ def test_no_code_and_no_accumulator_differs_over_the_whole_test_set(digits, hard
     assert sum(len(images) for images, _ in test) == 450
     for images, _ in test:
         assert check(hard_w4a4, images) == 36
+
+
+CIFAR10 = Path(__file__).parents[2] / "shared/data/cifar10.tar.xz"
+CARD = {
+    "vim_micro_patch4_32": (415_882, 76.80),
+    "vmamba_micro_32": (1_238_602, 80.35),
+    "local_vmamba_micro_32": (669_060, 74.95),
+}
+"""Parameters and top-1 of the models of CIFAR-10, as their card says."""
+
+
+@pytest.mark.parametrize("name", CARD)
+def test_the_models_of_cifar10_are_those_of_their_card(name):
+    model = timm.create_model(f"{name}.cifar10", pretrained=True).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == CARD[name][0]
+    with torch.inference_mode():
+        assert torch.isfinite(model(torch.zeros(2, 3, 32, 32))).all()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CIFAR10.exists(), reason="needs CIFAR-10, which is not part of the repository")
+@pytest.mark.parametrize("name", CARD)
+def test_they_have_the_accuracy_of_their_card(name, tmp_path):
+    """Of 1000 test images: within three standard deviations of that of all."""
+    with tarfile.open(CIFAR10) as archive:
+        archive.extractall(tmp_path, filter="data")
+    model = timm.create_model(f"{name}.cifar10", pretrained=True).eval()
+    test = open_dataset(str(tmp_path / "cifar10"), "test", transform_for(model))
+    found = evaluate(model, loader(Subset(test, range(0, len(test), 10)), 250), progress=False)
+    assert found.images == 1000 and found.top1 == pytest.approx(CARD[name][1], abs=3.8)

@@ -8,7 +8,7 @@ import timm
 import torch
 from golden.fill import make_input, selftest
 from lowering import check
-from public_models import BACKBONES, FILES, GOLDEN, NANO, create, facts, filled, kept, shrunken
+from public_models import BACKBONES, FILES, GOLDEN, MICRO, NANO, create, facts, filled, kept, shrunken
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.record import record_of
@@ -19,7 +19,7 @@ CONFIG = QuantConfig(range_search=False, learning=None)
 
 def test_the_registry_has_every_public_model():
     modules = ("vim", "local_vim", "vmamba", "local_vmamba")
-    assert {name for module in modules for name in timm.list_models(module=module)} == {*FILES, *NANO}
+    assert {name for module in modules for name in timm.list_models(module=module)} == {*FILES, *NANO, *MICRO}
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ class WeightFakeQuantize(_FakeQuantize):
             return w if smooth is None else w * smooth
         if self.latent is not None:
             return self._codes(self.latent) * self.step().unsqueeze(-1)
-        return ops.fake_quantize(w, self.step(), None, smooth, self.spec.bits)
+        # in one layout before and after conversion: products of transposed memory may round differently
+        return ops.fake_quantize(w.contiguous(), self.step(), None, smooth, self.spec.bits)
 
     def _codes(self, latent: Tensor) -> Tensor:
         low, high = self.spec.bounds
@@ -224,7 +225,7 @@ class WeightFakeQuantize(_FakeQuantize):
         assert self.scale is not None
         if self.latent is not None:
             return self._codes(self.latent).to(torch.int8)
-        return reference.quantize_weight(w, self.scale, self.spec.bits)
+        return reference.quantize_weight(w.contiguous(), self.scale, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""

@@ -3,14 +3,14 @@ import re
 import pytest
 import timm
 import torch
-from public_models import BACKBONES, FILES, NANO, create, facts
+from public_models import BACKBONES, FILES, MICRO, NANO, create, facts
 from torch import Tensor
 
 from ptq4vm.models.checkpoints import read_checkpoint
 from ptq4vm.models.hierarchical import RENAMED
 from ptq4vm.models.recognize import match, recognize, registered
 
-NAMES = [*FILES, *NANO]
+NAMES = [*FILES, *NANO, *MICRO]
 TWINS = {"local_vim_small", "local_vim_small_searched"}
 """Differ in the directions of their scans alone."""
 

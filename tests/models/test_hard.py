@@ -28,6 +28,7 @@ def test_the_function_stays_bit_for_bit(name):
     assert 0 < len(same) < len(plain.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_grow_in_front_of_the_linears(name):
     """A channel that the factor makes large is at least as far above the median as the factor is above what it was."""

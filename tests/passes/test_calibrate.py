@@ -97,6 +97,7 @@ def test_the_report_says_how_near_each_block_is(roads):
     assert all(0 < more["cosine_loss"] < less["cosine_loss"] / 10 for more, less in zip(many, few, strict=True))
 
 
+@pytest.mark.slow
 def test_searched_smoothing_is_not_worse_than_any_fixed_one(roads, images):
     """Of the first linear, whose input is the same for all: by the error of its output on the images that decide."""
 
@@ -141,7 +142,7 @@ def test_one_seed_gives_the_same_bytes_and_another_others(roads, images, tmp_pat
 # --- an interrupted run ---
 
 
-@pytest.fixture(params=[LEARNED, EVERYTHING], ids=["learned", "everything"])
+@pytest.fixture(params=[LEARNED, pytest.param(EVERYTHING, marks=pytest.mark.slow)], ids=["learned", "everything"])
 def config(request):
     return request.param
 

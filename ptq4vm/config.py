@@ -119,8 +119,8 @@ class Learning:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning:
-    """A last stage over the whole model: everything that blocks learn, norms and biases, by KL to the logits of the
-    model in floating point."""
+    """A last stage over the whole model: scales, smoothing, norms and biases, by KL to the logits of the model in
+    floating point."""
 
     epochs: int
     rate: float = 1e-3

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vm.fake_quantize import Mode
-from ptq4vm.quantizer import quantized_linears
+from ptq4vm.quantizer import quantized_linears, tap_inputs
 from ptq4vm.record import Stage, prepared_record
 
 
@@ -51,13 +51,13 @@ def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Pheno
     if record.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
     linears = quantized_linears(prepared, [linear.name for linear in record.linears])
-    seen: dict[str, list[Tensor]] = {linear.name: [] for linear in linears}
+    seen = tap_inputs(linears)
     for linear in linears:
-        linear.input.mode, linear.input.tap = Mode.PASS, seen[linear.name].append
+        linear.input.mode = Mode.PASS
     try:
         for batch in batches:
             prepared(batch)
-        return {name: phenomena(torch.cat(values)) for name, values in seen.items()}
+        return {linear.name: phenomena(torch.cat(seen[linear.input])) for linear in linears}
     finally:
         for linear in linears:
             linear.input.tap = None

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm.config import Granularity, QuantConfig, QuantSpec, matches
+from ptq4vm.config import QuantConfig, QuantSpec, matches
 from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
 from ptq4vm.graph import LinearSite, attribute, find_linears
 
@@ -67,23 +68,22 @@ class TokenQuantizer(Quantizer):
         self.specs: dict[tuple[type, QuantSpec], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
-        config = self.config
         for node in model.graph.nodes:
             name = self.names.get(node.name)
             if name is None:
                 continue
             specs = {
-                node.args[0]: self._spec(ActivationFakeQuantize, config.activation(name), config.granularity),
-                node.args[1]: self._spec(WeightFakeQuantize, config.weight(name), None),
+                node.args[0]: self._spec(ActivationFakeQuantize, self.config.activation(name)),
+                node.args[1]: self._spec(WeightFakeQuantize, self.config.weight(name)),
             }
             node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
         return model
 
-    def _spec(self, kind: Any, spec: QuantSpec, granularity: Granularity | None) -> QuantizationSpec:
+    def _spec(self, kind: Any, spec: QuantSpec) -> QuantizationSpec:
         """One object for equal ones: linears that read one input then share its fake-quantizer."""
         if (kind, spec) not in self.specs:
             low, high = spec.bounds
-            make = kind.with_args(spec=spec, granularity=granularity)
+            make = kind.with_args(spec=spec, granularity=self.config.granularity)
             self.specs[kind, spec] = QuantizationSpec(
                 dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high
             )
@@ -140,6 +140,17 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
             found.append(QuantizedLinear(names[len(found)], node, x, w, _smoothing(prepared, node), parameter))
     assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
     return found
+
+
+Seen = dict[ActivationFakeQuantize, list[Tensor]]
+
+
+def tap_inputs(linears: Sequence[QuantizedLinear]) -> Seen:
+    """What will reach each linear's input, piece by piece, until its tap is None; some linears share one."""
+    seen: Seen = {linear.input: [] for linear in linears}
+    for quantizer, pieces in seen.items():
+        quantizer.tap = pieces.append
+    return seen
 
 
 def correction_of(gm: GraphModule, linear: Node) -> str | None:

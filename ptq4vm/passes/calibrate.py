@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ptq4vm import reference
 from ptq4vm.config import Alpha, QuantConfig
-from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode
+from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
 from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_latent
@@ -30,9 +30,7 @@ from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight
 from ptq4vm.passes.search import input_qparams, weight_scale
 from ptq4vm.passes.smooth import smoothing_candidates, smoothing_scale
 from ptq4vm.passes.tune import log_probabilities, restore_vectors, tune
-from ptq4vm.quantizer import QuantizedLinear
-
-Seen = dict[ActivationFakeQuantize, list[Tensor]]
+from ptq4vm.quantizer import QuantizedLinear, Seen, tap_inputs
 
 SMOOTHING_SAMPLES = 1024
 """Values of one token that score a smoothing vector."""
@@ -83,7 +81,7 @@ def calibrate_blocks(
     with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
-            seen: Seen = _tap(members) if saved.missing(index) else {}
+            seen: Seen = tap_inputs(members) if saved.missing(index) else {}
             targets = _run(part, exact, members, Mode.PASS)
             if members:
                 stored = saved.read(index)
@@ -153,14 +151,6 @@ def _reset(linear: QuantizedLinear) -> None:
     for parameter in (linear.smooth, linear.correction):
         if parameter is not None:
             parameter.data.zero_()
-
-
-def _tap(members: Sequence[QuantizedLinear]) -> Seen:
-    """What will reach each linear's input, piece by piece; some may share one."""
-    seen: Seen = {linear.input: [] for linear in members}
-    for quantizer, pieces in seen.items():
-        quantizer.tap = pieces.append
-    return seen
 
 
 def _linears_of(part: Part, linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:

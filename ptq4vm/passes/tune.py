@@ -1,4 +1,4 @@
-"""End-to-end tuning: everything that blocks learn, norms and biases, by KL to the logits in floating point.
+"""End-to-end tuning: scales, smoothing, norms and biases, by KL to the logits in floating point.
 
 It comes after the blocks, over the whole prepared graph. What is not a linear's own moves too, so results are to be
 reported apart from those of calibration alone.

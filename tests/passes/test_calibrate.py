@@ -9,6 +9,7 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.config import Granularity, Learning
 from ptq4vm.fake_quantize import Mode
+from ptq4vm.observers import observe
 from ptq4vm.passes import calibrate as module
 from ptq4vm.passes.calibrate import gather
 from ptq4vm.passes.smooth import ALPHAS
@@ -307,3 +308,24 @@ def test_without_progress_nothing_is_printed(roads, images, capsys, caplog):
     with caplog.at_level(logging.INFO, logger="ptq4vm"):
         calibrate(roads.prepared(LEARNED), [images], progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+class SharedInput(nn.Module):
+    """Two linears that read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.first(x) * self.second(x)
+
+
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+def test_linears_that_share_their_input_are_both_seen(smoothing):
+    x = normal(4, 5, 6)
+    prepared = prepare(SharedInput(), (x,), QuantConfig(smoothing=smoothing, gptq=True))
+    figures = observe(prepared, [x, x])
+    assert figures["first"] == figures["second"]
+    calibrate(prepared, [x], progress=False)
+    assert all(linear.input.tap is None and linear.weight.latent is not None for linear in linears_of(prepared))

@@ -31,9 +31,11 @@ def test_the_function_stays_bit_for_bit(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_grow_in_front_of_the_linears(name):
-    """A channel that the factor makes large is at least as far above the median as the factor is above what it was."""
+    """Of every kind of linear that reads a norm or a step, and by the factors at the most."""
     before, after = (observe(prepare(model, (IMAGES,)), [IMAGES]) for model in pair(name))
     grown = {linear for linear in after if after[linear].channel_outliers > 2 * before[linear].channel_outliers}
-    assert grown
+    kinds = {"in_proj", "dt_proj"} if "vim" in name else {"in_proj", "dt_projs_weight", "out_proj"}
+    kinds |= {"fc1"} if name == "vmamba_nano_32" else set()
+    assert all(any(f".{kind}" in linear for linear in grown) for kind in kinds)
     for linear in grown:
         assert after[linear].channel_outliers <= max(*CHANNEL_FACTORS, STEP_FACTOR) * before[linear].channel_outliers

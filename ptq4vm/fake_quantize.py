@@ -140,7 +140,9 @@ class ActivationFakeQuantize(_FakeQuantize):
             scale, zero_point = reference.choose_qparams(x.detach(), None, self.spec.bits)
         else:
             scale, zero_point = self.step(), self.zero()
-        return ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
+        y = ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
+        # as x lies in memory, which is how the converted graph has it: other layouts may round products differently
+        return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself by quantize and dequantize nodes (torchao calls this from `convert_pt2e`)."""

@@ -102,7 +102,8 @@ class Subject:
         self.example = (self.test[0][0][:2],)
         self.graph = canonical_graph(self.model, self.example)
         self.logits = predictions(self.model, self.test)
-        self.top1 = self.evaluate(self.model).top1
+        targets = torch.cat([classes for _, classes in self.test])
+        self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
 
     def evaluate(self, module: torch.nn.Module) -> Any:
         return evaluate(module, self.test, reference_predictions=self.logits, progress=False)

@@ -8,19 +8,23 @@ comparison. Shapes: x (images, L, D), already smoothed; W (N, D), already smooth
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm import reference
 from ptq4vm.config import Granularity, QuantSpec, RangeSearch
 
-FRACTIONS = torch.arange(31, 1, -1) / 32
+FRACTIONS = torch.arange(32, 1, -1) / 32
 """Candidate ends of a range, as fractions of the minimum or the maximum."""
 
-WEIGHT_FRACTIONS = torch.arange(99, 19, -1) / 100
+WEIGHT_FRACTIONS = torch.arange(100, 19, -1) / 100
 """Candidate step sizes of a weight, as fractions of the one that reaches max|W|."""
 
 RELEASED_CANDIDATES, RELEASED_POWER = 100, 2.4
 """Of the released code: its number of candidates, and the power of the error that it sums."""
+
+LOOKED_UP = 2**22
+"""Ends of codes looked up at once, which bounds the memory."""
 
 SAMPLES = 8192
 """Values of one token that are scored; of more, evenly spaced images are taken. The full range is that of all."""
@@ -37,42 +41,64 @@ def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: 
     images = x[:: max(1, x.shape[0] * x.shape[2] // SAMPLES)]
     values = images.transpose(0, 1).flatten(1) if per_token else images.reshape(1, -1)
     find = _released_affine if search is RangeSearch.RELEASED else _search_affine
-    return find(values, low, high, spec.bits)
+    return find(values, low, high, spec)
 
 
-def _search_affine(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Shrinks both ends together, then each by itself, twice; every row of `values` keeps its own best."""
-    best_low, best_high = low.clone(), high.clone()
-    best = _affine_error(values, low, high, bits)
+    error = _SquaredError(values, spec)
+    lows, highs = low.unsqueeze(-1) * FRACTIONS, high.unsqueeze(-1) * FRACTIONS
 
-    def offer(candidate_low: Tensor, candidate_high: Tensor) -> None:
-        error = _affine_error(values, candidate_low, candidate_high, bits)
-        better = error < best
-        best[better] = error[better]
-        best_low[better], best_high[better] = candidate_low[better], candidate_high[better]
+    def best(candidate_lows: Tensor, candidate_highs: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = torch.broadcast_tensors(candidate_lows, candidate_highs)
+        found = error(*reference.affine_qparams(*pairs, spec.bits)).argmin(-1, keepdim=True)
+        best_low, best_high = (ends.gather(-1, found) for ends in pairs)
+        return best_low, best_high
 
-    for fraction in FRACTIONS.tolist():
-        offer(low * fraction, high * fraction)
+    best_low, best_high = best(lows, highs)
     for _ in range(2):
-        for fraction in FRACTIONS.tolist():
-            offer(best_low.clone(), high * fraction)
-        for fraction in FRACTIONS.tolist():
-            offer(low * fraction, best_high.clone())
-    return reference.affine_qparams(best_low, best_high, bits)
+        best_low, best_high = best(best_low, torch.cat([best_high, highs], -1))
+        best_low, best_high = best(torch.cat([best_low, lows], -1), best_high)
+    return reference.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
 
 
-def _affine_error(values: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Squared error of each row, as it would be stored."""
-    scale, zero_point = reference.affine_qparams(low, high, bits)
-    codes = reference.quantize(values, 1.0 / scale, zero_point, None, bits)
-    return (reference.dequantize(codes, scale, zero_point) - values).square_().sum(-1)
+class _SquaredError:
+    """Squared errors of the rows of values (rows, n) with many scales and zero points.
+
+    The values of a row that get one level v lie beside each other when sorted, and their error Σ (x - v)² is
+    Σ x² - 2 v Σ x + v² · number: differences of running sums. A pair costs one search a code, whatever n is.
+    """
+
+    def __init__(self, values: Tensor, spec: QuantSpec) -> None:
+        first, last = spec.bounds
+        self.codes = torch.arange(first, last + 1, device=values.device)
+        self.sorted = values.float().contiguous().sort(-1).values
+        exact = self.sorted.double()
+        self.sums, self.squares = (F.pad(value.cumsum(-1), (1, 0)) for value in (exact, exact.square()))
+
+    def __call__(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        """Float64 (rows, candidates) for scales and zero points of that shape."""
+        few = max(1, LOOKED_UP // (len(scale) * len(self.codes)))
+        pairs = zip(scale.split(few, -1), zero_point.split(few, -1), strict=True)
+        return torch.cat([self._few(*pair) for pair in pairs], -1)
+
+    def _few(self, scale: Tensor, zero_point: Tensor) -> Tensor:
+        levels = (self.codes - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)  # (rows, candidates, codes)
+        between = (levels[..., 1:] + levels[..., :-1]) / 2
+        ends = torch.searchsorted(self.sorted, between.flatten(1)).view(between.shape)
+        ends = F.pad(F.pad(ends, (1, 0)), (0, 1), value=self.sorted.shape[-1])
+        sums, squares = (
+            running.gather(-1, ends.flatten(1)).view(ends.shape).diff(dim=-1) for running in (self.sums, self.squares)
+        )
+        levels = levels.double()
+        return (squares - 2 * levels * sums + levels.square() * ends.diff(dim=-1)).sum(-1)
 
 
-def _released_affine(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Both ends move past each other through the centre, so the full range is never tried and half of the candidates
     are inverted; the best of them is then widened until it holds zero, which nothing has scored."""
     best_low, best_high, best = low.clone(), high.clone(), torch.full_like(low, 1e10)
-    levels, center = 2**bits - 1, 2 ** (bits - 1)
+    levels, center = 2**spec.bits - 1, 2 ** (spec.bits - 1)
     for step in range(1, RELEASED_CANDIDATES + 1):
         alpha = step / RELEASED_CANDIDATES
         candidate_low, candidate_high = torch.lerp(low, high, alpha), torch.lerp(high, low, alpha)
@@ -90,14 +116,12 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, bits: int) -> tu
 def weight_scale(weight: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
     """Step size (N,) of each output channel."""
     full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=reference.EPSILON)
+    if search is RangeSearch.MINMAX:
+        return full
     power = RELEASED_POWER if search is RangeSearch.RELEASED else 2.0
-    best, best_error = full.clone(), _weight_error(weight, full, spec.bits, power)
-    for fraction in WEIGHT_FRACTIONS.tolist() if search is not RangeSearch.MINMAX else ():
-        scale = (full * fraction).clamp(min=reference.EPSILON)
-        error = _weight_error(weight, scale, spec.bits, power)
-        better = error < best_error
-        best[better], best_error[better] = scale[better], error[better]
-    return best
+    scales = (full.unsqueeze(-1) * WEIGHT_FRACTIONS).clamp(min=reference.EPSILON)
+    error = torch.stack([_weight_error(weight, scale, spec.bits, power) for scale in scales.unbind(-1)], -1)
+    return scales.gather(-1, error.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _weight_error(weight: Tensor, scale: Tensor, bits: int, power: float) -> Tensor:

@@ -50,10 +50,10 @@ def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -
     lows, highs = low.unsqueeze(-1) * FRACTIONS, high.unsqueeze(-1) * FRACTIONS
 
     def best(candidate_lows: Tensor, candidate_highs: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = torch.broadcast_tensors(candidate_lows, candidate_highs)
-        found = error(*reference.affine_qparams(*pairs, spec.bits)).argmin(-1, keepdim=True)
-        best_low, best_high = (ends.gather(-1, found) for ends in pairs)
-        return best_low, best_high
+        candidate_lows, candidate_highs = torch.broadcast_tensors(candidate_lows, candidate_highs)
+        pairs = reference.affine_qparams(candidate_lows, candidate_highs, spec.bits)
+        found = error(*pairs).argmin(-1, keepdim=True)
+        return candidate_lows.gather(-1, found), candidate_highs.gather(-1, found)
 
     best_low, best_high = best(lows, highs)
     for _ in range(2):

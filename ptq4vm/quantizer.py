@@ -34,14 +34,16 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
     for key in ("exclude", "eight_bit"):
         for pattern in getattr(config, key):
             if not any(matches(site.name, (pattern,)) for site in sites):
-                known = ", ".join(site.name for site in sites[:6])
-                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {known}, …")
+                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(sites)}")
     chosen = [site for site in in_blocks if not matches(site.name, config.exclude)]
     if not chosen:
         raise ValueError(
             "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
             f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
         )
+    only = config.learning.only if config.learning is not None else ()
+    if only and not any(matches(site.name, only) for site in chosen):
+        raise ValueError(f"learning.only={list(only)} matches no linear; there are {_names(chosen)}")
     for site in chosen:
         dtype = attribute(gm, site.weight).dtype
         if dtype != torch.float32:
@@ -56,6 +58,10 @@ def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
                 "overflow an int32 accumulator; use fewer bits or exclude this linear"
             )
     return chosen
+
+
+def _names(sites: Sequence[LinearSite]) -> str:
+    return ", ".join(site.name for site in sites[:6]) + (", …" if len(sites) > 6 else "")
 
 
 class TokenQuantizer(Quantizer):

@@ -165,6 +165,8 @@ def test_a_model_that_is_not_float32_is_refused_by_name(dtype):
 def test_a_pattern_that_matches_nothing_is_an_error(small_vim, images):
     with pytest.raises(ValueError, match=r"exclude pattern 'layers\.9\.\*' matches no linear; there are layers\.0"):
         prepare(small_vim, (images,), QuantConfig(exclude=("layers.9.*",)))
+    with pytest.raises(ValueError, match=r"learning\.only=\['\*\.fc9'\] matches no linear; there are layers\.0"):
+        prepare(small_vim, (images,), QuantConfig(learning=Learning(epochs=1, only=("*.fc9",))))
 
 
 def test_nothing_left_to_quantize_is_an_error(small_vim, images):

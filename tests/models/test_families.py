@@ -17,6 +17,11 @@ WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny
 CONFIG = QuantConfig(range_search=False, learning=None)
 
 
+def _slow_but(fast, names):
+    """One of each family is tested every time."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def test_the_registry_has_every_public_model():
     modules = ("vim", "local_vim", "vmamba", "local_vmamba")
     assert {name for module in modules for name in timm.list_models(module=module)} == {*FILES, *NANO, *MICRO}
@@ -96,7 +101,7 @@ def walk(model, images, tmp_path):
     return prepared
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", _slow_but(WITH_GOLDEN, FILES))
 def test_the_whole_road_at_one_block_a_stage(name, tmp_path):
     """The quantizer sees the public list of linears; what is saved is what is loaded."""
     torch.manual_seed(0)

@@ -54,8 +54,9 @@ class Loss(enum.StrEnum):
 
     COSINE = "cosine"
     """1 - cosine similarity of each token's channels (PTQ4VM eq. 9)."""
-    RESIDUAL = "residual"
-    """The same of the residual stream after the block, plus its relative squared error: length counts too."""
+    FISHER = "fisher"
+    """Squared error of the residual stream, each entry by how much the model's output depends on it; see
+    `ptq4vm.passes.importance`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,7 +273,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
     "best": lambda epochs: {
         "gptq": True,
-        "learning": Learning(epochs=epochs, loss=Loss.RESIDUAL, scale_rate=1e-2, smooth_rate=1e-2),
+        "learning": Learning(epochs=epochs, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
     },
 }
 """What each recipe sets, given the epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.

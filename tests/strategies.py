@@ -12,7 +12,7 @@ EVERYTHING = QuantConfig(
     smoothing=Alpha.SEARCH,
     gptq=True,
     learning=Learning(
-        epochs=2, batch_size=5, loss=Loss.RESIDUAL, zero_point_rate=0.01, rounding_rate=0.02, bias_rate=0.02
+        epochs=2, batch_size=5, loss=Loss.FISHER, zero_point_rate=0.01, rounding_rate=0.02, bias_rate=0.02
     ),
     tuning=Tuning(epochs=1, batch_size=5),
     eight_bit=("*.x_proj*",),

@@ -101,7 +101,7 @@ def test_json_of_another_kind_is_refused(text):
         ({"learning": {"epochs": 1, "smooth_rate": -0.1}}, "learning.smooth_rate must be"),
         ({"learning": {"epochs": 1, "smooth_rate": "fast"}}, "learning.smooth_rate must be"),
         ({"learning": {"epochs": 1, "rounding_rate": 2}}, r"learning.rounding_rate must be in \[0, 1\); got 2"),
-        ({"learning": {"epochs": 1, "loss": "mse"}}, "learning.loss must be one of cosine, residual; got 'mse'"),
+        ({"learning": {"epochs": 1, "loss": "mse"}}, "learning.loss must be one of cosine, fisher; got 'mse'"),
         ({"learning": {"epochs": 1, "only": "*.in_proj"}}, "learning.only must be a sequence of patterns"),
         ({"tuning": {}}, "tuning needs the key 'epochs'"),
         ({"tuning": {"epochs": 0}}, "tuning.epochs must be at least 1; for no tuning use tuning=None"),

@@ -21,11 +21,12 @@ from torch.fx import GraphModule
 from tqdm import tqdm
 
 from ptq4vm import reference
-from ptq4vm.config import Alpha, QuantConfig
+from ptq4vm.config import Alpha, Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
 from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_latent
+from ptq4vm.passes.importance import importance
 from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
 from ptq4vm.passes.smooth import smoothing_candidates, smoothing_scale
@@ -74,6 +75,8 @@ def calibrate_blocks(
     exact, rounded, reports = images, images, []
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
+    weighted = config.learning is not None and config.learning.loss is Loss.FISHER
+    weights = importance(parts, images, config.seed) if weighted else [{}] * len(parts)
     wanted = log_probabilities(prepared, images, FORWARD_BATCH) if config.tuning is not None else None
     epochs = config.learning.epochs if config.learning else 1
     inside = [_linears_of(part, linears) for part in parts]
@@ -96,7 +99,7 @@ def calibrate_blocks(
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
                 if stored is None and config.learning is not None:
                     seed, show = config.seed + index, _reporter(bar, part.name)
-                    losses = learn_block(part, members, rounded, targets, config.learning, seed, show)
+                    losses = learn_block(part, members, rounded, targets, config.learning, seed, show, weights[index])
                     if losses is None:
                         bar.update(epochs)
                     else:

@@ -34,18 +34,24 @@ BETA = 0.5
 """Codes by which a latent weight may move: a weight goes to either of its neighbours."""
 
 
-def block_loss(outputs: Values, targets: Values, channels: int, loss: Loss = Loss.COSINE) -> Tensor:
+def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
     """Mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
 
-    `Loss.RESIDUAL` adds the relative squared error. `channels` says which axis of an output holds the channels: the
-    last one, or the second one of (B, D, H, W).
+    `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
     """
+    losses = [
+        (1 - F.cosine_similarity(outputs[name], target, dim=_channel_axis(target, channels))).mean()
+        for name, target in targets.items()
+    ]
+    return torch.stack(losses).sum()
+
+
+def weighted_error(outputs: Values, targets: Values, importance: Values) -> Tensor:
+    """Squared error of outputs (images, …), each entry times its importance (…), as a share of what exact ones have."""
     losses = []
     for name, target in targets.items():
-        output, axis = outputs[name], _channel_axis(target, channels)
-        losses.append((1 - F.cosine_similarity(output, target, dim=axis)).mean())
-        if loss is Loss.RESIDUAL:
-            losses.append(((output - target).square().sum(axis) / target.square().sum(axis).clamp(min=1e-6)).mean())
+        error, whole = (value.square() * importance[name] for value in (outputs[name] - target, target))
+        losses.append(error.sum() / whole.sum().clamp(min=1e-12))
     return torch.stack(losses).sum()
 
 
@@ -126,10 +132,12 @@ def learn_block(
     config: Learning,
     seed: int,
     report: Callable[[int, float], None],
+    importance: Values | None = None,
 ) -> tuple[float, float] | None:
     """Learns in place; the loss over all images before and after. A block that got worse is put back.
 
     `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
+    `importance` of the outputs' entries is what `Loss.FISHER` needs.
     """
     channels = len(linears[-1].weight.calculate_qparams()[0])
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
@@ -147,8 +155,10 @@ def learn_block(
     def loss_of(batch: Tensor) -> Tensor:
         outputs = merged({name: value[batch] for name, value in inputs.items()})
         wanted = {name: value[batch] for name, value in targets.items()}
-        if config.loss is Loss.RESIDUAL:
-            return block_loss(streams(outputs, changed), streams(wanted, changed), channels, config.loss)
+        if config.loss is Loss.FISHER:
+            assert importance is not None
+            matter = [name for name in changed if name in importance]
+            return weighted_error(streams(outputs, matter), streams(wanted, matter), importance)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
 
     before, after = descend(loss_of, groups, images, config, seed, report, limits)

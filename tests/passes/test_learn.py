@@ -8,7 +8,7 @@ from ptq4vm import QuantConfig
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.graph import cut
-from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weight_of
+from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weight_of, weighted_error
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
 
@@ -50,7 +50,8 @@ def state(members):
 
 
 def learn(block, config=LEARNING, seed=0, report=lambda epoch, loss: None):
-    return learn_block(*block, config, seed, report)
+    importance = {name: torch.ones(target.shape[1:]) for name, target in block[3].items()}
+    return learn_block(*block, config, seed, report, importance)
 
 
 def test_every_learnable_receives_a_gradient(block):
@@ -70,7 +71,7 @@ def test_every_learnable_receives_a_gradient(block):
     assert not idle
 
 
-ALL = dataclasses.replace(LEARNING, loss=Loss.RESIDUAL, zero_point_rate=0.05, rounding_rate=0.05, bias_rate=0.05)
+ALL = dataclasses.replace(LEARNING, loss=Loss.FISHER, zero_point_rate=0.05, rounding_rate=0.05, bias_rate=0.05)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -97,8 +98,8 @@ def test_a_latent_weight_goes_to_a_neighbour_at_the_most(monkeypatch, block):
         assert (member.weight.latent - latent).abs().max() <= 0.5 + 1e-6
 
 
-def test_learned_rounding_lowers_the_residual_loss(block):
-    rounding = Learning(epochs=20, batch_size=4, loss=Loss.RESIDUAL, scale_rate=0, smooth_rate=0, rounding_rate=0.01)
+def test_learned_rounding_lowers_the_loss(block):
+    rounding = Learning(epochs=20, batch_size=4, loss=Loss.FISHER, scale_rate=0, smooth_rate=0, rounding_rate=0.01)
     before, after = learn(block, rounding)
     assert 0 < after < before
 
@@ -114,10 +115,19 @@ def test_only_the_linears_named_learn(monkeypatch, block):
     assert learn(block, dataclasses.replace(LEARNING, only=("nothing",))) is None
 
 
-def test_the_residual_loss_knows_length_and_the_cosine_does_not():
+def test_the_weighted_error_knows_length_and_the_cosine_does_not():
     target = normal(2, 3, 4)
     assert block_loss({"y": 2 * target}, {"y": target}, 4).item() == pytest.approx(0, abs=1e-6)
-    assert block_loss({"y": 2 * target}, {"y": target}, 4, Loss.RESIDUAL).item() == pytest.approx(1, rel=1e-5)
+    assert weighted_error({"y": 2 * target}, {"y": target}, {"y": torch.rand(3, 4)}).item() == pytest.approx(1)
+
+
+def test_what_does_not_matter_adds_no_weighted_error():
+    target = normal(2, 3, 4)
+    output, importance = target.clone(), torch.ones(3, 4)
+    output[:, 1, 2] += 5
+    assert weighted_error({"y": output}, {"y": target}, {"y": importance}).item() > 0.1
+    importance[1, 2] = 0
+    assert weighted_error({"y": output}, {"y": target}, {"y": importance}).item() == 0
 
 
 def test_a_stream_is_the_sum_of_the_outputs_of_its_shape():

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from strategies import normal
+
+from ptq4vm import QuantConfig
+from ptq4vm.graph import cut
+from ptq4vm.passes import importance as importance_module
+from ptq4vm.passes.importance import FLOOR, importance
+from ptq4vm.quantizer import quantized_linears
+from ptq4vm.record import record_of
+
+WEIGHT = normal(5, 4, seed=3)
+
+
+def stem(values):
+    return {"h": values["x"] * 2}
+
+
+def head(values):
+    """Logits from the first two of three tokens, the second twice as loud."""
+    return {"y": (values["h"][:, 0] + 2 * values["h"][:, 1]) @ WEIGHT.t()}
+
+
+def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
+    monkeypatch.setattr(importance_module, "PROBES", 4000)
+    x = normal(3, 3, 4)
+    found = importance([stem, head], {"x": x}, 0)[0]["h"] - FLOOR
+    exact = torch.zeros(3, 4)
+    for image in x:
+        p = head(stem({"x": image[None]}))["y"][0].softmax(0)
+        one = (WEIGHT.t() @ (p.diag() - p.outer(p)) @ WEIGHT).diag()  # JᵀFJ of a token that counts once
+        exact += torch.stack([one, 4 * one, torch.zeros(4)])
+    torch.testing.assert_close(found, exact / exact.mean(), rtol=0.1, atol=1e-6)
+
+
+def test_outputs_that_are_no_logits_count_by_their_squared_error(monkeypatch):
+    monkeypatch.setattr(importance_module, "PROBES", 4000)
+    features = importance(
+        [stem, lambda values: {"y": values["h"] * torch.tensor([1.0, 3.0])}], {"x": normal(2, 3, 2)}, 0
+    )
+    torch.testing.assert_close(features[0]["h"] - FLOOR, torch.tensor([0.2, 1.8]).expand(3, 2), rtol=0.1, atol=0)
+
+
+@pytest.fixture
+def parts(roads):
+    gm = roads.prepared(QuantConfig())
+    linears = quantized_linears(gm, [linear.name for linear in record_of(gm).linears])
+    return cut(gm, [linear.node for linear in linears])
+
+
+def test_of_the_last_block_the_class_token_alone_matters(parts, images):
+    last = importance(parts, {"x": images}, 0)[-2]
+    before, mixed = (last[name] for name in parts[-2].outputs)  # the stream before the block goes through its mixer too
+    assert (mixed.amax(-1) > FLOOR).sum() == 1 and (before.amax(-1) > FLOOR).all()
+    assert mixed.mean().item() == pytest.approx(1 + FLOOR)
+
+
+def test_one_seed_gives_the_same_importance_and_no_gradient_stays(parts, images):
+    first, second, other = (importance(parts, {"x": images}, seed) for seed in (0, 0, 1))
+    for name, value in first[1].items():
+        assert torch.equal(value, second[1][name]) and not torch.equal(value, other[1][name])
+        assert not value.requires_grad

@@ -25,7 +25,7 @@ from ptq4vm.config import Alpha, Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
-from ptq4vm.passes.gptq import Moments, compensated_weight, gptq_latent
+from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_latent
 from ptq4vm.passes.importance import importance
 from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
@@ -230,7 +230,7 @@ def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, r
         _run(part, rounded, members, Mode.QUANTIZE)
         linear.input.tap = None
         step = linear.weight.calculate_qparams()[0]
-        target = compensated_weight(weight, moments)
+        target = compensated_weight(weight, moments, best_ridge(weight, moments))
         linear.weight.set_latent(gptq_latent(target, step, linear.weight.spec, moments))
 
 

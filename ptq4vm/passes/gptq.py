@@ -12,30 +12,57 @@ from torch import Tensor
 from ptq4vm.config import QuantSpec
 
 DAMPING = 0.1
-"""Added to the diagonal of x̂ᵀx̂, as a share of its mean."""
+"""Added to the diagonal of x̂ᵀx̂ when codes are chosen, as a share of its mean."""
+
+RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""The same when the weight is compensated, to choose from."""
 
 
 class Moments:
-    """x̂ᵀx̂ and xᵀx̂ of all rows, added up piece by piece in float64."""
+    """x̂ᵀx̂ and xᵀx̂ of all rows, (2, D, D): of every other image and of those between, added up in float64."""
 
     def __init__(self, channels: int) -> None:
-        self.own = torch.zeros(channels, channels, dtype=torch.float64)
-        self.cross = torch.zeros(channels, channels, dtype=torch.float64)
+        self.own = torch.zeros(2, channels, channels, dtype=torch.float64)
+        self.cross = torch.zeros(2, channels, channels, dtype=torch.float64)
 
     def add(self, x: Tensor, seen: Tensor) -> None:
         """x and x̂ (images, L, D) of the same images."""
-        exact, rounded = x.flatten(0, -2).float(), seen.flatten(0, -2).float()
-        self.own += (rounded.t() @ rounded).double()
-        self.cross += (exact.t() @ rounded).double()
-
-    def damped(self) -> Tensor:
-        diagonal = self.own.diagonal()
-        return self.own + torch.eye(len(diagonal), dtype=torch.float64) * (DAMPING * diagonal.mean()).clamp(min=1e-12)
+        for half in range(2):
+            exact, rounded = (value[half::2].flatten(0, -2).float() for value in (x, seen))
+            self.own[half] += (rounded.t() @ rounded).double()
+            self.cross[half] += (exact.t() @ rounded).double()
 
 
-def compensated_weight(weight: Tensor, moments: Moments) -> Tensor:
-    """The W' (N, D) whose products with x̂ come nearest to W's with x: W' = W + W (xᵀx̂ - x̂ᵀx̂) (x̂ᵀx̂ + damping)⁻¹."""
-    change = torch.linalg.solve(moments.damped(), (moments.cross - moments.own).t())
+def best_ridge(weight: Tensor, moments: Moments) -> float:
+    """Of `RIDGES` the one whose compensation, found on one half of the images, is best on the other half.
+
+    Late blocks have hardly more tokens in 256 images than channels, and would learn the images by heart.
+    """
+    weight = weight.double()
+    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for known, other in ((0, 1), (1, 0)):
+        own, cross = moments.own[known], moments.cross[known]
+        values, vectors = torch.linalg.eigh(own)
+        change = weight @ (cross - own) @ vectors
+        for index, share in enumerate(RIDGES):
+            better = weight + change / (values + _addend(own, share)) @ vectors.t()
+            # ‖x̂ W'ᵀ - x Wᵀ‖² without ‖x Wᵀ‖²
+            errors[index] += ((better @ moments.own[other] - 2 * weight @ moments.cross[other]) * better).sum()
+    return RIDGES[int(errors.argmin())]
+
+
+def _addend(own: Tensor, share: float) -> Tensor:
+    return (share * own.diagonal().mean()).clamp(min=1e-12)
+
+
+def _damped(own: Tensor, share: float) -> Tensor:
+    return own + _addend(own, share) * torch.eye(len(own), dtype=own.dtype)
+
+
+def compensated_weight(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
+    """The W' (N, D) whose products with x̂ come nearest to W's with x: W' = W + W (xᵀx̂ - x̂ᵀx̂) (x̂ᵀx̂ + ridge)⁻¹."""
+    own, cross = moments.own.sum(0), moments.cross.sum(0)
+    change = torch.linalg.solve(_damped(own, ridge), (cross - own).t())
     return (weight.double() + weight.double() @ change.t()).float()
 
 
@@ -44,8 +71,9 @@ def gptq_latent(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments
 
     Channels with the largest inputs come first (GPTQ section 3.3 and its "act order").
     """
-    order = moments.own.diagonal().argsort(descending=True, stable=True)
-    hessian = moments.damped()[order][:, order]
+    own = moments.own.sum(0)
+    order = own.diagonal().argsort(descending=True, stable=True)
+    hessian = _damped(own, DAMPING)[order][:, order]
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     rest = weight.double()[:, order]
     step, (low, high) = scale.double(), spec.bounds

@@ -41,7 +41,7 @@ from ptq4vm.record import record_of
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
-MODELS = ("vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
+MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 VARIANTS = ("plain", "hard")
 LADDER = tuple(name for name in RECIPES if name != "best")
 

@@ -124,7 +124,7 @@ default_cfgs = generate_default_cfgs(
         "local_vim_small": imagenet(*ENDS),
         "local_vim_small_searched": imagenet(*ENDS),
         "local_vim_nano_patch4_32.digits": digits(*ENDS, "local_vim_nano_patch4_32.digits.safetensors"),
-        "local_vim_micro_patch4_32.cifar10": cifar10(*ENDS),
+        "local_vim_micro_patch4_32.cifar10": cifar10(*ENDS, "local_vim_micro_patch4_32.cifar10.safetensors"),
     }
 )
 

@@ -36,18 +36,16 @@ def digits(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
     return _small_images(first_conv, classifier, file, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def cifar10(first_conv: str, classifier: str, file: str | None = None) -> dict[str, Any]:
-    """The same for a model of CIFAR-10; without a file it is one that is not bundled."""
+def cifar10(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
+    """The same for a bundled model of CIFAR-10."""
     return _small_images(first_conv, classifier, file, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 
 
 def _small_images(
-    first_conv: str, classifier: str, file: str | None, mean: tuple[float, ...], std: tuple[float, ...]
+    first_conv: str, classifier: str, file: str, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, Any]:
     changes: dict[str, Any] = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
-    if file is not None:
-        changes["file"] = str(PRETRAINED / file)
-    return imagenet(first_conv, classifier, **changes)
+    return imagenet(first_conv, classifier, file=str(PRETRAINED / file), **changes)
 
 
 def create(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
 from golden.fill import fill_state_dict
@@ -41,6 +43,15 @@ BACKBONES = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15", "loc
 MICRO = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 NANO = ("vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32")
 """For 32×32 images, one a family."""
+
+
+def slow_but(fast: Collection[str], names: Iterable[str]) -> list[Any]:
+    """For `parametrize`: all names, of which those that are not `fast` are slow tests."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+SAMPLED = slow_but(("vim_nano_patch4_32", "vmamba_nano_32"), NANO)
+"""Of the small ones Vim and VMamba every time, the Local ones where there is time."""
 
 SHORT: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": {"depth": 1},

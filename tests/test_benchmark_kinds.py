@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from public_models import NANO, SHORT, create
+from public_models import NANO, SAMPLED, SHORT, create
 from strategies import normal
 from torch import nn
 from torch.fx import Graph, GraphModule
@@ -29,7 +29,7 @@ def network(name, folder):
     return Network(model, GraphModule(nn.Module(), Graph()), folder)
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_the_loop_computes_what_the_native_scan_does(tmp_path, name):
     made = network(name, tmp_path)
     with torch.inference_mode():

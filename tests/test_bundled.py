@@ -92,6 +92,7 @@ def test_w8a8_of_the_other_families_agrees_with_floating_point(name, right, digi
     assert found.agreement >= 99 and found.top1 >= exact - 0.5
 
 
+@pytest.mark.slow
 def test_learning_streams_across_downsampling(digits):
     """Four bits, all three stages of a VMamba: every block learns on what the quantized blocks before it give."""
     _, calibration, test = digits

@@ -39,6 +39,7 @@ def test_the_readmes_ten_lines_are_the_quickstarts():
     assert all(call in code and call in quickstart for call in calls)
 
 
+@pytest.mark.slow
 def test_making_the_hard_model_gives_the_bundled_bytes(tmp_path):
     run(ROOT / "examples/make_hard.py", "--output", tmp_path, cwd=tmp_path)
     name = "vim_nano_patch4_32.digits_hard.safetensors"

@@ -8,18 +8,26 @@ import timm
 import torch
 from golden.fill import make_input, selftest
 from lowering import check
-from public_models import BACKBONES, FILES, GOLDEN, MICRO, NANO, create, facts, filled, kept, shrunken
+from public_models import (
+    BACKBONES,
+    FILES,
+    GOLDEN,
+    MICRO,
+    NANO,
+    SAMPLED,
+    create,
+    facts,
+    filled,
+    kept,
+    shrunken,
+    slow_but,
+)
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.record import record_of
 
 WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny_s1l8", "local_vmamba_tiny")
 CONFIG = QuantConfig(range_search=False, learning=None)
-
-
-def _slow_but(fast, names):
-    """One of each family is tested every time."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def test_the_registry_has_every_public_model():
@@ -101,7 +109,7 @@ def walk(model, images, tmp_path):
     return prepared
 
 
-@pytest.mark.parametrize("name", _slow_but(WITH_GOLDEN, FILES))
+@pytest.mark.parametrize("name", slow_but(("vim_tiny_patch16_224", "vmamba_tiny_s1l8"), FILES))
 def test_the_whole_road_at_one_block_a_stage(name, tmp_path):
     """The quantizer sees the public list of linears; what is saved is what is loaded."""
     torch.manual_seed(0)
@@ -123,7 +131,7 @@ def test_the_whole_road_at_full_size(name, tmp_path):
     assert len(have) == len(linears) == len(facts(name)["linears"])
 
 
-@pytest.mark.parametrize("name", _slow_but(["vmamba_nano_32"], ["vmamba_nano_32", "local_vmamba_nano_32"]))
+@pytest.mark.parametrize("name", slow_but(["vmamba_nano_32"], ["vmamba_nano_32", "local_vmamba_nano_32"]))
 def test_a_backbone_walks_the_road_on_maps_that_are_not_square(name, tmp_path):
     torch.manual_seed(0)
     images = torch.from_numpy(make_input(2, 36, 56))
@@ -144,7 +152,7 @@ def test_a_backbone_at_full_size_walks_the_road(name, tmp_path):
     assert len(record_of(prepared).linears) == len(facts(name)["linears"])
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_every_code_and_accumulator_is_the_calibrated_one(name):
     """Drawn images; integers equal those of the Q/DQ graph in every linear."""
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from lowering import Recorder
-from public_models import NANO
+from public_models import NANO, SAMPLED
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
@@ -118,7 +118,7 @@ def sets():
 
 @pytest.mark.parametrize("isa", sets())
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, name, config, isa):
     gm = fuse(copied(lowered(name, config)))
     before = native.isa()
@@ -133,7 +133,7 @@ def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, nam
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
     plain = lowered(name, config)
     gm = fuse(copied(plain))
@@ -146,7 +146,7 @@ def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
             assert (ours - theirs).abs().median() <= 0.02 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_bfloat16_activations_cost_less_than_quantization(lowered, name):
     """The trained models' logits move less than W8A8 itself has moved them."""
     plain = lowered(name)
@@ -205,6 +205,7 @@ def test_scans_with_float_projections_are_left_and_named(roads, exclude, reason)
     torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_an_inverse_that_is_none_is_left_and_named():
     """LocalVMamba's columns on maps that are not square, as published, come back in another order."""
     torch.manual_seed(0)

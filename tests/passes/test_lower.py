@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import check, constant, in_order
+from public_models import slow_but
 from strategies import EVERYTHING, normal
 from torch import nn
 
@@ -35,7 +36,10 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+OFTEN = ("w4a4", "w8a8", "w4a8", "w4a4 unsmoothed", "per tensor", "dynamic", "everything")
+
+
+@pytest.mark.parametrize("name", slow_but(OFTEN, CONFIGS))
 def test_codes_and_accumulators_of_a_vim_are_those_of_the_exchange_form(roads, name):
     prepared = roads.calibrated(CONFIGS[name])
     for count in (1, 3):

@@ -222,7 +222,7 @@ def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, r
     """GPTQ, one linear after another: each for the inputs that those before it, already rounded so, give it."""
     for linear in members:
         weight, pieces = weight_of(linear), iter(seen[linear.input])
-        moments = Moments(weight.shape[1])
+        moments = Moments(weight.shape[1], weight.device)
         inverse = torch.ones(()) if linear.smooth is None else linear.smooth.exp().reciprocal()
         linear.input.tap = lambda x, moments=moments, pieces=pieces, inverse=inverse: moments.add(
             next(pieces) * inverse, x

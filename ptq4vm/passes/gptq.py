@@ -21,9 +21,9 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 class Moments:
     """x̂ᵀx̂ and xᵀx̂ of all rows, (2, D, D): of every other image and of those between, added up in float64."""
 
-    def __init__(self, channels: int) -> None:
-        self.own = torch.zeros(2, channels, channels, dtype=torch.float64)
-        self.cross = torch.zeros(2, channels, channels, dtype=torch.float64)
+    def __init__(self, channels: int, device: torch.device | None = None) -> None:
+        self.own = torch.zeros(2, channels, channels, dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.own)
 
     def add(self, x: Tensor, seen: Tensor) -> None:
         """x and x̂ (images, L, D) of the same images."""
@@ -39,7 +39,7 @@ def best_ridge(weight: Tensor, moments: Moments) -> float:
     Late blocks have hardly more tokens in 256 images than channels, and would learn the images by heart.
     """
     weight = weight.double()
-    errors = torch.zeros(len(RIDGES), dtype=torch.float64)
+    errors = weight.new_zeros(len(RIDGES))
     for known, other in ((0, 1), (1, 0)):
         own, cross = moments.own[known], moments.cross[known]
         values, vectors = torch.linalg.eigh(own)
@@ -56,7 +56,7 @@ def _addend(own: Tensor, share: float) -> Tensor:
 
 
 def _damped(own: Tensor, share: float) -> Tensor:
-    return own + _addend(own, share) * torch.eye(len(own), dtype=own.dtype)
+    return own + _addend(own, share) * torch.eye(len(own), dtype=own.dtype, device=own.device)
 
 
 def compensated_weight(weight: Tensor, moments: Moments, ridge: float) -> Tensor:

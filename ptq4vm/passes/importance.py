@@ -61,7 +61,7 @@ def _outputs(parts: Sequence[Part], values: Values) -> list[Values]:
 
 def _score(output: Tensor, generator: torch.Generator) -> Tensor:
     """The output along a random direction; that of logits (images, classes) is one of their softmax's Fisher matrix."""
-    direction = torch.randn(output.shape, generator=generator)
+    direction = torch.randn(output.shape, generator=generator).to(output)
     if output.dim() == 2:
         p = output.detach().softmax(1)
         direction = p.sqrt() * direction - p * (p.sqrt() * direction).sum(1, keepdim=True)

@@ -76,7 +76,7 @@ def calibrate_blocks(
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     weighted = config.learning is not None and config.learning.loss is Loss.FISHER
-    weights = importance(parts, images, config.seed) if weighted else [{}] * len(parts)
+    weights = importance(parts, images, config.seed, progress) if weighted else [{}] * len(parts)
     wanted = log_probabilities(prepared, images, FORWARD_BATCH) if config.tuning is not None else None
     epochs = config.learning.epochs if config.learning else 1
     inside = [_linears_of(part, linears) for part in parts]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ptq4vm.graph import Part
 from ptq4vm.passes.learn import Values
@@ -25,15 +26,15 @@ FLOOR = 0.1
 """Added to every importance, as a share of the mean: what does not matter for these images may for others."""
 
 
-def importance(parts: Sequence[Part], images: Values, seed: int) -> list[Values]:
+def importance(parts: Sequence[Part], images: Values, seed: int, progress: bool) -> list[Values]:
     """For every part the importance (…) of the entries of its outputs (images, …), with mean 1 + `FLOOR`.
 
     `parts` compute in floating point. Outputs that the model's output does not depend on are left out.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: list[Values] = [{} for _ in parts]
-    count = len(next(iter(images.values())))
-    for batch in torch.arange(count).split(BATCH):
+    batches = torch.arange(len(next(iter(images.values())))).split(BATCH)
+    for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
         found = _outputs(parts, {name: value[batch] for name, value in images.items()})
         keys = [(i, name) for i, outputs in enumerate(found) for name in outputs if outputs[name].requires_grad]
         for _ in range(PROBES):

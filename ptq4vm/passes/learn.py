@@ -132,12 +132,12 @@ def learn_block(
     config: Learning,
     seed: int,
     report: Callable[[int, float], None],
-    importance: Values | None = None,
+    importance: Values,
 ) -> tuple[float, float] | None:
     """Learns in place; the loss over all images before and after. A block that got worse is put back.
 
     `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
-    `importance` of the outputs' entries is what `Loss.FISHER` needs.
+    `importance` is that of the outputs' entries, which `Loss.FISHER` alone reads.
     """
     channels = len(linears[-1].weight.calculate_qparams()[0])
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
@@ -156,7 +156,6 @@ def learn_block(
         outputs = merged({name: value[batch] for name, value in inputs.items()})
         wanted = {name: value[batch] for name, value in targets.items()}
         if config.loss is Loss.FISHER:
-            assert importance is not None
             matter = [name for name in changed if name in importance]
             return weighted_error(streams(outputs, matter), streams(wanted, matter), importance)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)

@@ -57,8 +57,8 @@ def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -
 
     best_low, best_high = best(lows, highs)
     for _ in range(2):
-        best_low, best_high = best(best_low, torch.cat([best_high, highs], -1))
-        best_low, best_high = best(torch.cat([best_low, lows], -1), best_high)
+        best_low, best_high = best(best_low, highs)
+        best_low, best_high = best(lows, best_high)
     return reference.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
 
 

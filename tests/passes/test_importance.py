@@ -24,7 +24,7 @@ def head(values):
 def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
     monkeypatch.setattr(importance_module, "PROBES", 4000)
     x = normal(3, 3, 4)
-    found = importance([stem, head], {"x": x}, 0)[0]["h"] - FLOOR
+    found = importance([stem, head], {"x": x}, 0, False)[0]["h"] - FLOOR
     exact = torch.zeros(3, 4)
     for image in x:
         p = head(stem({"x": image[None]}))["y"][0].softmax(0)
@@ -36,7 +36,7 @@ def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
 def test_outputs_that_are_no_logits_count_by_their_squared_error(monkeypatch):
     monkeypatch.setattr(importance_module, "PROBES", 4000)
     features = importance(
-        [stem, lambda values: {"y": values["h"] * torch.tensor([1.0, 3.0])}], {"x": normal(2, 3, 2)}, 0
+        [stem, lambda values: {"y": values["h"] * torch.tensor([1.0, 3.0])}], {"x": normal(2, 3, 2)}, 0, False
     )
     torch.testing.assert_close(features[0]["h"] - FLOOR, torch.tensor([0.2, 1.8]).expand(3, 2), rtol=0.1, atol=0)
 
@@ -49,14 +49,14 @@ def parts(roads):
 
 
 def test_of_the_last_block_the_class_token_alone_matters(parts, images):
-    last = importance(parts, {"x": images}, 0)[-2]
+    last = importance(parts, {"x": images}, 0, False)[-2]
     before, mixed = (last[name] for name in parts[-2].outputs)  # the stream before the block goes through its mixer too
     assert (mixed.amax(-1) > FLOOR).sum() == 1 and (before.amax(-1) > FLOOR).all()
     assert mixed.mean().item() == pytest.approx(1 + FLOOR)
 
 
 def test_one_seed_gives_the_same_importance_and_no_gradient_stays(parts, images):
-    first, second, other = (importance(parts, {"x": images}, seed) for seed in (0, 0, 1))
+    first, second, other = (importance(parts, {"x": images}, seed, False) for seed in (0, 0, 1))
     for name, value in first[1].items():
         assert torch.equal(value, second[1][name]) and not torch.equal(value, other[1][name])
         assert not value.requires_grad

@@ -3,8 +3,8 @@
     python examples/train_cifar10.py vmamba_micro_32 --data-dir cifar10 --output runs/cifar10
 
 There are also vim_micro_patch4_32, local_vim_micro_patch4_32 and local_vmamba_micro_32. `cifar10/train/<class>/*` and
-`cifar10/test/<class>/*` hold the images. An interrupted run continues from its last epoch; the same seed gives the
-same weights on the same machine and torch. The test images are looked at once, after training, with the weights in
+`cifar10/test/<class>/*` hold the images. An interrupted run continues from its last epoch; `--weights` goes on
+from a finished model with a new schedule. The same seed gives the same weights on the same machine and torch. The test images are looked at once, after training, with the weights in
 half precision, as they are saved.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.optim import muon
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -74,9 +74,12 @@ def train(
     weight_decay: float,
     bf16: bool,
     seed: int,
+    weights: Path | None,
 ) -> None:
     torch.manual_seed(seed)
     model = timm.create_model(f"{name}.cifar10")
+    if weights is not None:
+        model.load_state_dict(load_file(weights))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     raw = DataLoader(open_dataset(str(data_dir), "train", functional.pil_to_tensor), batch_size=1000)
@@ -124,9 +127,9 @@ def train(
         state = {key: part.state_dict() for key, part in parts.items()} | {"epoch": epoch}
         replace_file(latest, lambda path, state=state: torch.save(state, path))
 
-    weights = {key: value.cpu().half() for key, value in model.state_dict().items()}
-    replace_file(output / f"{name}.cifar10.safetensors", lambda path: save_file(weights, path))
-    model.load_state_dict(weights)
+    halves = {key: value.cpu().half() for key, value in model.state_dict().items()}
+    replace_file(output / f"{name}.cifar10.safetensors", lambda path: save_file(halves, path))
+    model.load_state_dict(halves)
     test = loader(open_dataset(str(data_dir), "test", transform_for(model)), 250)
     print(json.dumps({"name": name, "epochs": epochs, "test_top1": evaluate(model.eval(), test).top1}))
 
@@ -142,6 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--bf16", action="store_true", help="for GPUs, and CPUs with AMX or AVX512-BF16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, help="safetensors to begin with, in place of random weights")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     train(**vars(options))

@@ -7,7 +7,7 @@ from strategies import EVERYTHING, normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
-from ptq4vm.config import Granularity, Learning
+from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.observers import observe
 from ptq4vm.passes import calibrate as module
@@ -168,6 +168,19 @@ def interrupt(monkeypatch, gm, images, folder, block: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         calibrate(gm, [images], resume_dir=folder, progress=False)
     monkeypatch.undo()
+
+
+def test_a_block_learns_with_its_own_importance_and_is_compensated_as_the_halves_say(monkeypatch, roads, images):
+    given, learned, ridges = [], {}, []
+    monkeypatch.setattr(module, "importance", lambda parts, *_: given.extend({"of": p.name} for p in parts) or given)
+    monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.update({part.name: rest[-1]["of"]}))
+    monkeypatch.setattr(module, "best_ridge", lambda *_: 7.0)
+    compensated = module.compensated_weight
+    monkeypatch.setattr(module, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
+    config = QuantConfig.w4a4(best=True, learning=Learning(epochs=1, loss=Loss.FISHER))
+    calibrate(roads.prepared(config), [images], progress=False)
+    assert learned == {"layers.0": "layers.0", "layers.1": "layers.1"}
+    assert ridges == [7.0] * 12
 
 
 @pytest.mark.parametrize("block", [0, 1])

@@ -121,6 +121,18 @@ def test_the_weighted_error_knows_length_and_the_cosine_does_not():
     assert weighted_error({"y": 2 * target}, {"y": target}, {"y": torch.rand(3, 4)}).item() == pytest.approx(1)
 
 
+def test_the_fisher_loss_is_that_of_the_stream_with_the_importance_given(block):
+    part, members, inputs, targets = block
+    own = part.outputs[-1]  # the other is the stream before the block, which quantization does not change
+    importance = {name: torch.rand(value.shape[1:]) for name, value in targets.items()}
+    with torch.no_grad():
+        stream, wanted = (streams(values, [own]) for values in (part(inputs), targets))
+        expected = weighted_error(stream, wanted, importance).item()
+    one_batch = Learning(epochs=1, batch_size=len(targets[own]), loss=Loss.FISHER)
+    before, _ = learn_block(part, members, inputs, targets, one_batch, 0, lambda epoch, loss: None, importance)
+    assert before == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_does_not_matter_adds_no_weighted_error():
     target = normal(2, 3, 4)
     output, importance = target.clone(), torch.ones(3, 4)

@@ -116,6 +116,25 @@ def test_a_power_of_two_goes_through_the_search(granularity, count, seed, search
     assert torch.equal(weight_scale(weight * factor, symmetric(count), search), found * factor)
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+def test_an_end_is_cut_by_itself(side):
+    """Both ends hold values, one of them also a stray one, which alone is given up."""
+    x = side * torch.cat([torch.linspace(-1, 1, 40_000), torch.tensor([3.0])]).view(1, 1, -1)
+    scale, zero_point = (value.item() for value in input_qparams(x, affine(4), Granularity.PER_TOKEN, SEARCH))
+    low, high = sorted(side * (code - zero_point) * scale for code in (-8, 7))
+    assert low == pytest.approx(-1, abs=0.15) and high == pytest.approx(1, abs=0.15)
+
+
+@given(bits, seeds)
+def test_what_is_looked_up_at_once_does_not_matter(count, seed):
+    x = silu_like(4, 5, 9, seed=seed)
+    whole = input_qparams(x, affine(count), Granularity.PER_TOKEN, SEARCH)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ptq4vm.passes.search.LOOKED_UP", 1)
+        pieces = input_qparams(x, affine(count), Granularity.PER_TOKEN, SEARCH)
+    assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
+
+
 @settings(max_examples=10)
 @given(seeds)
 def test_tokens_are_searched_one_by_one(seed):

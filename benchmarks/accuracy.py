@@ -7,6 +7,7 @@
 Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
 so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. Names of recipes are those
 of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out, `best+…` adds one.
+Rows of ablations that are gone, since they did not help, stay in the table.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
-from ptq4vm.config import RECIPES, Granularity, Loss, QuantConfig, Tuning
+from ptq4vm.config import RECIPES, Granularity, Loss, QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.models.hard import harden
@@ -69,12 +70,7 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best-fisher": learns(loss=Loss.COSINE),
     "best-scales": learns(scale_rate=0.0),
     "best-smooth_scales": learns(smooth_rate=0.0),
-    "best+smoothing_search": with_(smoothing="search"),
-    "best+zero_points": learns(zero_point_rate=0.02),
-    "best+rounding": learns(rounding_rate=0.02),
-    "best+biases": learns(bias_rate=0.02),
     "best+steps_8bit": with_(eight_bit=("*x_proj*", "*dt_proj*")),
-    "best+tuning": with_(tuning=Tuning(epochs=10)),
 }
 
 
@@ -228,7 +224,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for found in groups.values()
     ]
-    order = [*RECIPES, *ABLATIONS]
+    order = list(dict.fromkeys((*RECIPES, *ABLATIONS, *(row["recipe"] for row in rows))))
     return sorted(
         result, key=lambda row: (row["model"], row["variant"] != "plain", -row["bits"], order.index(row["recipe"]))
     )

@@ -3,9 +3,9 @@
     python examples/train_cifar10.py vmamba_micro_32 --data-dir cifar10 --output runs/cifar10
 
 There are also vim_micro_patch4_32, local_vim_micro_patch4_32 and local_vmamba_micro_32. `cifar10/train/<class>/*` and
-`cifar10/test/<class>/*` hold the images. An interrupted run continues from its last epoch; `--weights` goes on
-from a finished model with a new schedule. The same seed gives the same weights on the same machine and torch. The test images are looked at once, after training, with the weights in
-half precision, as they are saved.
+`cifar10/test/<class>/*` hold the images. An interrupted run continues from its last epoch; `--weights` goes on from a
+finished model with a new schedule. The same seed gives the same weights on the same machine and torch. The test images
+are looked at once, after training, with the weights in half precision, as they are saved.
 """
 
 from __future__ import annotations

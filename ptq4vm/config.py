@@ -42,13 +42,6 @@ class RangeSearch(enum.StrEnum):
     """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
 
 
-class Alpha(enum.StrEnum):
-    """How strong smoothing is, where it is not a number for all linears."""
-
-    SEARCH = "search"
-    """For each linear the smoothing vector with the least error of its output; see `ptq4vm.passes.smooth`."""
-
-
 class Loss(enum.StrEnum):
     """What learning makes small: the distance of a block's output from that in floating point."""
 
@@ -78,11 +71,11 @@ class QuantSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learning:
-    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3), and of more.
+    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3).
 
     Scales are learned as logarithms, so they stay positive, and a rate is a relative change: with Adam,
     `scale_rate=2e-2` moves a step size by at most about 2 % a step. The rates decay to zero along a cosine; what has
-    the rate zero is not learned. The paper learns the scales alone.
+    the rate zero is not learned.
     """
 
     epochs: int
@@ -90,13 +83,6 @@ class Learning:
     """Step size (relative, per optimizer step) of the activation and weight scales."""
     smooth_rate: float = 2e-2
     """Step size (relative, per optimizer step) of the smoothing scales."""
-    zero_point_rate: float = 0.0
-    """Step of the activations' zero points, in codes (LSQ+, Bhalgat et al. 2020)."""
-    rounding_rate: float = 0.0
-    """Step of every weight before it is rounded, in codes and within half a code of its start; so each weight is
-    rounded up or down as the block's output wants it (AdaRound, Nagel et al. 2020, as SignRound, Cheng et al. 2023)."""
-    bias_rate: float = 0.0
-    """Step of a correction added to each linear's bias, relative to the error that rounding leaves in its output."""
     loss: Loss = Loss.COSINE
     batch_size: int = 32
     """Images in one optimizer step."""
@@ -112,26 +98,10 @@ class Learning:
             "at least 1; for no learning use learning=None",
         )
         _check("learning.batch_size", self.batch_size, int, lambda v: v >= 1, "at least 1")
-        for name in ("scale_rate", "smooth_rate", "zero_point_rate", "rounding_rate", "bias_rate"):
+        for name in ("scale_rate", "smooth_rate"):
             _check(f"learning.{name}", getattr(self, name), (int, float), lambda v: 0 <= v < 1, "in [0, 1)")
         object.__setattr__(self, "loss", _member("learning.loss", Loss, self.loss))
         object.__setattr__(self, "only", _patterns("learning.only", self.only))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
-    """A last stage over the whole model: scales, smoothing, norms and biases, by KL to the logits of the model in
-    floating point."""
-
-    epochs: int
-    rate: float = 1e-3
-    """Relative step of the scales; norms and biases move by as much of their largest value."""
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        _check("tuning.epochs", self.epochs, int, lambda v: v >= 1, "at least 1; for no tuning use tuning=None")
-        _check("tuning.batch_size", self.batch_size, int, lambda v: v >= 1, "at least 1")
-        _check("tuning.rate", self.rate, (int, float), lambda v: 0 < v < 1, "in (0, 1)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,15 +111,13 @@ class QuantConfig:
     weight_bits: int = 8
     activation_bits: int = 8
     granularity: Granularity = Granularity.PER_TOKEN
-    smoothing: float | Alpha | None = 0.5
-    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing; `search` for each linear's
-    best."""
+    smoothing: float | None = 0.5
+    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     gptq: bool = False
     """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), after learning."""
     learning: Learning | None = None
-    tuning: Tuning | None = None
     seed: int = 0
     """Decides the order of the images in learning. The caller's loader decides which images there are."""
     exclude: tuple[str, ...] = ()
@@ -161,10 +129,8 @@ class QuantConfig:
         _check_bits("weight_bits", self.weight_bits)
         _check_bits("activation_bits", self.activation_bits)
         object.__setattr__(self, "granularity", _member("granularity", Granularity, self.granularity))
-        if isinstance(self.smoothing, str):
-            object.__setattr__(self, "smoothing", _member("smoothing", Alpha, self.smoothing))
-        elif self.smoothing is not None:
-            _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None, search, or in [0, 1]")
+        if self.smoothing is not None:
+            _check("smoothing", self.smoothing, (int, float), lambda v: 0 <= v <= 1, "None or in [0, 1]")
         search = self.range_search
         if isinstance(search, bool):
             search = RangeSearch.SQUARED_ERROR if search else RangeSearch.MINMAX
@@ -175,8 +141,7 @@ class QuantConfig:
             )
         if not isinstance(self.gptq, bool):
             raise ValueError(f"gptq must be true or false, got {self.gptq!r}")
-        object.__setattr__(self, "learning", _stage("learning", Learning, self.learning))
-        object.__setattr__(self, "tuning", _stage("tuning", Tuning, self.tuning))
+        object.__setattr__(self, "learning", _learning(self.learning))
         _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
         for name in ("exclude", "eight_bit"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
@@ -188,10 +153,6 @@ class QuantConfig:
     def activation(self, linear: str) -> QuantSpec:
         """Of the input of the linear of that name."""
         return QuantSpec(bits=8 if matches(linear, self.eight_bit) else self.activation_bits, scheme=Scheme.AFFINE)
-
-    @property
-    def corrects_biases(self) -> bool:
-        return self.learning is not None and self.learning.bias_rate > 0
 
     @classmethod
     def w8a8(cls, **changes: Any) -> Self:
@@ -301,14 +262,14 @@ def _member(name: str, kind: type[_Enum], value: Any) -> _Enum:
         raise ValueError(f"{name} must be one of {', '.join(kind)}; got {value!r}") from None
 
 
-def _stage(name: str, kind: type, value: Any) -> Any:
+def _learning(value: Any) -> Learning | None:
     if isinstance(value, Mapping):
-        known = _known(name, kind, value)
+        known = _known("learning", Learning, value)
         if "epochs" not in known:
-            raise ValueError(f"{name} needs the key 'epochs'; to leave it out use null")
-        value = kind(**known)
-    if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be a {kind.__name__}, its keys, or None; got {value!r}")
+            raise ValueError("learning needs the key 'epochs'; to leave it out use null")
+        value = Learning(**known)
+    if value is not None and not isinstance(value, Learning):
+        raise ValueError(f"learning must be a Learning, its keys, or None; got {value!r}")
     return value
 
 

@@ -48,11 +48,6 @@ class Mode(enum.Enum):
     QUANTIZE = "quantize"
 
 
-def round_through(x: Tensor) -> Tensor:
-    """Rounded half to even, with the gradient of the identity."""
-    return x + (x.round() - x).detach()
-
-
 class _FakeQuantize(FakeQuantizeBase):
     """Mode, name, and a step size that learning multiplies by exp(log_factor)."""
 
@@ -93,7 +88,6 @@ class ActivationFakeQuantize(_FakeQuantize):
         self.granularity = granularity
         self.tap: Callable[[Tensor], None] | None = None
         self.register_buffer("zero_point", None)
-        self.zero_shift: nn.Parameter | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -107,23 +101,6 @@ class ActivationFakeQuantize(_FakeQuantize):
         assert self.scale is not None and self.zero_point is not None
         return self.scale, self.zero_point
 
-    def start_learning_zero_point(self) -> nn.Parameter:
-        """A shift of the zero points in codes, one per zero point, to be learned."""
-        assert self.zero_point is not None
-        self.zero_shift = nn.Parameter(torch.zeros_like(self.zero_point, dtype=torch.float32))
-        return self.zero_shift
-
-    def finish_learning(self) -> None:
-        super().finish_learning()
-        self.zero_point, self.zero_shift = self.zero().detach().to(torch.int32), None
-
-    def zero(self) -> Tensor:
-        """The zero point; while it is learned, in float32 and with a gradient."""
-        assert self.zero_point is not None
-        if self.zero_shift is None:
-            return self.zero_point
-        return round_through(self.zero_point + self.zero_shift).clamp(*self.spec.bounds)
-
     def forward(self, x: Tensor, smooth: Tensor | None = None) -> Tensor:
         """x · smooth, fake-quantized; `tap` sees what is returned."""
         y = self._forward(x, smooth)
@@ -136,10 +113,8 @@ class ActivationFakeQuantize(_FakeQuantize):
             x, smooth = x if smooth is None else x * smooth, None
         if self.mode is not Mode.QUANTIZE:
             return x
-        if self.dynamic:
-            scale, zero_point = reference.choose_qparams(x.detach(), None, self.spec.bits)
-        else:
-            scale, zero_point = self.step(), self.zero()
+        dynamic = reference.choose_qparams(x.detach(), None, self.spec.bits) if self.dynamic else None
+        scale, zero_point = dynamic or (self.step(), self.zero_point)
         y = ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
         # as x lies in memory, which is how the converted graph has it: other layouts may round products differently
         return y if x.is_contiguous() else torch.empty_like(x).copy_(y)
@@ -174,36 +149,15 @@ class ActivationFakeQuantize(_FakeQuantize):
 class WeightFakeQuantize(_FakeQuantize):
     """Symmetric, one step size per output channel; W (N, D), already smoothed.
 
-    Without `latent` codes follow from W and its step size. With it they are latent rounded, whatever the step size
-    and the smoothing become.
+    Codes follow from W and its step size, unless GPTQ has chosen others.
     """
 
-    latent: Tensor | None
-    """(N, D), in codes, before they are rounded; learned as a parameter, kept as a buffer."""
+    codes: Tensor | None
+    """int8 (N, D), chosen by GPTQ."""
 
     def __init__(self, spec: QuantSpec, **_: Any) -> None:
         super().__init__(spec)
-        self.register_buffer("latent", None)
-
-    def set_latent(self, value: Tensor | None) -> None:
-        del self.latent
-        if isinstance(value, nn.Parameter):
-            self.latent = value
-        else:
-            self.register_buffer("latent", value)
-
-    def start_learning_rounding(self, w: Tensor) -> nn.Parameter:
-        """The latent codes, which for w (N, D) start where they are, or as w in steps."""
-        assert self.scale is not None
-        start = w / self.scale.unsqueeze(-1) if self.latent is None else self.latent
-        parameter = nn.Parameter(start.clone())
-        self.set_latent(parameter)
-        return parameter
-
-    def finish_learning(self) -> None:
-        super().finish_learning()
-        if self.latent is not None:
-            self.set_latent(self.latent.detach())
+        self.register_buffer("codes", None)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         assert self.scale is not None
@@ -213,20 +167,16 @@ class WeightFakeQuantize(_FakeQuantize):
         """w · smooth, fake-quantized."""
         if self.mode is not Mode.QUANTIZE:
             return w if smooth is None else w * smooth
-        if self.latent is not None:
-            return self._codes(self.latent) * self.step().unsqueeze(-1)
+        if self.codes is not None:
+            return self.codes * self.step().unsqueeze(-1)
         # in one layout before and after conversion: products of transposed memory may round differently
         return ops.fake_quantize(w.contiguous(), self.step(), None, smooth, self.spec.bits)
-
-    def _codes(self, latent: Tensor) -> Tensor:
-        low, high = self.spec.bounds
-        return round_through(latent).clamp(low, high)
 
     def integers(self, w: Tensor) -> Tensor:
         """The int8 codes (N, D) of w, already smoothed."""
         assert self.scale is not None
-        if self.latent is not None:
-            return self._codes(self.latent).to(torch.int8)
+        if self.codes is not None:
+            return self.codes
         return reference.quantize_weight(w.contiguous(), self.scale, self.spec.bits)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:

@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.graph import Pipeline, capture, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
-from ptq4vm.passes.correct import fold_correction, insert_correction
 from ptq4vm.passes.lower import lower
 from ptq4vm.passes.smooth import fold_smoothing, insert_smoothing
 from ptq4vm.quantizer import (
@@ -25,7 +24,7 @@ from ptq4vm.quantizer import (
 )
 from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
 
-BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing, fold_correction))
+BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing))
 LOWERED = Pipeline((BEFORE_LOWERING, lower))
 
 
@@ -50,8 +49,6 @@ def prepared_from(
     )
     if config.smoothing is not None:
         gm = finish(insert_smoothing(gm, sites))
-    if config.corrects_biases:
-        gm = finish(insert_correction(gm, sites))
     gm = insert_fake_quantizers(gm, config, sites)
     for linear in quantized_linears(gm, [linear.name for linear in linears]):
         linear.weight.name = linear.name

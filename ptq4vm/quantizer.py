@@ -109,8 +109,6 @@ class QuantizedLinear:
     weight: WeightFakeQuantize
     smooth: torch.nn.Parameter | None
     """log s (D,)"""
-    correction: torch.nn.Parameter | None
-    """What bias correction adds to the bias (N,)."""
 
 
 def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sequence[LinearSite]) -> GraphModule:
@@ -141,9 +139,7 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
         quantizers = [_module(prepared, arg) for arg in node.args[:2]]
         x, w = quantizers
         if isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize):
-            correction = correction_of(prepared, node)
-            parameter = None if correction is None else prepared.get_parameter(correction)
-            found.append(QuantizedLinear(names[len(found)], node, x, w, _smoothing(prepared, node), parameter))
+            found.append(QuantizedLinear(names[len(found)], node, x, w, _smoothing(prepared, node)))
     assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
     return found
 
@@ -157,15 +153,6 @@ def tap_inputs(linears: Sequence[QuantizedLinear]) -> Seen:
     for quantizer, pieces in seen.items():
         quantizer.tap = pieces.append
     return seen
-
-
-def correction_of(gm: GraphModule, linear: Node) -> str | None:
-    """Path of the c in linear(x, W, b + c) or linear(x, W, c) that bias correction has put there."""
-    bias: Any = linear.args[2] if len(linear.args) > 2 else None
-    if isinstance(bias, Node) and bias.target is torch.ops.aten.add.Tensor:
-        bias = bias.args[1]
-    own = isinstance(bias, Node) and bias.op == "get_attr" and str(bias.target).endswith(".correction")
-    return str(bias.target) if own else None
 
 
 def _module(gm: GraphModule, node: object) -> object:

@@ -4,17 +4,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Alpha, Granularity, Learning, Loss, QuantConfig, RangeSearch, Tuning
+from ptq4vm.config import Granularity, Learning, Loss, QuantConfig, RangeSearch
 
 EVERYTHING = QuantConfig(
     weight_bits=4,
     activation_bits=4,
-    smoothing=Alpha.SEARCH,
     gptq=True,
-    learning=Learning(
-        epochs=2, batch_size=5, loss=Loss.FISHER, zero_point_rate=0.01, rounding_rate=0.02, bias_rate=0.02
-    ),
-    tuning=Tuning(epochs=1, batch_size=5),
+    learning=Learning(epochs=2, batch_size=5, loss=Loss.FISHER),
     eight_bit=("*.x_proj*",),
 )
 """Every option of a config at once."""
@@ -65,24 +61,19 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         epochs=st.integers(1, 1000),
         scale_rate=rates,
         smooth_rate=rates,
-        zero_point_rate=rates,
-        rounding_rate=rates,
-        bias_rate=rates,
         loss=st.sampled_from(Loss),
         batch_size=st.integers(1, 512),
         only=st.lists(st.text(max_size=9), max_size=2).map(tuple),
     )
     searches = [RangeSearch.MINMAX] if granularity is Granularity.PER_TOKEN_DYNAMIC else list(RangeSearch)
-    tuning = st.builds(Tuning, epochs=st.integers(1, 99), rate=st.floats(0.1, 0.9), batch_size=st.integers(1, 512))
     return QuantConfig(
         weight_bits=draw(bits),
         activation_bits=draw(bits),
         granularity=granularity,
-        smoothing=draw(st.none() | st.floats(0, 1) | st.just(Alpha.SEARCH)),
+        smoothing=draw(st.none() | st.floats(0, 1)),
         range_search=draw(st.sampled_from(searches)),
         gptq=draw(st.booleans()),
         learning=draw(st.none() | learning),
-        tuning=draw(st.none() | tuning),
         seed=draw(seeds),
         exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),
         eight_bit=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),

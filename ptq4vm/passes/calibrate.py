@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,16 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from ptq4vm import reference
-from ptq4vm.config import Alpha, Loss, QuantConfig
+from ptq4vm.config import Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
 from ptq4vm.graph import Part, cut
-from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_latent
+from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.importance import importance
 from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of
 from ptq4vm.passes.search import input_qparams, weight_scale
-from ptq4vm.passes.smooth import smoothing_candidates, smoothing_scale
-from ptq4vm.passes.tune import log_probabilities, restore_vectors, tune
+from ptq4vm.passes.smooth import smoothing_scale
 from ptq4vm.quantizer import QuantizedLinear, Seen, tap_inputs
-
-SMOOTHING_SAMPLES = 1024
-"""Values of one token that score a smoothing vector."""
 
 FORWARD_BATCH = 32
 """Images that run through a block at once when nothing is learned."""
@@ -69,7 +63,6 @@ def calibrate_blocks(
     """Finds and sets all qparams and smoothing vectors; one report a block: its linears and the losses of learning."""
     for linear in linears:
         _reset(linear)
-    restore_vectors(prepared)
     parts = cut(prepared, [linear.node for linear in linears])
     saved = _Saved.open(resume_dir, prepared, images, config)
     exact, rounded, reports = images, images, []
@@ -77,10 +70,9 @@ def calibrate_blocks(
         parameter.requires_grad_(False)
     weighted = config.learning is not None and config.learning.loss is Loss.FISHER
     weights = importance(parts, images, config.seed, progress) if weighted else [{}] * len(parts)
-    wanted = log_probabilities(prepared, images, FORWARD_BATCH) if config.tuning is not None else None
     epochs = config.learning.epochs if config.learning else 1
     inside = [_linears_of(part, linears) for part in parts]
-    total = epochs * sum(1 for members in inside if members) + (config.tuning.epochs if config.tuning else 0)
+    total = epochs * sum(1 for members in inside if members)
     with tqdm(total=total, desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
@@ -118,10 +110,6 @@ def calibrate_blocks(
             needed = {name for later in parts[index + 1 :] for name in later.inputs}
             exact = _keep(exact | targets, needed)
             rounded = exact if same else _keep(rounded | rounded_next, needed)
-        if config.tuning is not None and wanted is not None:
-            show = _reporter(bar, "all")
-            before, after = tune(prepared, linears, images, wanted, config.tuning, config.seed, show)
-            reports.append({"block": "all", "linears": [], "divergence_before": before, "divergence_after": after})
     return reports
 
 
@@ -149,11 +137,9 @@ def _reset(linear: QuantizedLinear) -> None:
     linear.input.tap = None
     linear.input.scale = linear.input.zero_point = linear.weight.scale = None
     linear.input.log_factor = linear.weight.log_factor = None
-    linear.input.zero_shift = None
-    linear.weight.set_latent(None)
-    for parameter in (linear.smooth, linear.correction):
-        if parameter is not None:
-            parameter.data.zero_()
+    linear.weight.codes = None
+    if linear.smooth is not None:
+        linear.smooth.data.zero_()
 
 
 def _linears_of(part: Part, linears: Sequence[QuantizedLinear]) -> list[QuantizedLinear]:
@@ -184,37 +170,13 @@ def _set_ranges(members: Sequence[QuantizedLinear], seen: Seen, config: QuantCon
                 "check the checkpoint and the images, or exclude the layer"
             )
         if linear.smooth is not None:
-            linear.smooth.data.copy_(_smoothing(x, linear, config).log())
+            assert config.smoothing is not None
+            scale = smoothing_scale(x.abs().amax((0, 1)), weight_of(linear), config.smoothing)
+            linear.smooth.data.copy_(scale.log())
             x = x * linear.smooth.exp().reciprocal()
         if not linear.input.dynamic:
             linear.input.set_qparams(*input_qparams(x, linear.input.spec, config.granularity, config.range_search))
         linear.weight.scale = weight_scale(weight_of(linear), linear.weight.spec, config.range_search)
-
-
-def _smoothing(x: Tensor, linear: QuantizedLinear, config: QuantConfig) -> Tensor:
-    weight = weight_of(linear)
-    if config.smoothing is not Alpha.SEARCH:
-        assert config.smoothing is not None
-        return smoothing_scale(x.abs().amax((0, 1)), weight, config.smoothing)
-    few = x[:: max(1, math.ceil(x.shape[0] * x.shape[2] / SMOOTHING_SAMPLES))]
-    want = few @ weight.t()
-
-    def error(scale: Tensor) -> float:
-        return (quantized_product(few / scale, weight * scale, linear, config) - want).square().sum().item()
-
-    return min(smoothing_candidates(x, weight), key=error)
-
-
-def quantized_product(x: Tensor, weight: Tensor, linear: QuantizedLinear, config: QuantConfig) -> Tensor:
-    """x Wᵀ with both rounded as they would be stored."""
-    bits = linear.input.spec.bits
-    if linear.input.dynamic:
-        scale, zero_point = reference.choose_qparams(x, None, bits)
-    else:
-        scale, zero_point = input_qparams(x, linear.input.spec, config.granularity, config.range_search)
-    x = reference.dequantize(reference.quantize(x, 1.0 / scale, zero_point, None, bits), scale, zero_point)
-    step = weight_scale(weight, linear.weight.spec, config.range_search)
-    return x @ (reference.quantize_weight(weight, step, linear.weight.spec.bits) * step.unsqueeze(-1)).t()
 
 
 @torch.no_grad()
@@ -231,7 +193,7 @@ def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, r
         linear.input.tap = None
         step = linear.weight.calculate_qparams()[0]
         target = compensated_weight(weight, moments, best_ridge(weight, moments))
-        linear.weight.set_latent(gptq_latent(target, step, linear.weight.spec, moments))
+        linear.weight.codes = gptq_codes(target, step, linear.weight.spec, moments)
 
 
 def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
@@ -239,9 +201,8 @@ def _tensors(linear: QuantizedLinear) -> dict[str, Tensor]:
         "input_scale": linear.input.scale,
         "input_zero_point": linear.input.zero_point,
         "weight_scale": linear.weight.scale,
-        "latent": linear.weight.latent,
+        "weight_codes": linear.weight.codes,
         "log_smooth": linear.smooth,
-        "correction": linear.correction,
     }
     return {f"{linear.name}.{key}": value.detach() for key, value in found.items() if value is not None}
 
@@ -251,10 +212,9 @@ def _restore(members: Sequence[QuantizedLinear], stored: Values) -> None:
         linear.weight.scale = stored[f"{linear.name}.weight_scale"]
         if not linear.input.dynamic:
             linear.input.set_qparams(stored[f"{linear.name}.input_scale"], stored[f"{linear.name}.input_zero_point"])
-        linear.weight.set_latent(stored.get(f"{linear.name}.latent"))
-        for name, parameter in (("log_smooth", linear.smooth), ("correction", linear.correction)):
-            if parameter is not None:
-                parameter.data.copy_(stored[f"{linear.name}.{name}"])
+        linear.weight.codes = stored.get(f"{linear.name}.weight_codes")
+        if linear.smooth is not None:
+            linear.smooth.data.copy_(stored[f"{linear.name}.log_smooth"])
 
 
 class _Saved:
@@ -311,9 +271,7 @@ def _read_json(path: Path) -> Any:
 
 def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:
     digest = hashlib.sha256(config.to_json().encode())
-    tensors = {
-        name: value for name, value in prepared.named_parameters() if not name.endswith((".log_smooth", ".correction"))
-    }
+    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith(".log_smooth")}
     for name, value in sorted({**tensors, **images}.items()):
         digest.update(name.encode())
         digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())

@@ -66,8 +66,8 @@ def compensated_weight(weight: Tensor, moments: Moments, ridge: float) -> Tensor
     return (weight.double() + weight.double() @ change.t()).float()
 
 
-def gptq_latent(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
-    """What is to be rounded to codes (N, D): channels one after another, each one's error moved onto those that follow.
+def gptq_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
+    """int8 codes (N, D) of W: channels one after another, the rounding error of each moved onto those that follow.
 
     Channels with the largest inputs come first (GPTQ section 3.3 and its "act order").
     """
@@ -77,10 +77,10 @@ def gptq_latent(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     rest = weight.double()[:, order]
     step, (low, high) = scale.double(), spec.bounds
-    for channel in range(weight.shape[1]):
-        codes = (rest[:, channel] / step).round().clamp(low, high)
-        error = (rest[:, channel] - codes * step) / upper[channel, channel]
+    codes = torch.empty_like(rest, dtype=torch.int8)
+    for channel, place in enumerate(order):
+        chosen = (rest[:, channel] / step).round().clamp(low, high)
+        codes[:, place] = chosen.to(torch.int8)
+        error = (rest[:, channel] - chosen * step) / upper[channel, channel]
         rest[:, channel + 1 :] -= error.unsqueeze(1) * upper[channel, channel + 1 :]
-    result = torch.empty_like(rest)
-    result[:, order] = rest / step.unsqueeze(-1)
-    return result.float()
+    return codes

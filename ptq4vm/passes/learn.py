@@ -2,8 +2,7 @@
 
 The target is the block's output in floating point on floating-point inputs; what comes near it is the quantized
 block's output on the outputs of the quantized blocks before it. Weights are rounded again at every step with the
-scales of that step. Scales are learned as logarithms. Beside them zero points, the rounding of the weights and biases
-can be learned (`Learning`).
+scales of that step. Scales are learned as logarithms.
 
 The channels of an output are those of the block's last quantized linear, in (B, D, H, W) as in (B, H, W, D). Earlier
 published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.
@@ -12,16 +11,15 @@ published code takes the last axis of both: the width of an image, along which a
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ptq4vm.config import Learning, Loss, Tuning, matches
+from ptq4vm.config import Learning, Loss, matches
 from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import Part
 from ptq4vm.graph import finish as finish_graph
@@ -29,9 +27,6 @@ from ptq4vm.passes.smooth import merge_smoothing
 from ptq4vm.quantizer import QuantizedLinear
 
 Values = dict[str, Tensor]
-
-BETA = 0.5
-"""Codes by which a latent weight may move: a weight goes to either of its neighbours."""
 
 
 def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
@@ -77,32 +72,10 @@ def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dic
     inputs = list(dict.fromkeys(linear.input for linear in linears if linear.input.scale is not None))
     scales = [quantizer.start_learning() for quantizer in (*inputs, *(linear.weight for linear in linears))]
     smooth = [linear.smooth for linear in linears if linear.smooth is not None]
-    zeros = [quantizer.start_learning_zero_point() for quantizer in inputs] if config.zero_point_rate else []
-    rounding = (
-        [linear.weight.start_learning_rounding(weight_of(linear)) for linear in linears] if config.rounding_rate else []
-    )
-    biases = [
-        (linear.correction, config.bias_rate * rounding_error(linear))
-        for linear in linears
-        if linear.correction is not None and config.bias_rate
-    ]
-    groups: list[tuple[list[nn.Parameter], float]] = [
-        (scales, config.scale_rate),
-        (smooth, config.smooth_rate),
-        (zeros, config.zero_point_rate),
-        (rounding, config.rounding_rate),
-        *(([correction], rate) for correction, rate in biases),
-    ]
-    for parameter in (*smooth, *(correction for correction, _ in biases)):
+    for parameter in smooth:
         parameter.requires_grad_(True)
+    groups = ((scales, config.scale_rate), (smooth, config.smooth_rate))
     return [{"params": params, "lr": rate} for params, rate in groups if params]
-
-
-def rounding_error(linear: QuantizedLinear) -> float:
-    """About what rounding the weights adds to an output: √D products of half a step and half the codes' range."""
-    inputs = 1.0 if linear.input.scale is None else float(linear.input.scale.mean())
-    steps = float(linear.weight.calculate_qparams()[0].mean())
-    return 0.5 * steps * inputs * 2.0 ** (linear.input.spec.bits - 2) * weight_of(linear).shape[1] ** 0.5
 
 
 def weight_of(linear: QuantizedLinear) -> Tensor:
@@ -118,10 +91,10 @@ def finish(linears: Sequence[QuantizedLinear]) -> None:
     for quantizer in dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight)):
         if quantizer.log_factor is not None:
             quantizer.finish_learning()
-    for parameter in itertools.chain.from_iterable((linear.smooth, linear.correction) for linear in linears):
-        if parameter is not None:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+    for linear in linears:
+        if linear.smooth is not None:
+            linear.smooth.requires_grad_(False)
+            linear.smooth.grad = None
 
 
 def learn_block(
@@ -144,8 +117,6 @@ def learn_block(
     if not chosen:
         return None
     groups = learnables(chosen, config)
-    latents = [linear.weight.latent for linear in chosen if isinstance(linear.weight.latent, nn.Parameter)]
-    limits = [(latent, latent.detach() - BETA, latent.detach() + BETA) for latent in latents]
     images = len(next(iter(targets.values())))
     merged = _merged(part)
     # gradients tell which outputs the quantization changes
@@ -160,29 +131,26 @@ def learn_block(
             return weighted_error(streams(outputs, matter), streams(wanted, matter), importance)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
 
-    before, after = descend(loss_of, groups, images, config, seed, report, limits)
+    before, after = _descend(loss_of, groups, images, config, seed, report)
     finish(chosen)
     return before, after
 
 
-def descend(
+def _descend(
     loss_of: Callable[[Tensor], Tensor],
     groups: Sequence[dict[str, Any]],
     images: int,
-    config: Learning | Tuning,
+    config: Learning,
     seed: int,
     report: Callable[[int, float], None],
-    limits: Sequence[tuple[Tensor, Tensor, Tensor]] = (),
 ) -> tuple[float, float]:
     """Adam on batches of image indices, rates falling along a cosine; the loss over all images before and after.
 
-    `limits` are parameters with the lowest and highest values they may take. What got worse is put back.
+    What got worse is put back.
     """
     parameters = [parameter for group in groups for parameter in group["params"]]
     start = [parameter.detach().clone() for parameter in parameters]
     before = _mean_loss(loss_of, images, config.batch_size)
-    if not parameters:
-        return before, before
     optimizer = torch.optim.Adam(groups)
     steps = config.epochs * math.ceil(images / config.batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -195,7 +163,6 @@ def descend(
             loss.backward()
             optimizer.step()
             schedule.step()
-            _bound(limits)
             total += loss.item() * len(batch)
         report(epoch, total / images)
     after = _mean_loss(loss_of, images, config.batch_size)
@@ -210,12 +177,6 @@ def descend(
 @torch.no_grad()
 def _mean_loss(loss_of: Callable[[Tensor], Tensor], images: int, batch_size: int) -> float:
     return sum(loss_of(batch).item() * len(batch) for batch in torch.arange(images).split(batch_size)) / images
-
-
-@torch.no_grad()
-def _bound(limits: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-    for parameter, low, high in limits:
-        parameter.clamp_(low, high)
 
 
 def _merged(part: Part) -> Part:

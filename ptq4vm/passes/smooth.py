@@ -15,9 +15,6 @@ from torch.fx import GraphModule, Node
 from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize
 from ptq4vm.graph import Insertion, LinearSite, aten, set_tensor
 
-ALPHAS = (0.2, 0.35, 0.5, 0.65, 0.8)
-"""Tried by `Alpha.SEARCH`."""
-
 SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
 """Floors of max|X|, max|W| and s, as in the paper's code."""
 
@@ -39,18 +36,6 @@ def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:
     x_max = x_max.clamp(min=SMALLEST_ACTIVATION)
     w_max = weight.abs().amax(0).clamp(min=SMALLEST_WEIGHT)
     return (x_max.pow(alpha) / w_max.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
-
-
-def smoothing_candidates(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Vectors s (D,) to choose from: none, and α in steps of what a channel reaches or of what it mostly is.
-
-    The latter is the channel's factor in the rank-1 fit log|x_td| ≈ a_t + b_d: the scale of a token takes the a_t, so
-    that few large values of a channel do not decide its s.
-    """
-    largest = x.abs().amax((0, 1))
-    typical = x.abs().clamp(min=SMALLEST_ACTIVATION).log().mean((0, 1)).exp()
-    scales = [smoothing_scale(figure, weight, alpha) for figure in (largest, typical) for alpha in ALPHAS]
-    return [torch.ones_like(largest), *scales]
 
 
 def merge_smoothing(gm: GraphModule) -> GraphModule:

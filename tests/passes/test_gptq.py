@@ -9,7 +9,7 @@ from ptq4vm import QuantConfig, convert, ops, reference
 from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.fake_quantize import Mode, WeightFakeQuantize
 from ptq4vm.graph import attribute
-from ptq4vm.passes.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_latent
+from ptq4vm.passes.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.learn import weight_of
 from ptq4vm.passes.search import weight_scale
 from ptq4vm.quantizer import quantized_linears
@@ -89,11 +89,10 @@ def test_one_image_has_no_other_half():
 @given(bits, positive_sizes, positive_sizes, seeds)
 def test_codes_are_in_bounds_and_the_same_simulated(count, outputs, channels, seed):
     x, weight = correlated(3, 4, channels, seed=seed), normal(outputs, channels, seed=seed + 1)
-    latent = gptq_latent(weight, step_of(weight, count), spec(count), moments_of(x, x))
+    codes = gptq_codes(weight, step_of(weight, count), spec(count), moments_of(x, x))
     fake = WeightFakeQuantize(spec(count))
-    fake.scale, fake.mode = step_of(weight, count), Mode.QUANTIZE
-    fake.set_latent(latent)
-    codes = fake.integers(weight)
+    fake.scale, fake.mode, fake.codes = step_of(weight, count), Mode.QUANTIZE, codes
+    assert torch.equal(fake.integers(weight), codes) and codes.dtype == torch.int8
     low, high = spec(count).bounds
     assert low <= codes.min() and codes.max() <= high
     assert torch.equal(fake(weight), codes * fake.scale.unsqueeze(-1))
@@ -103,16 +102,16 @@ def test_codes_are_in_bounds_and_the_same_simulated(count, outputs, channels, se
 def test_channels_that_share_nothing_are_rounded_to_nearest(count, seed):
     weight, x = normal(5, 8, seed=seed), torch.eye(8).unsqueeze(0)
     step = step_of(weight, count)
-    codes = gptq_latent(weight, step, spec(count), moments_of(x, x)).round().clamp(*spec(count).bounds)
-    assert torch.equal(codes, reference.quantize_weight(weight, step, count).float())
+    codes = gptq_codes(weight, step, spec(count), moments_of(x, x))
+    assert torch.equal(codes, reference.quantize_weight(weight, step, count))
 
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_on_channels_that_share_much_the_output_is_far_nearer(count):
     x, weight = correlated(32, 9, 48), normal(16, 48, seed=1)
     step = step_of(weight, count)
-    nearest = reference.quantize_weight(weight, step, count).float()
-    found = gptq_latent(weight, step, spec(count), moments_of(x, x)).round().clamp(*spec(count).bounds)
+    nearest = reference.quantize_weight(weight, step, count)
+    found = gptq_codes(weight, step, spec(count), moments_of(x, x))
     before, after = ((x @ (codes * step.unsqueeze(-1) - weight).t()).square().mean() for codes in (nearest, found))
     assert after < before / 2
 
@@ -121,7 +120,7 @@ def test_the_integer_model_has_the_codes(roads, images):
     """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
     prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
     linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
-    offsets = [linear.weight.latent - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
+    offsets = [linear.weight.codes - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
     assert any(offset.abs().max() > 0.6 for offset in offsets)
     lowered = convert(prepared)
     for node, linear in zip(

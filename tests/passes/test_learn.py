@@ -8,7 +8,7 @@ from ptq4vm import QuantConfig
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.graph import cut
-from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weight_of, weighted_error
+from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weighted_error
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
 
@@ -69,39 +69,6 @@ def test_every_learnable_receives_a_gradient(block):
         if parameter.grad is None or not parameter.grad.any() or not torch.isfinite(parameter.grad).all()
     ]
     assert not idle
-
-
-ALL = dataclasses.replace(LEARNING, loss=Loss.FISHER, zero_point_rate=0.05, rounding_rate=0.05, bias_rate=0.05)
-
-
-@pytest.mark.parametrize("index", [0, 1])
-def test_what_goes_past_the_paper_receives_a_gradient_too_and_moves(monkeypatch, roads, images, index):
-    config = dataclasses.replace(UNLEARNED, learning=dataclasses.replace(ALL, epochs=1))
-    part, members, inputs, targets = prepare_block(roads.calibrated(config), images, index)
-    before = [(m.input.zero_point.clone(), m.weight.integers(weight_of(m)), m.correction.clone()) for m in members]
-    losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
-    learn((part, members, inputs, targets), dataclasses.replace(ALL, zero_point_rate=0.5, epochs=10))
-    after = [(m.input.zero_point, m.weight.integers(weight_of(m)), m.correction) for m in members]
-    for kind in range(3):
-        assert all(not torch.equal(a[kind], b[kind]) for a, b in zip(before, after, strict=True))
-    assert all(m.input.zero_shift is None and not m.weight.latent.requires_grad for m in members)
-
-
-def test_a_latent_weight_goes_to_a_neighbour_at_the_most(monkeypatch, block):
-    members = block[1]
-    start = [weight_of(m) / m.weight.scale.unsqueeze(-1) for m in members]
-    losses = iter((1.0, 0.0))
-    monkeypatch.setattr("ptq4vm.passes.learn._mean_loss", lambda *_: next(losses))
-    learn(block, dataclasses.replace(LEARNING, epochs=10, rounding_rate=0.9))
-    for member, latent in zip(members, start, strict=True):
-        assert (member.weight.latent - latent).abs().max() <= 0.5 + 1e-6
-
-
-def test_learned_rounding_lowers_the_loss(block):
-    rounding = Learning(epochs=20, batch_size=4, loss=Loss.FISHER, scale_rate=0, smooth_rate=0, rounding_rate=0.01)
-    before, after = learn(block, rounding)
-    assert 0 < after < before
 
 
 def test_only_the_linears_named_learn(monkeypatch, block):

@@ -66,6 +66,7 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best-truncation": with_(range_search=False),
     "best-per_token": with_(granularity=Granularity.PER_TENSOR),
     "best-gptq": with_(gptq=False),
+    "best-mirror": with_(mirror=False),
     "best-learning": with_(learning=None),
     "best-fisher": learns(loss=Loss.COSINE),
     "best-scales": learns(scale_rate=0.0),

@@ -118,6 +118,8 @@ class QuantConfig:
     gptq: bool = False
     """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), after learning."""
     learning: Learning | None = None
+    mirror: bool = False
+    """Calibrate on each image's mirror image too: twice the images at no cost but time, where left may be right."""
     seed: int = 0
     """Decides the order of the images in learning. The caller's loader decides which images there are."""
     exclude: tuple[str, ...] = ()
@@ -139,8 +141,9 @@ class QuantConfig:
             raise ValueError(
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
-        if not isinstance(self.gptq, bool):
-            raise ValueError(f"gptq must be true or false, got {self.gptq!r}")
+        for name in ("gptq", "mirror"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         object.__setattr__(self, "learning", _learning(self.learning))
         _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
         for name in ("exclude", "eight_bit"):
@@ -234,6 +237,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
     "best": lambda epochs: {
         "gptq": True,
+        "mirror": True,
         "learning": Learning(epochs=epochs, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
     },
 }

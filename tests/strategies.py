@@ -10,6 +10,7 @@ EVERYTHING = QuantConfig(
     weight_bits=4,
     activation_bits=4,
     gptq=True,
+    mirror=True,
     learning=Learning(epochs=2, batch_size=5, loss=Loss.FISHER),
     eight_bit=("*.x_proj*",),
 )
@@ -73,6 +74,7 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         smoothing=draw(st.none() | st.floats(0, 1)),
         range_search=draw(st.sampled_from(searches)),
         gptq=draw(st.booleans()),
+        mirror=draw(st.booleans()),
         learning=draw(st.none() | learning),
         seed=draw(seeds),
         exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),

@@ -52,6 +52,17 @@ def gather(loader: Iterable[Any], names: Sequence[str]) -> Values:
     return {name: torch.cat([batch[i] for batch in batches]) for i, name in enumerate(names)}
 
 
+def mirrored(images: Values) -> Values:
+    """Each image (B, C, H, W), followed by its mirror image."""
+    for name, value in images.items():
+        if value.dim() != 4:
+            raise ValueError(
+                f"mirror=True is for images (B, C, H, W), but the input {name!r} has the shape {tuple(value.shape)}; "
+                "calibrate with mirror=False"
+            )
+    return {name: torch.stack((value, value.flip(-1)), 1).flatten(0, 1) for name, value in images.items()}
+
+
 def calibrate_blocks(
     prepared: GraphModule,
     linears: Sequence[QuantizedLinear],
@@ -63,6 +74,7 @@ def calibrate_blocks(
     """Finds and sets all qparams and smoothing vectors; one report a block: its linears and the losses of learning."""
     for linear in linears:
         _reset(linear)
+    images = mirrored(images) if config.mirror else images
     parts = cut(prepared, [linear.node for linear in linears])
     saved = _Saved.open(resume_dir, prepared, images, config)
     exact, rounded, reports = images, images, []

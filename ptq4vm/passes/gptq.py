@@ -19,7 +19,10 @@ RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 
 
 class Moments:
-    """x̂ᵀx̂ and xᵀx̂ of all rows, (2, D, D): of every other image and of those between, added up in float64."""
+    """x̂ᵀx̂ and xᵀx̂ of all rows, (2, D, D): of every other pair of images and of those between, added up in float64.
+
+    A pair, since an image may be followed by its mirror image, which is no stranger to it.
+    """
 
     def __init__(self, channels: int, device: torch.device | None = None) -> None:
         self.own = torch.zeros(2, channels, channels, dtype=torch.float64, device=device)
@@ -27,8 +30,9 @@ class Moments:
 
     def add(self, x: Tensor, seen: Tensor) -> None:
         """x and x̂ (images, L, D) of the same images."""
-        for half in range(2):
-            exact, rounded = (value[half::2].flatten(0, -2).float() for value in (x, seen))
+        second = torch.arange(len(x), device=x.device) // 2 % 2 == 1
+        for half, chosen in enumerate((~second, second)):
+            exact, rounded = (value[chosen].flatten(0, -2).float() for value in (x, seen))
             self.own[half] += (rounded.t() @ rounded).double()
             self.cross[half] += (exact.t() @ rounded).double()
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 
@@ -105,6 +106,22 @@ def test_the_better_recipe_stays_closer_to_the_model(roads, small_vim, images):
         return (convert(roads.calibrated(config))(images) - want).square().mean()
 
     assert error(UNLEARNED) < error(QuantConfig.minmax(4)) / 2
+
+
+# --- mirror images ---
+
+
+def test_mirror_images_are_calibrated_on_as_if_the_loader_gave_them(roads, images, tmp_path):
+    config = dataclasses.replace(LEARNED, mirror=True)
+    both = [image for x in images for image in (x, x.flip(-1))]
+    one = calibrate(roads.prepared(config), [images], progress=False)
+    other = calibrate(roads.prepared(LEARNED), [torch.stack(both)], progress=False)
+    assert saved(one, tmp_path / "a")[0] == saved(other, tmp_path / "b")[0]
+
+
+def test_what_is_no_image_has_no_mirror_image():
+    with pytest.raises(ValueError, match=r"mirror=True is for images \(B, C, H, W\), but the input 'x' has the shape"):
+        module.mirrored({"x": torch.zeros(2, 3, 4)})
 
 
 # --- one seed, the same bytes ---

@@ -46,6 +46,14 @@ def test_moments_add_up(images, channels, seed):
         assert torch.allclose(a.sum(0), b.sum(0), rtol=1e-5, atol=1e-4)
 
 
+def test_an_image_and_the_one_after_it_are_in_one_half():
+    x, seen = normal(7, 2, 3), normal(7, 2, 3, seed=1)
+    found = moments_of(x, seen)
+    for half, images in ((0, [0, 1, 4, 5]), (1, [2, 3, 6])):
+        own = moments_of(x[images], seen[images]).own.sum(0)
+        assert torch.allclose(found.own[half], own, rtol=1e-6)
+
+
 @given(positive_sizes, positive_sizes, seeds)
 def test_where_the_input_is_exact_nothing_is_compensated(outputs, channels, seed):
     x, weight = normal(4, 5, channels, seed=seed), normal(outputs, channels, seed=seed + 1)

@@ -20,8 +20,8 @@ import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import QuantConfig, native, ops, prepare, reference
 from ptq4vm.config import Learning
 from ptq4vm.fake_quantize import Mode
-from ptq4vm.graph import Part, cut
 from ptq4vm.passes.calibrate import calibrate_blocks
+from ptq4vm.passes.cut import Part, cut
 from ptq4vm.passes.learn import learn_block
 from ptq4vm.quantizer import QuantizedLinear, quantized_linears
 from ptq4vm.record import prepared_record

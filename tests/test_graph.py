@@ -5,8 +5,9 @@ import torch
 from strategies import normal
 from torch import nn
 
-from ptq4vm.graph import CaptureError, Pipeline, capture, cut, find_linears
+from ptq4vm.graph import CaptureError, Pipeline, capture, find_linears
 from ptq4vm.passes.canonicalize import CANONICALIZE
+from ptq4vm.passes.cut import cut
 
 aten = torch.ops.aten
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ptq4vm.config import Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
-from ptq4vm.graph import Part, cut
+from ptq4vm.passes.cut import Part, cut
 from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.importance import importance
 from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of

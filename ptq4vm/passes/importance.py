@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ptq4vm.graph import Part
+from ptq4vm.passes.cut import Part
 from ptq4vm.passes.learn import Values
 
 BATCH = 8

@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from ptq4vm.config import Learning, Loss, matches
 from ptq4vm.fake_quantize import constant
-from ptq4vm.graph import Part
 from ptq4vm.graph import finish as finish_graph
+from ptq4vm.passes.cut import Part
 from ptq4vm.passes.smooth import merge_smoothing
 from ptq4vm.quantizer import QuantizedLinear
 

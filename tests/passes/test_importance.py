@@ -3,8 +3,8 @@ import torch
 from strategies import normal
 
 from ptq4vm import QuantConfig
-from ptq4vm.graph import cut
 from ptq4vm.passes import importance as importance_module
+from ptq4vm.passes.cut import cut
 from ptq4vm.passes.importance import FLOOR, importance
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of

@@ -7,7 +7,7 @@ from strategies import normal
 from ptq4vm import QuantConfig
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
-from ptq4vm.graph import cut
+from ptq4vm.passes.cut import cut
 from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weighted_error
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of

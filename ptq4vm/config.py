@@ -169,7 +169,7 @@ class QuantConfig:
 
     @classmethod
     def w4a4(cls, best: bool = False, **changes: Any) -> Self:
-        """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS. `best` is the recipe past the paper."""
+        """PTQ4VM at 4 bits: as `w8a8`, with 100 epochs of JLSS. `best` is the recipe past the paper, with 10."""
         return cls.recipe("best" if best else "ptq4vm", 4, **changes)
 
     @classmethod
@@ -235,13 +235,13 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "pts+truncation": lambda _: {},
     "ptq4vm": lambda epochs: {"learning": Learning(epochs=epochs)},
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
-    "best": lambda epochs: {
+    "best": lambda _: {
         "gptq": True,
         "mirror": True,
-        "learning": Learning(epochs=epochs, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
+        "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
     },
 }
-"""What each recipe sets, given the epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.
+"""What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.
 
 `per_tensor` and `per_token_dynamic` are `ptq4vm` at another granularity.
 """

@@ -231,9 +231,28 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
+def cell(row: dict[str, Any]) -> str:
+    """What a recipe costs one model; ¹ and ² are fewer seeds than three."""
+    spread = f" ± {row['spread']:.2f}" if row["seeds"] > 1 else ""
+    mark = {1: "¹", 2: "²"}.get(row["seeds"], "")
+    return f"**{row['loss']:.2f}{spread}** · {row['agreement']:.1f} · {row['divergence']:.1f}{mark}"
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = [list(COLUMNS.values()), ["---"] * len(COLUMNS), *([str(row[key]) for key in COLUMNS] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """For each version and number of bits a table of recipes by models: loss ± spread · agreement · KL · 1000."""
+    tables = []
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for variant, bits in itertools.product(VARIANTS, sorted({row["bits"] for row in rows}, reverse=True)):
+        those = [row for row in rows if (row["variant"], row["bits"]) == (variant, bits)]
+        if not those:
+            continue
+        cells = {(row["recipe"], row["model"]): cell(row) for row in those}
+        lines = [[f"W{bits}A{bits}, {variant}", *models], ["---"] * (1 + len(models))]
+        order = [*RECIPES, *ABLATIONS]
+        recipes = sorted({row["recipe"] for row in those}, key=lambda name: (*order, name).index(name))
+        lines += [[f"`{recipe}`", *(cells.get((recipe, model), "–") for model in models)] for recipe in recipes]
+        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    return "\n\n".join(tables)
 
 
 def parser() -> argparse.ArgumentParser:

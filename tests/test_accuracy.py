@@ -65,7 +65,17 @@ def test_the_table_has_means_and_half_the_range_over_the_seeds():
     (summary,) = accuracy.summary(rows)
     assert (summary["seeds"], summary["loss"], summary["spread"]) == (3, 3.0, 2.5)
     assert len(accuracy.summary([*rows, row(recipe="best")])) == 2
-    assert accuracy.markdown([summary]).count("\n") == 2
+    other, lonely = summary | {"recipe": "best", "model": "n"}, summary | {"bits": 8, "seeds": 1}
+    assert accuracy.markdown([summary, other, lonely]).splitlines() == [
+        "| W8A8, plain | m | n |",
+        "| --- | --- | --- |",
+        "| `pts` | **3.00** · 1.0 · 1000.0¹ | – |",
+        "",
+        "| W4A4, plain | m | n |",
+        "| --- | --- | --- |",
+        "| `pts` | **3.00 ± 2.50** · 1.0 · 1000.0 | – |",
+        "| `best` | – | **3.00 ± 2.50** · 1.0 · 1000.0 |",
+    ]
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ class QuantConfig:
     """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
+    rotation: bool = False
+    """Rotate the inputs of linears that write to the residual stream; see `ptq4vm.passes.rotate`."""
     gptq: bool = False
     """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), after learning."""
     learning: Learning | None = None
@@ -141,7 +143,7 @@ class QuantConfig:
             raise ValueError(
                 "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
             )
-        for name in ("gptq", "mirror"):
+        for name in ("rotation", "gptq", "mirror"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         object.__setattr__(self, "learning", _learning(self.learning))
@@ -236,6 +238,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "ptq4vm": lambda epochs: {"learning": Learning(epochs=epochs)},
     "ptq4vm_released": lambda epochs: {"range_search": RangeSearch.RELEASED, "learning": _released(epochs)},
     "best": lambda _: {
+        "rotation": True,
         "gptq": True,
         "mirror": True,
         "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),

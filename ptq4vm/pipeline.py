@@ -15,6 +15,7 @@ from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.graph import Pipeline, capture, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
 from ptq4vm.passes.lower import lower
+from ptq4vm.passes.rotate import insert_rotation
 from ptq4vm.passes.smooth import fold_smoothing, insert_smoothing
 from ptq4vm.quantizer import (
     insert_fake_quantizers,
@@ -47,6 +48,8 @@ def prepared_from(
         LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites
     )
+    if config.rotation:
+        gm = finish(insert_rotation(gm, sites))
     if config.smoothing is not None:
         gm = finish(insert_smoothing(gm, sites))
     gm = insert_fake_quantizers(gm, config, sites)

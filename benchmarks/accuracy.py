@@ -65,13 +65,14 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best-smoothing": with_(smoothing=None),
     "best-truncation": with_(range_search=False),
     "best-per_token": with_(granularity=Granularity.PER_TENSOR),
+    "best-rotation": with_(rotation=False),
     "best-gptq": with_(gptq=False),
     "best-mirror": with_(mirror=False),
     "best-learning": with_(learning=None),
     "best-fisher": learns(loss=Loss.COSINE),
     "best-scales": learns(scale_rate=0.0),
     "best-smooth_scales": learns(smooth_rate=0.0),
-    "best+steps_8bit": with_(eight_bit=("*x_proj*", "*dt_proj*")),
+    "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
 }
 
 

@@ -244,7 +244,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
     },
 }
-"""What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, and ours.
+"""What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.
 
 `per_tensor` and `per_token_dynamic` are `ptq4vm` at another granularity.
 """

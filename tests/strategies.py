@@ -9,6 +9,7 @@ from ptq4vm.config import Granularity, Learning, Loss, QuantConfig, RangeSearch
 EVERYTHING = QuantConfig(
     weight_bits=4,
     activation_bits=4,
+    rotation=True,
     gptq=True,
     mirror=True,
     learning=Learning(epochs=2, batch_size=5, loss=Loss.FISHER),
@@ -73,6 +74,7 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         granularity=granularity,
         smoothing=draw(st.none() | st.floats(0, 1)),
         range_search=draw(st.sampled_from(searches)),
+        rotation=draw(st.booleans()),
         gptq=draw(st.booleans()),
         mirror=draw(st.booleans()),
         learning=draw(st.none() | learning),

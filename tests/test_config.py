@@ -103,6 +103,7 @@ def test_json_of_another_kind_is_refused(text):
         ({"learning": {"epochs": 1, "loss": "mse"}}, "learning.loss must be one of cosine, fisher; got 'mse'"),
         ({"learning": {"epochs": 1, "only": "*.in_proj"}}, "learning.only must be a sequence of patterns"),
         ({"gptq": 1}, "gptq must be true or false, got 1"),
+        ({"rotation": None}, "rotation must be true or false, got None"),
         ({"mirror": "yes"}, "mirror must be true or false, got 'yes'"),
         ({"eight_bit": "*.x_proj"}, "eight_bit must be a sequence of patterns"),
     ],
@@ -123,7 +124,7 @@ def test_presets_are_the_papers(config, count, epochs):
     assert (weight.scheme, activation.scheme) == (Scheme.SYMMETRIC, Scheme.AFFINE)
     assert config.granularity is Granularity.PER_TOKEN
     assert config.smoothing == 0.5 and config.range_search is RangeSearch.SQUARED_ERROR
-    assert not config.gptq and not config.mirror and not config.eight_bit
+    assert not config.rotation and not config.gptq and not config.mirror and not config.eight_bit
     assert config.learning == Learning(epochs=epochs)
 
 
@@ -161,7 +162,7 @@ def test_the_ladder_adds_one_thing_at_a_rung():
         {"granularity": Granularity.PER_TOKEN},
         {"range_search": RangeSearch.SQUARED_ERROR},
         {"learning": Learning(epochs=100)},
-        {"gptq": True, "mirror": True, "learning": rungs[-1].learning},
+        {"rotation": True, "gptq": True, "mirror": True, "learning": rungs[-1].learning},
     ]
     for lower, upper, change in zip(rungs, rungs[1:], changes, strict=False):
         assert upper == dataclasses.replace(lower, **change)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,12 @@ def insert_rotation(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule
     """`linear(x, W)` → `linear(x R, W R)` where the linear writes to the residual stream; R is orthogonal."""
     for site in sites:
         if _writes_stream(site.node):
-            insert, (x, weight, *rest) = Insertion(gm, site.node), site.node.args
-            site.node.args = (*(_rotated(insert, value, site.in_features) for value in (x, weight)), *rest)
+            insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
+            site.node.args = (*(_rotated(insert, value, site.in_features) for value in (x, weight)), *bias)
     return gm
 
 
-def _rotated(insert: Insertion, value: Node, channels: int) -> Node:
+def _rotated(insert: Insertion, value: Any, channels: int) -> Any:
     for size in factors(channels):
         matrix = insert.tensor(f"rotation_{size}", orthogonal(size))
         groups = insert.call(aten.unflatten.int, value, -1, [channels // size, size])

@@ -1,0 +1,123 @@
+"""x (B, L, D), W (N, D)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import normal
+from torch import nn
+
+from ptq4vm import QuantConfig, calibrate, convert, prepare
+from ptq4vm.fake_quantize import constant
+from ptq4vm.graph import Pipeline, capture, find_linears, finish
+from ptq4vm.passes.canonicalize import CANONICALIZE
+from ptq4vm.passes.rotate import LARGEST, factors, insert_rotation, orthogonal
+
+
+class Mlp(nn.Module):
+    """What is written to the stream is scaled before it is added."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(8, width), nn.Linear(8, width), nn.Linear(width, 8)
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x):
+        return x + self.scale * nn.functional.dropout(self.down(self.up(x) * self.gate(x)), 0.1, self.training)
+
+
+class Cubes(nn.Module):
+    """Of normal numbers: most are small, and some in every token are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return x + self.down(x.pow(3))
+
+
+class Added(nn.Module):
+    """Its linear's output meets a parameter and itself, no other stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.positions = nn.Linear(8, 8), nn.Parameter(torch.rand(4, 8))
+
+    def forward(self, x):
+        return (self.linear(x) + self.positions).relu()
+
+
+def canonical(model: nn.Module, x: torch.Tensor):
+    return Pipeline(CANONICALIZE)(capture(model, (x,)))
+
+
+def rotated_names(model: nn.Module, x: torch.Tensor) -> set[str]:
+    """Of the linears whose weight the pass has rotated."""
+    gm = canonical(model, x)
+    sites = find_linears(gm)
+    before = {site.name: site.node.args[1] for site in sites}
+    insert_rotation(gm, sites)
+    return {site.name for site in sites if site.node.args[1] is not before[site.name]}
+
+
+@given(st.integers(1, 4000))
+def test_factors_are_small_and_leave_large_primes_out(channels):
+    found = factors(channels)
+    rest = channels // math.prod(found)
+    assert all(1 < size <= LARGEST for size in found) and math.prod(found) * rest == channels
+    assert all(rest % prime for prime in (2, 3, 5, 7, 11, 13))
+
+
+@given(st.integers(1, LARGEST))
+def test_every_factor_is_orthogonal(size):
+    matrix = orthogonal(size)
+    assert torch.allclose(matrix @ matrix.t(), torch.eye(size), atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 16, 24, 34, 80])
+def test_the_function_stays(width):
+    torch.manual_seed(0)
+    model, x = Mlp(width).eval(), normal(3, 5, 8)
+    gm = canonical(model, x)
+    gm = finish(insert_rotation(gm, find_linears(gm)))
+    assert torch.allclose(gm(x), model(x), atol=1e-5)
+
+
+def test_every_channel_meets_every_other():
+    """One large channel of W comes to all of W R, and to each by a like amount."""
+    gm = canonical(Mlp(80), normal(2, 5, 8))
+    down = next(site.node for site in find_linears(gm) if site.name == "down")
+    gm = finish(insert_rotation(gm, find_linears(gm)))
+    with torch.no_grad():
+        gm.get_parameter("down.weight").copy_(torch.eye(8, 80))
+        rows = constant(gm, down.args[1])
+    assert rows.ne(0).all() and rows.abs().max() < 2 / 80**0.5
+
+
+def test_what_writes_to_the_stream_is_rotated_and_nothing_else(small_vim, images):
+    assert rotated_names(small_vim, images) == {f"layers.{i}.mixer.out_proj" for i in range(2)}
+    assert rotated_names(Mlp().eval(), normal(3, 5, 8)) == {"down"}
+    assert rotated_names(Added().eval(), normal(3, 4, 8)) == set()
+
+
+def test_a_long_tail_costs_far_less():
+    torch.manual_seed(0)
+    model, x = Cubes().eval(), normal(64, 5, 64)
+    with torch.no_grad():
+        want = model(x)
+
+    def error(rotation: bool) -> float:
+        config = QuantConfig(weight_bits=8, activation_bits=4, rotation=rotation)
+        quantized = convert(calibrate(prepare(model, (x,), config), [x], progress=False))
+        return (quantized(x) - want).square().mean().item()
+
+    assert error(True) < error(False) / 2
+
+
+def test_linears_left_in_floating_point_stay_as_they_are(small_vim, images):
+    config = QuantConfig(rotation=True, exclude=("*.out_proj",))
+    gm = prepare(small_vim, (images,), config)
+    assert not [name for name, _ in gm.named_buffers() if name.startswith("rotation_")]

@@ -18,6 +18,7 @@
 STABLE_TORCH_LIBRARY(ptq4vm, m) {
   m.def("quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor");
   m.def("choose_qparams(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)");
+  m.def("rotate(Tensor x) -> Tensor");
   m.def("dequantize(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor");
   m.def(
       "linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "

@@ -80,6 +80,11 @@ _define(
 )
 
 
+_define("rotate(Tensor x) -> Tensor", reference.rotate, lambda x: x.new_empty(x.shape))
+
+torch.library.register_autograd("ptq4vm::rotate", lambda _, grad: torch.ops.ptq4vm.rotate(grad), lib=_library)
+
+
 def _check_weight(x_q: Tensor, weight: Tensor) -> None:
     packed = weight.dtype == torch.uint8
     wanted = (x_q.shape[-1] + 1) // 2 if packed else x_q.shape[-1]
@@ -353,6 +358,7 @@ _define(
 quantize = torch.ops.ptq4vm.quantize
 choose_qparams = torch.ops.ptq4vm.choose_qparams
 dequantize = torch.ops.ptq4vm.dequantize
+rotate = torch.ops.ptq4vm.rotate
 linear = torch.ops.ptq4vm.linear
 selective_scan = torch.ops.ptq4vm.selective_scan
 causal_conv1d = torch.ops.ptq4vm.causal_conv1d

@@ -8,6 +8,8 @@ Codes are signed: [-2^(b-1), 2^(b-1) - 1] for activations, [1 - 2^(b-1), 2^(b-1)
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,9 @@ EPSILON = torch.finfo(torch.float32).tiny
 
 EXACT_CHANNELS = 1024
 """So many products of two int8 codes sum exactly in float32: 1024 · 128 · 128 = 2^24."""
+
+LARGEST_HARTLEY = 15
+"""Odd factors of the number of channels that a rotation mixes; the kernel has the same number."""
 
 SCAN_CHUNK = 2**19
 """States (B · S · E · tokens) that a scan holds at once: 2 MiB, so that they stay in cache."""
@@ -41,6 +46,35 @@ def unclamped_codes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """(q - z) · scale in float32."""
     return (x_q.float() - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """x (…, D) times an orthogonal matrix that is its own inverse; in x's type, computed in float32.
+
+    Of D = m · 2^a channels: Hadamard's transform of each run of 2^a, then Hartley's over the m runs if m is at most
+    `LARGEST_HARTLEY` (QuaRot, Ashkboos et al. 2024, has Hadamard matrices of both sizes).
+    """
+    order = max(1, x.shape[-1] & -x.shape[-1])
+    size = x.shape[-1] // order
+    y = x.float().unflatten(-1, (size, order)) @ hadamard(order).to(x.device)
+    if size <= LARGEST_HARTLEY:
+        y = hartley(size).to(x.device) @ y
+    return y.flatten(-2).to(x.dtype)
+
+
+def hadamard(order: int) -> Tensor:
+    """Sylvester's matrix (order, order) for a power of two, orthonormal."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix / math.sqrt(order)
+
+
+def hartley(size: int) -> Tensor:
+    """cos(2πjk / size) + sin(2πjk / size), (size, size), orthonormal and symmetric."""
+    steps = torch.arange(size, dtype=torch.float64)
+    angles = 2 * math.pi / max(1, size) * (steps.unsqueeze(1) * steps)
+    return ((angles.cos() + angles.sin()) / math.sqrt(max(1, size))).float()
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:

@@ -49,6 +49,16 @@ struct Dequantize {
   int64_t rows, channels, scales;
 };
 
+// reference.rotate: x, y (rows, D); matrix (D / order, D / order) is Hartley's, or null.
+struct Rotate {
+  const void* x;
+  void* y;
+  Float type;
+  const float* matrix;
+  int64_t rows, channels, order;
+  float factor;  // 1 / √order
+};
+
 // fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
 struct NormQuantize {
   const void* x;
@@ -220,6 +230,7 @@ struct Kernels {
   void (*directional_scan)(const DirectionalScan&, int64_t begin, int64_t end);  // images × panels of channels
   void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);        // rows
+  void (*rotate)(const Rotate&, int64_t begin, int64_t end);                // rows
   void (*norm_quantize)(const NormQuantize&, int64_t begin, int64_t end);   // rows
   void (*conv)(const Conv&, int64_t begin, int64_t end);         // directions × images × groups of LANES channels
   void (*conv2d)(const Conv2d&, int64_t begin, int64_t end);     // images × rows of the map

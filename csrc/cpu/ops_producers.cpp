@@ -1,12 +1,15 @@
 // What feeds a quantized linear, on a CPU: quantization, norms and convolutions with their codes. Checks, types and
 // layouts, memory for the results, and the kernels in parallel. A float64 convolution runs in plain loops; every other
 // floating type is computed in float32.
+#include <cmath>
+
 #include "float64.h"
 #include "glue.h"
 
 namespace ptq4vm {
 namespace {
 
+constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
 constexpr int64_t SHARE = 32768;  // numbers that are worth a thread
 
 int64_t grain(int64_t numbers) { return std::max<int64_t>(1, SHARE / std::max<int64_t>(1, numbers)); }
@@ -99,6 +102,25 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   const auto run = kernels().dequantize;
   torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
+}
+
+Tensor rotate(Tensor x) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  const int64_t channels = x.size(x.dim() - 1), order = std::max<int64_t>(1, channels & -channels);
+  const int64_t size = channels / order;
+  const bool mixes = 1 < size && size <= LARGEST_HARTLEY;
+  std::vector<float> matrix(mixes ? size * size : 0);
+  for (int64_t i = 0; i < static_cast<int64_t>(matrix.size()); i++) {
+    const double angle = 2 * std::acos(-1.0) * static_cast<double>((i / size) * (i % size)) / static_cast<double>(size);
+    matrix[i] = static_cast<float>((std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(size)));
+  }
+  const Input input(x);
+  Tensor y = empty_as(input.values, input.values.scalar_type());
+  const Rotate q{input.data(), y.mutable_data_ptr(), input.type, mixes ? matrix.data() : nullptr, rows_of(x), channels,
+                 order, static_cast<float>(1 / std::sqrt(static_cast<double>(order)))};
+  const auto run = kernels().rotate;
+  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return typed(y, x);
 }
 
 std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional weight, Optional bias, double eps,
@@ -283,6 +305,7 @@ STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
   m.impl("quantize", TORCH_BOX(&ptq4vm::quantize));
   m.impl("choose_qparams", TORCH_BOX(&ptq4vm::choose_qparams));
   m.impl("dequantize", TORCH_BOX(&ptq4vm::dequantize));
+  m.impl("rotate", TORCH_BOX(&ptq4vm::rotate));
   m.impl("norm_quantize", TORCH_BOX(&ptq4vm::norm_quantize));
   m.impl("conv1d_quantize", TORCH_BOX(&ptq4vm::conv1d_quantize));
   m.impl("conv2d_quantize", TORCH_BOX(&ptq4vm::conv2d_quantize));

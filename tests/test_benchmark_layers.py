@@ -37,6 +37,7 @@ def test_each_of_our_operators_has_a_category_that_is_not_other():
         "quantize": Category.QUANTIZE,
         "choose_qparams": Category.QUANTIZE,
         "dequantize": Category.QUANTIZE,
+        "rotate": Category.QUANTIZE,
         "fake_quantize": Category.QUANTIZE,
         "linear": Category.LINEAR,
         "linear_packed": Category.LINEAR,

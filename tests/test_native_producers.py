@@ -64,6 +64,21 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
 
 
 @needs_library
+@DTYPES
+@given(st.integers(0, 3), ROWS, st.integers(1, 400), STRIDED, SEEDS)
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+def test_rotated_rows_are_the_references_and_do_not_know_each_other(
+    isa, dtype, images, tokens, channels, strided, seed
+):
+    x = torch.randn(images, tokens, channels, generator=draw(seed)).to(dtype)
+    ours, theirs = ops.rotate(rows_of_more(x, strided)), reference.rotate(x)
+    assert ours.dtype is dtype and ours.shape == x.shape
+    tolerance = 1e-6 if dtype is torch.float32 else 2**-8
+    assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * channels**0.5)
+    assert all(torch.equal(ours[i], ops.rotate(x[i])) for i in range(images))
+
+
+@needs_library
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
 def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kind, seed):

@@ -77,6 +77,7 @@ def test_quantizing_obeys_the_rules(shape, smooth, qparams):
     torch.library.opcheck(library.choose_qparams.default, (inputs[0], inputs[3], 4))
     codes = integers(-8, 7, *shape)
     torch.library.opcheck(library.dequantize.default, (codes, *inputs[1:3]))
+    torch.library.opcheck(library.rotate.default, with_gradient(inputs[:1]))
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -112,6 +113,7 @@ def test_the_convolution_obeys_the_rules(shape, bias, silu):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_obey_them_too(dtype):
     torch.library.opcheck(library.quantize.default, quantize_inputs(dtype=dtype))
+    torch.library.opcheck(library.rotate.default, (normal(2, 3, 12).to(dtype),))
     torch.library.opcheck(library.linear.default, (*linear_inputs()[:-1], dtype))
     torch.library.opcheck(library.selective_scan.default, with_gradient(scan_inputs(dtype=dtype)))
     torch.library.opcheck(library.causal_conv1d.default, with_gradient(conv_inputs(dtype=dtype)))

@@ -32,9 +32,11 @@ def config(request):
 
 
 def test_until_it_is_calibrated_the_model_computes_what_it_did(roads, small_vim, config):
+    """Bit for bit, but for a rotation, which x and W undo in float32."""
     prepared = roads.prepared(config)
     for count in (1, 2, 5):
-        assert torch.equal(prepared(roads.images[:count]), small_vim(roads.images[:count]))
+        found, want = prepared(roads.images[:count]), small_vim(roads.images[:count])
+        assert torch.allclose(found, want, rtol=0, atol=1e-4) if config.rotation else torch.equal(found, want)
 
 
 def test_preparing_leaves_the_callers_model_alone(images):

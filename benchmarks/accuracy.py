@@ -226,10 +226,15 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for found in groups.values()
     ]
-    order = list(dict.fromkeys((*RECIPES, *ABLATIONS, *(row["recipe"] for row in rows))))
     return sorted(
-        result, key=lambda row: (row["model"], row["variant"] != "plain", -row["bits"], order.index(row["recipe"]))
+        result, key=lambda row: (row["model"], row["variant"] != "plain", -row["bits"], place_of(row["recipe"]))
     )
+
+
+def place_of(recipe: str) -> tuple[int, str]:
+    """What recipes are sorted by: as they are listed here, then those that are gone."""
+    known = (*RECIPES, *ABLATIONS, recipe)
+    return known.index(recipe), recipe
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -249,8 +254,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             continue
         cells = {(row["recipe"], row["model"]): cell(row) for row in those}
         lines = [[f"W{bits}A{bits}, {variant}", *models], ["---"] * (1 + len(models))]
-        order = [*RECIPES, *ABLATIONS]
-        recipes = sorted({row["recipe"] for row in those}, key=lambda name: (*order, name).index(name))
+        recipes = sorted({row["recipe"] for row in those}, key=place_of)
         lines += [[f"`{recipe}`", *(cells.get((recipe, model), "–") for model in models)] for recipe in recipes]
         tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(tables)

@@ -113,8 +113,11 @@ class ActivationFakeQuantize(_FakeQuantize):
             x, smooth = x if smooth is None else x * smooth, None
         if self.mode is not Mode.QUANTIZE:
             return x
-        dynamic = reference.choose_qparams(x.detach(), None, self.spec.bits) if self.dynamic else None
-        scale, zero_point = dynamic or (self.step(), self.zero_point)
+        scale, zero_point = (
+            reference.choose_qparams(x.detach(), None, self.spec.bits)
+            if self.dynamic
+            else (self.step(), self.zero_point)
+        )
         y = ops.fake_quantize(x, scale, zero_point, smooth, self.spec.bits)
         # as x lies in memory, which is how the converted graph has it: other layouts may round products differently
         return y if x.is_contiguous() else torch.empty_like(x).copy_(y)

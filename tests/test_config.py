@@ -162,7 +162,12 @@ def test_the_ladder_adds_one_thing_at_a_rung():
         {"granularity": Granularity.PER_TOKEN},
         {"range_search": RangeSearch.SQUARED_ERROR},
         {"learning": Learning(epochs=100)},
-        {"rotation": True, "gptq": True, "mirror": True, "learning": rungs[-1].learning},
+        {
+            "rotation": True,
+            "gptq": True,
+            "mirror": True,
+            "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
+        },
     ]
     for lower, upper, change in zip(rungs, rungs[1:], changes, strict=False):
         assert upper == dataclasses.replace(lower, **change)

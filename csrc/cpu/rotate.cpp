@@ -1,6 +1,5 @@
 // reference.rotate: every row in the first cache, Hadamard's transform by butterflies, then Hartley's small one. A row's
 // result does not depend on the others.
-#include <cmath>
 #include <vector>
 
 #include "kernels.h"

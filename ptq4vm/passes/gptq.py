@@ -82,7 +82,7 @@ def gptq_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments)
     rest = weight.double()[:, order]
     step, (low, high) = scale.double(), spec.bounds
     codes = torch.empty_like(rest, dtype=torch.int8)
-    for channel, place in enumerate(order):
+    for channel, place in enumerate(order.tolist()):
         chosen = (rest[:, channel] / step).round().clamp(low, high)
         codes[:, place] = chosen.to(torch.int8)
         error = (rest[:, channel] - chosen * step) / upper[channel, channel]

@@ -13,7 +13,7 @@ from ptq4vm.passes.rotate import insert_rotation
 
 
 class Mlp(nn.Module):
-    """What is written to the stream is scaled before it is added."""
+    """What is written to the stream is arranged and scaled before it is added."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -21,7 +21,8 @@ class Mlp(nn.Module):
         self.scale = nn.Parameter(torch.rand(8))
 
     def forward(self, x):
-        return x + self.scale * nn.functional.dropout(self.down(self.up(x) * self.gate(x)), 0.1, self.training)
+        y = nn.functional.dropout(self.down(self.up(x) * self.gate(x)), 0.1, self.training)
+        return x + self.scale * y.transpose(1, 2).transpose(1, 2)
 
 
 class Cubes(nn.Module):

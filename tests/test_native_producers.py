@@ -67,7 +67,7 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
 @DTYPES
 @given(st.integers(0, 3), ROWS, st.integers(1, 400), STRIDED, SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
-def test_rotated_rows_are_the_references_and_do_not_know_each_other(
+def test_rotated_rows_and_their_gradients_are_the_references_and_do_not_know_each_other(
     isa, dtype, images, tokens, channels, strided, seed
 ):
     x = torch.randn(images, tokens, channels, generator=draw(seed)).to(dtype)
@@ -76,6 +76,9 @@ def test_rotated_rows_are_the_references_and_do_not_know_each_other(
     tolerance = 1e-6 if dtype is torch.float32 else 2**-8
     assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * channels**0.5)
     assert all(torch.equal(ours[i], ops.rotate(x[i])) for i in range(images))
+    leaf, weight = x.clone().requires_grad_(), torch.randn(x.shape, generator=draw(seed + 1)).to(dtype)
+    (ops.rotate(leaf) * weight).sum().backward()
+    assert torch.equal(leaf.grad, ops.rotate(weight))
 
 
 @needs_library

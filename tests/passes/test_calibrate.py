@@ -77,9 +77,11 @@ def test_more_images_than_run_at_once(roads, images, monkeypatch):
         assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)
 
 
-def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path):
-    once = calibrate(roads.prepared(LEARNED), [images], progress=False)
-    again = calibrate(roads.prepared(LEARNED), [images[:3] * 10], progress=False)
+@pytest.mark.parametrize("gptq", [False, True])
+def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path, gptq):
+    config = dataclasses.replace(LEARNED, gptq=gptq)
+    once = calibrate(roads.prepared(config), [images], progress=False)
+    again = calibrate(roads.prepared(config), [images[:3] * 10], progress=False)
     calibrate(again, [images], progress=False)
     assert saved(once, tmp_path / "a") == saved(again, tmp_path / "b")
 

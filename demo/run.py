@@ -9,6 +9,7 @@ Writes results.json, results.csv and results.png into --output, by default besid
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+from torch.fx import GraphModule
 from tqdm import tqdm
 
 import ptq4vm
@@ -26,6 +28,7 @@ from ptq4vm.config import Learning, QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.observers import Phenomena, observe
+from ptq4vm.pipeline import canonical_graph, prepared_from
 
 MODELS = {"plain": "vim_nano_patch4_32.digits", "hard": "vim_nano_patch4_32.digits_hard"}
 SHORT, FULL = {8: 4, 6: 8, 4: 16}, {8: 10, 6: 50, 4: 100}
@@ -71,7 +74,12 @@ class Subject:
         self.train = open_dataset("digits", "train", transform)
         self.test = list(loader(open_dataset("digits", "test", transform), 150))
         self.example = (self.test[0][0][:2],)
+        self.graph = canonical_graph(self.model, self.example)
         self.logits = predictions(self.model, self.test)
+
+    def prepared(self, config: QuantConfig) -> GraphModule:
+        """As `ptq4vm.prepare`, from a graph that is captured once."""
+        return prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
 
     def calibration(self, seed: int) -> list[torch.Tensor]:
         return calibration_batches(self.train, IMAGES, 32, seed)
@@ -100,7 +108,7 @@ class Subject:
                 evaluations, seconds = [], []
                 for seed in range(seeds):
                     bar.set_postfix_str(f"{self.label} W{bits}A{bits} {method}, seed {seed}")
-                    prepared = ptq4vm.prepare(self.model, self.example, ladder(bits, epochs[bits], seed)[method])
+                    prepared = self.prepared(ladder(bits, epochs[bits], seed)[method])
                     started = time.perf_counter()
                     ptq4vm.calibrate(prepared, self.calibration(seed), progress=False)
                     seconds.append(time.perf_counter() - started)
@@ -119,8 +127,7 @@ class Subject:
     def phenomena(self) -> list[dict[str, Any]]:
         """Over the blocks, the largest figures of each kind of linear."""
         kinds: dict[str, list[Phenomena]] = {}
-        prepared = ptq4vm.prepare(self.model, self.example)
-        for name, figure in observe(prepared, self.calibration(0)).items():
+        for name, figure in observe(self.prepared(QuantConfig()), self.calibration(0)).items():
             kinds.setdefault(name.rpartition(".")[2], []).append(figure)
         return [
             {"model": self.label, "input of": kind}

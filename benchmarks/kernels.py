@@ -160,12 +160,12 @@ def scans(rounds: int) -> None:
 
 
 def norm_one_by_one(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, *codes: Any
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, rotated: bool, *codes: Any
 ) -> object:
     total = x.float() if residual is None else x + residual
     shape = total.shape[-1:]
     y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return total, ops.quantize(y, *codes)
+    return total, ops.quantize(ops.rotate(y) if rotated else y, *codes)
 
 
 def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:
@@ -200,9 +200,13 @@ def producers(rounds: int) -> None:
             "residual and RMS norm, 197×384": (
                 ops.norm_quantize,
                 norm_one_by_one,
-                (x, residual, weight, None, 1e-5, True, *one),
+                (x, residual, weight, None, 1e-5, True, False, *one),
             ),
-            "layer norm, 197×384": (ops.norm_quantize, norm_one_by_one, (x, None, weight, bias, 1e-5, False, *one)),
+            "layer norm, 197×384": (
+                ops.norm_quantize,
+                norm_one_by_one,
+                (x, None, weight, bias, 1e-5, False, False, *one),
+            ),
             "two convolutions and SiLU, 197×768": (
                 ops.conv1d_quantize,
                 conv1d_one_by_one,

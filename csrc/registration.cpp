@@ -33,8 +33,9 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
         ", bool need_x, bool need_scale, bool need_zero_point, bool need_smooth) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_packed(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor");
   m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", " PTQ4VM_QPARAMS ") -> Tensor");
-  m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, " PTQ4VM_QPARAMS
-        ") -> (Tensor, Tensor)");
+  m.def("rotate_quantize(Tensor x, bool gelu, " PTQ4VM_QPARAMS ") -> Tensor");
+  m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, "
+        "bool rotated, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)");
   m.def("conv1d_quantize(Tensor x, Tensor weight, Tensor? bias, Tensor order, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)");
   m.def("conv2d_quantize(Tensor x, Tensor weight, Tensor? bias, int height, int width, " PTQ4VM_QPARAMS
         ") -> (Tensor, Tensor)");

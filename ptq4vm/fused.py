@@ -87,6 +87,14 @@ def linear_gelu_quantize(
     return reference.quantize(F.gelu(y), inv_scale, zero_point, inv_smooth, bits)
 
 
+def rotate_quantize(
+    x: Tensor, gelu: bool, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    """Codes of the rotated x (…, D), of its GELU (the exact one) where `gelu`: what a writer of the stream reads."""
+    value = F.gelu(x.float()) if gelu else x.float()
+    return reference.quantize(reference.rotate(value), inv_scale, zero_point, inv_smooth, bits)
+
+
 def norm_quantize(
     x: Tensor,
     residual: Tensor | None,
@@ -94,15 +102,17 @@ def norm_quantize(
     bias: Tensor | None,
     eps: float,
     rms: bool,
+    rotated: bool,
     inv_scale: Tensor,
     zero_point: Tensor,
     inv_smooth: Tensor | None,
     bits: int,
 ) -> tuple[Tensor, Tensor]:
-    """x + residual in float32 (empty without a residual), and the codes of its RMS norm or layer norm: (B, L, D)."""
+    """x + residual in float32 (empty without one), and the codes of its RMS norm or layer norm, or of its rotation."""
     total = x.float() if residual is None else x.float() + residual.float()
     shape = total.shape[-1:]
     normed = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
+    normed = reference.rotate(normed) if rotated else normed
     codes = reference.quantize(normed, inv_scale, zero_point, inv_smooth, bits)
     return total.new_empty(0) if residual is None else total, codes
 

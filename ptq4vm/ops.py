@@ -303,14 +303,21 @@ _define(
 )
 
 
+_define(
+    f"rotate_quantize(Tensor x, bool gelu, {_QPARAMS}) -> Tensor",
+    fused.rotate_quantize,
+    lambda x, *rest: x.new_empty(x.shape, dtype=torch.int8),
+)
+
+
 def _norm_quantize_fake(x: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     total = x.new_empty(0 if residual is None else x.shape, dtype=torch.float32)
     return total, x.new_empty(x.shape, dtype=torch.int8)
 
 
 _define(
-    f"norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, {_QPARAMS}) "
-    "-> (Tensor, Tensor)",
+    f"norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, "
+    f"bool rotated, {_QPARAMS}) -> (Tensor, Tensor)",
     fused.norm_quantize,
     _norm_quantize_fake,
 )
@@ -365,6 +372,7 @@ causal_conv1d = torch.ops.ptq4vm.causal_conv1d
 fake_quantize = torch.ops.ptq4vm.fake_quantize
 linear_packed = torch.ops.ptq4vm.linear_packed
 linear_gelu_quantize = torch.ops.ptq4vm.linear_gelu_quantize
+rotate_quantize = torch.ops.ptq4vm.rotate_quantize
 norm_quantize = torch.ops.ptq4vm.norm_quantize
 conv1d_quantize = torch.ops.ptq4vm.conv1d_quantize
 conv2d_quantize = torch.ops.ptq4vm.conv2d_quantize

@@ -13,6 +13,7 @@ from ptq4vm import fused, ops, reference
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 STRIDED = st.booleans()
+ROTATED = CHANNELS | st.sampled_from([16, 64, 96, 128, 192, 256, 384, 1024])
 
 
 def rows_of_more(x, strided):
@@ -65,7 +66,7 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 3), ROWS, st.integers(1, 400), STRIDED, SEEDS)
+@given(st.integers(0, 3), ROWS, st.integers(1, 400) | ROTATED, STRIDED, SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
 def test_rotated_rows_and_their_gradients_are_the_references_and_do_not_know_each_other(
     isa, dtype, images, tokens, channels, strided, seed
@@ -93,11 +94,11 @@ def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kin
 
 @needs_library
 @DTYPES
-@given(
-    st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.booleans(), st.integers(0, 7), SEEDS
-)
+@given(st.integers(0, 3), ROWS, ROTATED, st.integers(2, 8), KINDS, *[st.booleans()] * 3, st.integers(0, 7), SEEDS)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
-def test_norm_and_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, rms, add, optional, seed):
+def test_norm_and_codes_are_the_references(
+    isa, dtype, images, tokens, channels, bits, kind, rms, add, rotated, optional, seed
+):
     random = draw(seed)
     scale, zero_point = qparams(kind, images, tokens, bits, random)
     scale = scale * 2 ** (8 - bits) / 20
@@ -110,11 +111,27 @@ def test_norm_and_codes_are_the_references(isa, dtype, images, tokens, channels,
     weight = normal(channels) if optional & 1 else None
     bias = normal(channels) if optional & 2 and not rms else None
     inv_smooth = torch.rand(channels, generator=random) if optional & 4 else None
-    arguments = (x, residual, weight, bias, 1e-5, rms, 1 / scale, zero_point, inv_smooth, bits)
+    arguments = (x, residual, weight, bias, 1e-5, rms, rotated, 1 / scale, zero_point, inv_smooth, bits)
     total, codes = ops.norm_quantize(*arguments)
     want, want_codes = fused.norm_quantize(*arguments)
     assert torch.equal(total, want) and total.dtype == torch.float32
     assert_same_codes(codes, want_codes)
+
+
+@needs_library
+@DTYPES
+@given(st.integers(0, 3), ROWS, ROTATED, st.integers(2, 8), KINDS, *[st.booleans()] * 2, SEEDS)
+@settings(max_examples=100, suppress_health_check=SUPPRESSED)
+def test_rotated_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, gelu, smooth, seed):
+    random = draw(seed)
+    scale, zero_point = qparams(kind, images, tokens, bits, random)
+    x = torch.randn(images, tokens, channels, generator=random).to(dtype)
+    inv_smooth = torch.rand(channels, generator=random) if smooth else None
+    arguments = (1 / (scale * 2 ** (8 - bits) / 20), zero_point, inv_smooth, bits)
+    codes = ops.rotate_quantize(x, gelu, *arguments)
+    assert_same_codes(codes, fused.rotate_quantize(x, gelu, *arguments))
+    if not gelu:
+        assert torch.equal(codes, ops.quantize(ops.rotate(x.float()), *arguments))
 
 
 @needs_library
@@ -268,7 +285,9 @@ def test_the_number_of_threads_changes_no_bit(isa, dtype):
         return (
             *ops.conv1d_quantize(x, taps, None, order, *codes_of),
             *ops.conv2d_quantize(x, weight, None, 15, 13, *codes_of),
-            *ops.norm_quantize(x, x, None, None, 1e-5, False, *one),
+            *ops.norm_quantize(x, x, None, None, 1e-5, False, True, *one),
+            ops.rotate_quantize(x, True, *one),
+            ops.rotate(x),
             ops.causal_conv1d(x, taps[0], None, True),
             ops.quantize(x, *one),
             *ops.choose_qparams(x, None, 8),
@@ -297,8 +316,11 @@ def test_wrong_shapes_are_told(isa):
         ),
         "has not 6 tokens": lambda: ops.conv2d_quantize(x, torch.ones(4, 3, 3), None, 2, 2, *qparams_of),
         "must be odd": lambda: ops.conv2d_quantize(x, torch.ones(4, 2, 3), None, 2, 3, *qparams_of),
+        "calibrated for 6": lambda: ops.rotate_quantize(
+            x[:, :5], False, torch.ones(6), torch.ones(6, dtype=torch.int32), None, 8
+        ),
         "residual": lambda: ops.norm_quantize(
-            x, x[:, :5], None, None, 1e-5, True, torch.ones(1), torch.ones(1, dtype=torch.int32), None, 8
+            x, x[:, :5], None, None, 1e-5, True, False, torch.ones(1), torch.ones(1, dtype=torch.int32), None, 8
         ),
     }
     for message, call in wrong.items():

@@ -49,14 +49,31 @@ struct Dequantize {
   int64_t rows, channels, scales;
 };
 
-// reference.rotate: x, y (rows, D); matrix (D / order, D / order) is Hartley's, or null.
+// Of a row: Hadamard's transform of every `order` channels, then Hartley's over those runs.
+struct Rotation {
+  const float* matrix;  // (channels / order, channels / order), Hartley's, or null
+  int64_t channels, order;
+  float factor;  // 1 / √order
+};
+
+// reference.rotate: x, y (rows, D).
 struct Rotate {
   const void* x;
   void* y;
   Float type;
-  const float* matrix;
-  int64_t rows, channels, order;
-  float factor;  // 1 / √order
+  Rotation rotation;
+  int64_t rows;
+};
+
+// fused.rotate_quantize: x, codes (rows, D).
+struct RotateQuantize {
+  const void* x;
+  Float x_type;
+  bool gelu;  // of x first
+  Rotation rotation;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t rows;
 };
 
 // fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
@@ -70,6 +87,7 @@ struct NormQuantize {
   int64_t rows, channels;
   float eps;
   bool rms;
+  const Rotation* rotation;  // of the normed values, or null
 };
 
 // fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
@@ -231,6 +249,7 @@ struct Kernels {
   void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows
   void (*dequantize)(const Dequantize&, int64_t begin, int64_t end);        // rows
   void (*rotate)(const Rotate&, int64_t begin, int64_t end);                // rows
+  void (*rotate_quantize)(const RotateQuantize&, int64_t begin, int64_t end);  // rows
   void (*norm_quantize)(const NormQuantize&, int64_t begin, int64_t end);   // rows
   void (*conv)(const Conv&, int64_t begin, int64_t end);         // directions × images × groups of LANES channels
   void (*conv2d)(const Conv2d&, int64_t begin, int64_t end);     // images × rows of the map

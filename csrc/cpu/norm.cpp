@@ -1,10 +1,12 @@
-// fused.norm_quantize: the sum with the residual, RMS norm or layer norm, and the codes, row by row in the first cache.
+// fused.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, row by row in the first
+// cache.
 // Sums have one order, whatever the division of work; codes may differ from the reference's by one at rounding ties.
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "quantize.h"
+#include "rotate.h"
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
@@ -29,7 +31,7 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
   const int64_t D = q.channels;
   const float share = 1.0f / static_cast<float>(D), eps = q.eps;
   const bool rms = q.rms;
-  std::vector<float> own(q.total ? 0 : D), ones(WIDTH, 1.0f);
+  std::vector<float> own(q.total ? 0 : D), turned(q.rotation ? D : 0), ones(WIDTH, 1.0f);
   for (int64_t r = begin; r < end; r++) {
     const T* x = input + r * D;
     const float *residual = q.residual ? q.residual + r * D : nullptr, *one = ones.data();
@@ -50,12 +52,21 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
     const Grid grid(q.qparams, r);
     const float *weight = q.weight, *bias = q.bias, *inv_smooth = q.qparams.inv_smooth;
     int8_t* codes = q.codes + r * D;
-    for (int64_t d = 0; d < D; d += WIDTH) {
+    const auto write = [=](int64_t d, f32xw y, int64_t count) {
+      if (inv_smooth) y *= load_lanes(inv_smooth + d, count);
+      store_codes(codes + d, y, grid, count);
+    };
+    const auto normed = [=](int64_t d) {
       f32xw y = (load_lanes(row + d, D - d) - mean) * scale;
       if (weight) y *= load_lanes(weight + d, D - d);
       if (bias) y += load_lanes(bias + d, D - d);
-      if (inv_smooth) y *= load_lanes(inv_smooth + d, D - d);
-      store_codes(codes + d, y, grid, D - d);
+      return y;
+    };
+    if (q.rotation) {
+      for (int64_t d = 0; d < D; d += WIDTH) store_lanes(turned.data() + d, normed(d), D - d);
+      rotate_row(*q.rotation, turned.data(), write);
+    } else {
+      for (int64_t d = 0; d < D; d += WIDTH) write(d, normed(d), D - d);
     }
   }
 }

@@ -104,28 +104,58 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   return y;
 }
 
+// The rotation of so many channels, and its matrix.
+class RotationOf {
+ public:
+  explicit RotationOf(int64_t channels) : channels_(channels), order_(std::max<int64_t>(1, channels & -channels)) {
+    const int64_t size = channels / order_;
+    const double step = 2 * std::acos(-1.0) / static_cast<double>(size), norm = std::sqrt(static_cast<double>(size));
+    for (int64_t i = 0; 1 < size && size <= LARGEST_HARTLEY && i < size * size; i++) {
+      const double angle = step * static_cast<double>((i / size) * (i % size));
+      matrix_.push_back(static_cast<float>((std::cos(angle) + std::sin(angle)) / norm));
+    }
+  }
+
+  Rotation view() const {
+    const float factor = static_cast<float>(1 / std::sqrt(static_cast<double>(order_)));
+    return {matrix_.empty() ? nullptr : matrix_.data(), channels_, order_, factor};
+  }
+
+ private:
+  int64_t channels_, order_;
+  std::vector<float> matrix_;
+};
+
 Tensor rotate(Tensor x) {
   STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
-  const int64_t channels = x.size(x.dim() - 1), order = std::max<int64_t>(1, channels & -channels);
-  const int64_t size = channels / order;
-  const bool mixes = 1 < size && size <= LARGEST_HARTLEY;
-  std::vector<float> matrix(mixes ? size * size : 0);
-  for (int64_t i = 0; i < static_cast<int64_t>(matrix.size()); i++) {
-    const double angle = 2 * std::acos(-1.0) * static_cast<double>((i / size) * (i % size)) / static_cast<double>(size);
-    matrix[i] = static_cast<float>((std::cos(angle) + std::sin(angle)) / std::sqrt(static_cast<double>(size)));
-  }
+  const RotationOf rotation(x.size(x.dim() - 1));
   const Input input(x);
   Tensor y = empty_as(input.values, input.values.scalar_type());
-  const Rotate q{input.data(), y.mutable_data_ptr(), input.type, mixes ? matrix.data() : nullptr, rows_of(x), channels,
-                 order, static_cast<float>(1 / std::sqrt(static_cast<double>(order)))};
+  const Rotate q{input.data(), y.mutable_data_ptr(), input.type, rotation.view(), rows_of(x)};
   const auto run = kernels().rotate;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  torch::stable::parallel_for(0, q.rows, grain(q.rotation.channels),
+                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return typed(y, x);
 }
 
+Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
+  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  const int64_t channels = x.size(x.dim() - 1);
+  check_shape("inv_smooth", inv_smooth, {channels});
+  const Codes codes(inv_scale, zero_point, inv_smooth, bits, qparams(x, inv_scale));
+  const RotationOf rotation(channels);
+  const Input input(x);
+  Tensor result = empty_as(x, ScalarType::Char);
+  const RotateQuantize q{input.data(),        input.type,   gelu,      rotation.view(),
+                         out<int8_t>(result), codes.view(), rows_of(x)};
+  const auto run = kernels().rotate_quantize;
+  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return result;
+}
+
 std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional weight, Optional bias, double eps,
-                                         bool rms, Tensor inv_scale, Tensor zero_point, Optional inv_smooth,
-                                         int64_t bits) {
+                                         bool rms, bool rotated, Tensor inv_scale, Tensor zero_point,
+                                         Optional inv_smooth, int64_t bits) {
   STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
   const int64_t channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(!residual || (residual->dim() == x.dim() &&
@@ -139,6 +169,8 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
   residual = as(residual, ScalarType::Float);
   weight = as(weight, ScalarType::Float);
   bias = as(bias, ScalarType::Float);
+  const RotationOf matrix(channels);
+  const Rotation rotation = matrix.view();
   const Input input(x);
   Tensor result = empty_as(x, ScalarType::Char);
   Tensor total = residual ? empty_as(x, ScalarType::Float) : make(x, {0}, ScalarType::Float);
@@ -153,7 +185,8 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
                        rows_of(x),
                        channels,
                        static_cast<float>(eps),
-                       rms};
+                       rms,
+                       rotated ? &rotation : nullptr};
   const auto run = kernels().norm_quantize;
   torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return {total, result};
@@ -306,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
   m.impl("choose_qparams", TORCH_BOX(&ptq4vm::choose_qparams));
   m.impl("dequantize", TORCH_BOX(&ptq4vm::dequantize));
   m.impl("rotate", TORCH_BOX(&ptq4vm::rotate));
+  m.impl("rotate_quantize", TORCH_BOX(&ptq4vm::rotate_quantize));
   m.impl("norm_quantize", TORCH_BOX(&ptq4vm::norm_quantize));
   m.impl("conv1d_quantize", TORCH_BOX(&ptq4vm::conv1d_quantize));
   m.impl("conv2d_quantize", TORCH_BOX(&ptq4vm::conv2d_quantize));

@@ -16,6 +16,7 @@ void scan_backward(const ScanBackward&, int64_t, int64_t);
 void choose_qparams(const ChooseQparams&, int64_t, int64_t);
 void dequantize(const Dequantize&, int64_t, int64_t);
 void rotate(const Rotate&, int64_t, int64_t);
+void rotate_quantize(const RotateQuantize&, int64_t, int64_t);
 void norm_quantize(const NormQuantize&, int64_t, int64_t);
 void directional_scan(const DirectionalScan&, int64_t, int64_t);
 void conv(const Conv&, int64_t, int64_t);
@@ -29,8 +30,8 @@ void fake_quantize_backward(const FakeQuantizeBackward&, int64_t, int64_t);
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
   static const Kernels table{quantize, pack, linear, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, rotate, norm_quantize, conv, conv2d, conv_backward,
-                             fake_quantize, fake_quantize_backward};
+                             dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
+                             conv_backward, fake_quantize, fake_quantize_backward};
   return table;
 }
 
@@ -38,8 +39,8 @@ const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
   static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, rotate, norm_quantize, conv, conv2d, conv_backward,
-                             fake_quantize, fake_quantize_backward};
+                             dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
+                             conv_backward, fake_quantize, fake_quantize_backward};
   return table;
 }
 #endif

@@ -39,8 +39,8 @@ _NAMES = {
         "select slice split split_with_sizes chunk unbind squeeze unsqueeze to copy alias getitem"
     ),
     Category.QUANTIZE: (
-        "quantize rotate choose_qparams dequantize fake_quantize quantize_per_tensor quantize_per_channel "
-        "dequantize_per_tensor dequantize_per_channel"
+        "quantize rotate rotate_quantize choose_qparams dequantize fake_quantize quantize_per_tensor "
+        "quantize_per_channel dequantize_per_tensor dequantize_per_channel"
     ),
     Category.OTHER: (
         "add sub mul div neg exp reciprocal sigmoid silu gelu softplus softmax mean sum dropout sym_size check_input"

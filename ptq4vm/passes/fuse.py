@@ -1,9 +1,10 @@
 """Producers that quantize: what makes an activation also writes its codes, and scans move no tokens.
 
-    norm (and the residual sum before it) → quantize            ⇒ norm_quantize
+    norm (and the residual sum before it) (→ rotate) → quantize  ⇒ norm_quantize
     moved tokens → causal convolution → SiLU → quantize, K times ⇒ conv1d_quantize
     depth-wise 2-D convolution → SiLU → moved → quantize, K times ⇒ conv2d_quantize
     linear → GELU → quantize                                     ⇒ linear_gelu_quantize
+    (GELU →) rotate → quantize                                   ⇒ rotate_quantize
     projection → step → scan, K directions, gate, sum, quantize  ⇒ linear_packed and directional_scan(_quantize)
     linear                                                       ⇒ linear_packed
 
@@ -227,10 +228,11 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
 
 def _fuse_norms(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        norm = _same_tokens(_args(node)[0])
+        rotate = _rotation(node)
+        norm = _same_tokens(_args(node if rotate is None else rotate)[0])
         if not _is(norm, aten.rms_norm.default, aten.layer_norm.default) or _only_user(norm) is None:
             continue
-        pattern = "norm + quantize"
+        pattern = "norm + quantize" if rotate is None else "norm + rotate + quantize"
         try:
             quantize = _quantizer(gm, node)
             rms = norm.target is aten.rms_norm.default
@@ -254,7 +256,9 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
         for constant in (weight, bias):
             if isinstance(constant, Node):
                 insert.before.prepend(constant)
-        pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *_args(quantize.node)[1:])
+        pair = insert.call(
+            ops.norm_quantize.default, *inputs, weight, bias, eps, rms, rotate is not None, *_args(quantize.node)[1:]
+        )
         if terms is not None:
             pattern = f"residual + {pattern}"
             total = _shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
@@ -262,6 +266,33 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
         _swap(gm, quantize.node, insert.call(operator.getitem, pair, 1))
         _note(gm, norm, pattern)
     return gm
+
+
+def _fuse_rotations(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+        rotate = _rotation(node)
+        if rotate is None:
+            continue
+        pattern = "rotate + quantize"
+        try:
+            _quantizer(gm, node)
+        except _Left as reason:
+            _note(gm, rotate, pattern, str(reason))
+            continue
+        (x,) = _args(rotate)
+        gelu = _same_tokens(x)
+        exact = _is(gelu, aten.gelu.default) and _arguments(gelu)[1] == "none" and _only_user(gelu) is not None
+        insert = Insertion(gm, node)
+        source = _as_tokens(insert, _same_tokens(_args(gelu)[0])) if exact else x
+        _swap(gm, node, insert.call(ops.rotate_quantize.default, source, exact, *_args(node)[1:]))
+        _note(gm, rotate, f"GELU + {pattern}" if exact else pattern)
+    return gm
+
+
+def _rotation(quantize: Node) -> Node | None:
+    """The rotation whose result a quantizer alone reads."""
+    value = _args(quantize)[0]
+    return value if _is(value, ops.rotate.default) and _only_user(value) is not None else None
 
 
 def _residual(x: Node) -> tuple[Node, Node] | None:
@@ -601,6 +632,7 @@ def _note_left(gm: GraphModule) -> GraphModule:
 # Where an operator reads activations that may be bfloat16.
 _READS = {
     ops.norm_quantize.default: (0,),
+    ops.rotate_quantize.default: (0,),
     ops.conv1d_quantize.default: (0,),
     ops.conv2d_quantize.default: (0,),
     ops.directional_scan.default: (13,),
@@ -665,6 +697,7 @@ _FUSE = Pipeline(
         _fuse_scans,
         _fuse_gelus,
         _fuse_norms,
+        _fuse_rotations,
         _pack_linears,
         _note_left,
         drop_unused_tensors,

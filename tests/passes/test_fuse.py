@@ -17,6 +17,7 @@ CONFIGS = {
     "w8a8": QuantConfig.w8a8(),
     "w4a4": QuantConfig(weight_bits=4, activation_bits=4),
     "per tensor": QuantConfig.minmax(8),
+    "rotated": QuantConfig(weight_bits=4, activation_bits=4, rotation=True),
 }
 
 
@@ -76,6 +77,7 @@ FUSED = {
     for name in (
         "linear_packed",
         "linear_gelu_quantize",
+        "rotate_quantize",
         "norm_quantize",
         "conv1d_quantize",
         "conv2d_quantize",

@@ -160,7 +160,14 @@ def scans(rounds: int) -> None:
 
 
 def norm_one_by_one(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool, rotated: bool, *codes: Any
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    rotated: bool,
+    *codes: Any,
 ) -> object:
     total = x.float() if residual is None else x + residual
     shape = total.shape[-1:]

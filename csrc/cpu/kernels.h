@@ -10,6 +10,7 @@ namespace ptq4vm {
 enum class Float { f32, bf16 };
 
 constexpr int64_t FEATURES_IN_BLOCK = 64;
+constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
 
 // Those of the codes that an operator gives: row r of a set has the ones at r % scales.
 struct Qparams {

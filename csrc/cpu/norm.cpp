@@ -31,7 +31,8 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
   const int64_t D = q.channels;
   const float share = 1.0f / static_cast<float>(D), eps = q.eps;
   const bool rms = q.rms;
-  std::vector<float> own(q.total ? 0 : D), turned(q.rotation ? D : 0), ones(WIDTH, 1.0f);
+  std::vector<float> own(q.total ? 0 : D), ones(WIDTH, 1.0f);
+  Row turned(q.rotation ? D : 0);
   for (int64_t r = begin; r < end; r++) {
     const T* x = input + r * D;
     const float *residual = q.residual ? q.residual + r * D : nullptr, *one = ones.data();

@@ -9,7 +9,6 @@
 namespace ptq4vm {
 namespace {
 
-constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
 constexpr int64_t SHARE = 32768;  // numbers that are worth a thread
 
 int64_t grain(int64_t numbers) { return std::max<int64_t>(1, SHARE / std::max<int64_t>(1, numbers)); }

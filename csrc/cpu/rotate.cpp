@@ -1,8 +1,6 @@
 // reference.rotate and fused.rotate_quantize. A row's result does not depend on the others.
 #include "rotate.h"
 
-#include <vector>
-
 #include "quantize.h"
 
 namespace ptq4vm {
@@ -12,7 +10,7 @@ namespace {
 template <class T>
 void rows(const Rotate& q, int64_t begin, int64_t end) {
   const int64_t D = q.rotation.channels;
-  std::vector<float> own(D);
+  Row own(D);
   float* row = own.data();
   for (int64_t r = begin; r < end; r++) {
     const T* x = static_cast<const T*>(q.x) + r * D;
@@ -25,7 +23,7 @@ void rows(const Rotate& q, int64_t begin, int64_t end) {
 template <class T, bool GELU>
 void code_rows(const RotateQuantize& q, int64_t begin, int64_t end) {
   const int64_t D = q.rotation.channels;
-  std::vector<float> own(D);
+  Row own(D);
   float* row = own.data();
   for (int64_t r = begin; r < end; r++) {
     const T* x = static_cast<const T*>(q.x) + r * D;

@@ -14,10 +14,9 @@ from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quanti
 from ptq4vm.passes.fuse import fuse, fusions
 
 CONFIGS = {
-    "w8a8": QuantConfig.w8a8(),
-    "w4a4": QuantConfig(weight_bits=4, activation_bits=4),
+    "w8a8": QuantConfig(range_search=False),
+    "rotated w4a4": QuantConfig(weight_bits=4, activation_bits=4, rotation=True, range_search=False),
     "per tensor": QuantConfig.minmax(8),
-    "rotated": QuantConfig(weight_bits=4, activation_bits=4, rotation=True),
 }
 
 
@@ -64,12 +63,30 @@ EXPECTED = {
 }  # fmt: skip
 
 
+# What a rotation changes: the scan's merged result is one value, and so is fc1's; norms rotate on the way.
+ROTATED = {
+    "vim_nano_patch4_32": dict(directional_scan=6, directional_scan_quantize=0, rotate_quantize=6),
+    "local_vim_nano_patch4_32": dict(quantize=0, rotate_quantize=4),
+    "vmamba_nano_32": dict(linear_packed=20, linear_gelu_quantize=0, rotate_quantize=4),
+    "local_vmamba_nano_32": dict(quantize=0, rotate_quantize=4),
+}
+
+
 @pytest.mark.parametrize("name", NANO)
 def test_every_family_is_fused(lowered, name):
     gm = fuse(copied(lowered(name)))
     assert counted(gm) == EXPECTED[name]
     left = [fusion for fusion in fusions(gm) if fusion.left]
     assert len(left) == EXPECTED[name].get("quantize", 0)  # the sum, or the gate, of LocalMamba's channel attention
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_every_familys_rotations_are_fused(lowered, name):
+    gm = fuse(copied(lowered(name, "rotated w4a4")))
+    assert counted(gm) == collections.Counter(EXPECTED[name] | ROTATED[name])
+    assert not any(fusion.left for fusion in fusions(gm))
+    turned = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)]
+    assert {node.args[1] for node in turned} == {name == "vmamba_nano_32"}  # of GELU
 
 
 FUSED = {
@@ -179,7 +196,7 @@ def test_fusing_again_changes_nothing(lowered):
 
 
 def test_unfused_weights_are_dropped(lowered):
-    plain = lowered("vim_nano_patch4_32", "w4a4")
+    plain = lowered("vim_nano_patch4_32", "rotated w4a4")
     names = {name for name, _ in fuse(copied(plain)).named_buffers()}
     assert names and not any(name.endswith(("weight_q", "A_log")) for name in names)
 

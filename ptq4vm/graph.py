@@ -283,6 +283,12 @@ class Insertion:
             node.meta["val"] = value_of(self.gm, target, args)
         return self._tag(node)
 
+    def bring(self, *constants: Any) -> None:
+        """Moves constants that come later to where they can be read."""
+        for constant in constants:
+            if isinstance(constant, Node) and self.before < constant:
+                self.before.prepend(constant)
+
     def _tag(self, node: Node) -> Node:
         if "nn_module_stack" in self.before.meta:
             node.meta["nn_module_stack"] = self.before.meta["nn_module_stack"]

@@ -8,6 +8,7 @@ import timm
 import torch
 from lowering import Recorder
 from public_models import NANO, SAMPLED
+from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
@@ -209,6 +210,25 @@ def test_dynamic_scales_are_left_and_named(roads):
     assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(gm(images), plain(images))
+
+
+class TwiceNormed(nn.Module):
+    """One norm before two linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.second(self.norm(x + self.first(self.norm(x)).sigmoid()))
+
+
+def test_a_norm_that_is_called_twice_is_fused_twice():
+    torch.manual_seed(0)
+    plain = quantize(TwiceNormed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
+    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    assert counted(gm) == dict(norm_quantize=2, linear_packed=2)
+    torch.testing.assert_close(gm(x), plain(x))
 
 
 @pytest.mark.parametrize(

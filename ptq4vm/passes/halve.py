@@ -1,0 +1,74 @@
+"""Activations between fused operators as bfloat16: half the memory, less precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4vm import ops
+from ptq4vm.graph import Insertion, aten, value_of
+from ptq4vm.passes.patterns import args, read_constant, swap
+from ptq4vm.passes.tokens import moves_tokens
+
+# Where an operator reads activations that may be bfloat16.
+_READS = {
+    ops.norm_quantize.default: (0,),
+    ops.rotate_quantize.default: (0,),
+    ops.conv1d_quantize.default: (0,),
+    ops.conv2d_quantize.default: (0,),
+    ops.directional_scan.default: (13,),
+    ops.directional_scan_quantize.default: (13,),
+}
+
+
+def halve(gm: GraphModule) -> GraphModule:
+    """Linears whose readers all take bfloat16 write it; so do the convolutions and scans that read them.
+
+    The convolutions between stages and before the first block are computed in bfloat16, and give float32.
+    """
+    for conv in gm.graph.find_nodes(op="call_function", target=aten.conv2d.default):
+        if all(isinstance(term, Node) and term.op == "get_attr" for term in args(conv)[1:3]):
+            _halve_convolution(gm, conv)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.linear_packed.default):
+        if args(node)[-1] is torch.float32 and _read_by(node, _READS):
+            node.args = (*node.args[:-1], torch.bfloat16)
+    gm = _propagate(gm)
+    for node in gm.graph.find_nodes(op="call_function", target=ops.directional_scan.default):
+        if node.meta["val"].dtype is torch.bfloat16 and not _read_by(node, _READS):
+            with gm.graph.inserting_after(node):
+                wide = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
+            wide.meta["val"] = value_of(gm, wide.target, wide.args)
+            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
+    return _propagate(gm)
+
+
+def _halve_convolution(gm: GraphModule, conv: Node) -> None:
+    insert, (x, *constants) = Insertion(gm, conv), args(conv)
+    halves = [
+        insert.tensor(f"{constant.target}_bfloat16", read_constant(gm, constant, "").bfloat16())
+        for constant in constants[:2]
+    ]
+    y = insert.call(aten.conv2d.default, insert.call(aten.to.dtype, x, torch.bfloat16), *halves, *constants[2:])
+    swap(gm, conv, insert.call(aten.to.dtype, y, torch.float32))
+
+
+def _read_by(node: Node, slots: Mapping[Any, tuple[int, ...]]) -> bool:
+    """Whether all readers, also of views of it, are these operators, which read it in these places alone."""
+    for user in node.users:
+        if moves_tokens(user) or user.target is aten.unsqueeze.default:
+            if not _read_by(user, slots):
+                return False
+        elif any(i not in slots.get(user.target, ()) for i, value in enumerate(user.args) if value is node):
+            return False
+    return bool(node.users)
+
+
+def _propagate(gm: GraphModule) -> GraphModule:
+    """Every value's type and shape, from those of the inputs and constants."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" in node.meta:
+            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
+    return gm

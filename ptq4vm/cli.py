@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptq4vm import __version__
+from ptq4vm import __version__, cli_inspect
+from ptq4vm.cli_sources import (
+    RANDOM,
+    check_ema,
+    dataset_for,
+    is_saved,
+    loader_for,
+    named_model,
+    open_both,
+    open_model,
+    stage,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.fx import GraphModule
-
     from ptq4vm.config import QuantConfig
-    from ptq4vm.data import ImageDataset
-    from ptq4vm.inspection.layers import Report
 
-RANDOM = "random"
 KINDS = (
     "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, "
     "torchao-int8, onnxruntime-int8, openvino-int8"
@@ -98,19 +101,19 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from ptq4vm.report import mebibytes, model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
-    _check_ema(args)
+    check_ema(args)
     seconds: dict[str, float] = {}
-    with _stage("load", seconds):
-        model = _named_model(args.model, args.checkpoint, args.ema)
-        dataset = _dataset(args.data_dir, "train", model)
+    with stage("load", seconds):
+        model = named_model(args.model, args.checkpoint, args.ema)
+        dataset = dataset_for(args.data_dir, "train", model)
         batches = calibration_batches(dataset, args.images, args.batch_size, args.seed)
-    with _stage("prepare", seconds):
+    with stage("prepare", seconds):
         prepared = ptq4vm.prepare(model, (batches[0],), config)
-    with _stage("calibrate", seconds):
+    with stage("calibrate", seconds):
         ptq4vm.calibrate(prepared, batches, resume_dir=args.resume_dir, progress=sys.stderr.isatty())
-    with _stage("convert", seconds):
+    with stage("convert", seconds):
         quantized = ptq4vm.convert(prepared)
-    with _stage("save", seconds):
+    with stage("save", seconds):
         ptq4vm.save(quantized, output)
 
     record = record_of(quantized)
@@ -128,7 +131,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
         "blocks": list(record.blocks),
     }
     lines = [
-        *_losses(record.blocks),
+        *cli_inspect.losses(record.blocks),
         f"{len(record.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
         table([seconds | {"total": sum(seconds.values())}]) + "  (seconds)",
         f"peak memory {mebibytes(memory)}",
@@ -143,11 +146,11 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     from ptq4vm.report import table
 
     names = [args.model] if args.against is None else [args.model, args.against]
-    if args.checkpoint is not None and all(map(_is_saved, names)):
+    if args.checkpoint is not None and all(map(is_saved, names)):
         raise ValueError(f"--checkpoint is for a model given by name; {' and '.join(names)} has its own weights")
-    _check_ema(args)
-    models = [_model(name, args.checkpoint, args.ema) for name in names]
-    loaders = [_loader(model, args) for model in models]
+    check_ema(args)
+    models = [open_model(name, args.checkpoint, args.ema) for name in names]
+    loaders = [loader_for(model, args) for model in models]
     reference = None if args.against is None else evaluation.predictions(models[1], loaders[1])
     found = evaluation.evaluate(models[0], loaders[0], reference_predictions=reference)
     result = {"model": args.model, "against": args.against, "split": args.split, **found.to_dict()}
@@ -169,7 +172,7 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     twice = [kind for kind in kinds if kinds.count(kind) > 1]
     if twice:
         raise ValueError(f"{twice[0]} is given twice; a kind is compared with other ones")
-    others: dict[str, Any] = {name: _model(name, None) for name in args.against if _is_saved(name)}
+    others: dict[str, Any] = {name: open_model(name, None) for name in args.against if is_saved(name)}
     plan = Plan(
         kinds=kinds,
         others=tuple(others),
@@ -179,7 +182,7 @@ def benchmark(args: argparse.Namespace) -> Outcome:
         layers=args.layers or args.picture is not None,
         memory=args.memory,
     )
-    model, quantized = _both(args.model)
+    model, quantized = open_both(args.model)
     shapes = {name: record_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
     if len(set(shapes.values())) > 1:
         sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
@@ -194,177 +197,8 @@ def benchmark(args: argparse.Namespace) -> Outcome:
 
 def inspect(args: argparse.Namespace) -> Outcome:
     """What is in a quantized model or a file of weights; with images, what quantization did to each linear."""
-    path, saved = Path(args.path), _is_saved(args.path)
-    if path.is_file():
-        return _inspect_file(path, args)
-    _check_inspect(args, saved)
-    if args.data_dir is not None:
-        return _inspect_layers(args) if saved else _inspect_activations(args)
-    if not saved:
-        raise ValueError(
-            f"{path} is neither the folder of a quantized model (with config.json and model.safetensors) "
-            "nor a file of weights (.pth, .ckpt, .safetensors); if it is a name that timm knows, give --data-dir DIR "
-            "with images to run it on"
-        )
-    return _inspect_folder(path, args.graph)
-
-
-def _check_inspect(args: argparse.Namespace, saved: bool) -> None:
-    """Refuses options that would do nothing."""
-    what = f"{args.path} is the folder of a quantized model" if saved else f"{args.path} is no such folder"
-    if not saved and (args.graph or args.against is not None):
-        raise ValueError(f"{'--graph' if args.graph else '--against'} is for the folder of a quantized model; {what}")
-    if saved and args.against is None and (args.ema or args.checkpoint is not None):
-        option = "--ema is for a file of weights" if args.ema else "--checkpoint is for --against or a model's name"
-        raise ValueError(f"{option}; {what}")
-    if args.against is not None and _is_saved(args.against):
-        raise ValueError(
-            f"--against is the name of the floating-point model, and {args.against} is a quantized one; "
-            "'ptq4vm evaluate' compares two of them"
-        )
-    for option in ("against", "output"):
-        if getattr(args, option) is not None and args.data_dir is None:
-            raise ValueError(f"--{option} needs images to run the model on: give --data-dir DIR with it")
-    if args.graph and args.data_dir is not None:
-        raise ValueError("--graph tells what is fused and --data-dir measures layers: give one of them")
-    if args.output is not None and Path(args.output).exists() and not Path(args.output).is_dir():
-        raise FileExistsError(f"{args.output} is a file; choose a folder for the figures")
-    _check_ema(args)
-
-
-def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
-    from ptq4vm.inspection.contents import weights_report
-
-    if args.graph:
-        raise ValueError(f"--graph is for the folder of a quantized model; {path} is a file")
-    for option in ("data_dir", "against", "checkpoint", "output"):
-        if getattr(args, option) is not None:
-            raise ValueError(
-                f"--{option.replace('_', '-')} is for a model; {path} is a file: give its model's name and "
-                f"--checkpoint {path}"
-            )
-    result, lines = weights_report(path, args.ema)
+    result, lines = cli_inspect.inspect(args)
     return Outcome(result=result, text="\n".join(lines))
-
-
-def _inspect_folder(path: Path, graph: bool) -> Outcome:
-    import ptq4vm
-    from ptq4vm.inspection.contents import graph_report
-    from ptq4vm.record import record_of
-    from ptq4vm.report import linear_rows, table
-
-    quantized = ptq4vm.load(path)
-    if graph:
-        result, lines = graph_report(quantized)
-        return Outcome(result=result, text="\n".join(lines))
-    record, rows = record_of(quantized), linear_rows(quantized)
-    result = _contents(quantized) | {"linears": rows, "blocks": list(record.blocks)}
-    lines = [*_heading(result), table(rows, _columns(rows, result["config"])), *_losses(record.blocks)]
-    return Outcome(result=result, text="\n".join(lines))
-
-
-def _inspect_layers(args: argparse.Namespace) -> Outcome:
-    """Each integer linear of a saved model on images, the worst first."""
-    from ptq4vm.inspection import layers
-    from ptq4vm.inspection.layers import Report
-    from ptq4vm.report import table
-
-    with _stage("load", {}):
-        quantized: Any = _model(args.path, None)
-        batches = _images(quantized, args)
-        original = None
-        if args.against is not None:
-            original = layers.original(quantized, _named_model(args.against, args.checkpoint, args.ema), batches[0])
-    with _stage("measure", {}):
-        found = layers.measure(quantized, batches, against=original, figures=args.output is not None)
-    rows = layers.quantized_rows(quantized, found)
-    contents = _contents(quantized)
-    result = {"against": args.against, "split": args.split, "images": args.images, **contents, "linears": rows}
-    columns = _columns(rows, contents["config"])
-    bits = dict.fromkeys(f"W{row['weight_bits']}A{row['activation_bits']}" for row in rows)
-    title = f"{_name(contents)}, {', '.join(sorted(bits))} {rows[0]['granularity']}"
-    facts = {"model": args.path} | ({} if args.against is None else {"against": args.against})
-    files = _draw(args, Report(title=title, facts=facts, columns=columns, rows=rows, layers=found))
-    text = [*_heading(contents), table(rows, columns), *(f"wrote {file}" for file in files)]
-    return Outcome(result=result | {"files": files}, text="\n".join(text))
-
-
-def _inspect_activations(args: argparse.Namespace) -> Outcome:
-    """What the linears of a floating-point model see, the hardest to quantize first."""
-    from ptq4vm.inspection import layers
-    from ptq4vm.inspection.layers import Report
-    from ptq4vm.report import table
-
-    with _stage("load", {}):
-        model = _named_model(args.path, args.checkpoint, args.ema)
-        batches = _images(model, args)
-        graph = layers.floating(model, batches[0])
-    with _stage("measure", {}):
-        found = layers.watch(graph, batches)
-    rows = layers.floating_rows(graph, found)
-    columns, title = _columns(rows, ()), f"{args.path}, not quantized"
-    facts = {} if args.checkpoint is None else {"weights": args.checkpoint}
-    files = _draw(args, Report(title=title, facts=facts, columns=columns, rows=rows, layers=found))
-    result = {"model": args.path, "split": args.split, "images": args.images, "linears": rows, "files": files}
-    text = [table(rows, columns), *(f"wrote {file}" for file in files)]
-    return Outcome(result=result, text="\n".join(text))
-
-
-def _draw(args: argparse.Namespace, report: Report) -> list[str]:
-    """The figures, if a folder for them is given; returns the files."""
-    if args.output is None:
-        return []
-    from ptq4vm.inspection.figures import draw
-    from ptq4vm.inspection.page import write_page
-
-    with _stage("draw", {}):
-        folder, images = Path(args.output), f"{args.images} of {args.data_dir}, {args.split} split"
-        report = dataclasses.replace(report, facts={**report.facts, "images": images})
-        page = write_page(report, folder / "report.html")
-        return [str(path) for path in (page, *draw(report, folder, args.pictures))]
-
-
-def _images(model: nn.Module, args: argparse.Namespace) -> list[Tensor]:
-    """Few at a time: more are not faster, and take memory."""
-    from ptq4vm.data import calibration_batches
-
-    return calibration_batches(_dataset(args.data_dir, args.split, model), args.images, 8, 0)
-
-
-def _contents(quantized: GraphModule) -> dict[str, Any]:
-    from ptq4vm.record import record_of
-    from ptq4vm.report import linear_rows, model_bytes
-
-    record = record_of(quantized)
-    return {
-        "architecture": record.architecture,
-        "input_shapes": [list(shape) for shape in record.input_shapes],
-        "config": record.config.to_dict(),
-        "bytes": model_bytes(quantized),
-        "weight_bytes": sum(row["weight_bytes"] for row in linear_rows(quantized)),
-    }
-
-
-def _name(contents: dict[str, Any]) -> str:
-    return contents["architecture"]["name"] if contents["architecture"] else "a model timm does not know"
-
-
-def _heading(contents: dict[str, Any]) -> list[str]:
-    from ptq4vm.report import mebibytes
-
-    size = f"{mebibytes(contents['bytes'])}, of which {mebibytes(contents['weight_bytes'])} integer weights"
-    return [
-        f"{_name(contents)}, {size}",
-        *(f"  {key}: {json.dumps(value)}" for key, value in contents["config"].items()),
-    ]
-
-
-def _columns(rows: Sequence[dict[str, Any]], said: Container[str]) -> dict[str, str]:
-    """Headings of a table of linears, without what is said above it and is the same for all."""
-    from ptq4vm.inspection.layers import COLUMNS
-
-    shown = [key for key in rows[0] if key not in said or len({row[key] for row in rows}) > 1]
-    return {key: COLUMNS.get(key, key.replace("_", " ")) for key in shown}
 
 
 def export(args: argparse.Namespace) -> Outcome:
@@ -372,7 +206,7 @@ def export(args: argparse.Namespace) -> Outcome:
     from ptq4vm import backend, native
     from ptq4vm.report import mebibytes
 
-    if not _is_saved(args.model):
+    if not is_saved(args.model):
         raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
     import ptq4vm
 
@@ -421,139 +255,6 @@ def _config(text: str, seed: int) -> QuantConfig:
         raise ValueError(f"{text}: {error}") from error
 
 
-def _is_saved(name: str) -> bool:
-    from ptq4vm.checkpoint import CONFIG
-
-    return (Path(name) / CONFIG).exists()
-
-
-def _check_ema(args: argparse.Namespace) -> None:
-    if args.ema and args.checkpoint in (None, RANDOM):
-        raise ValueError("--ema takes the averaged weights of a file: give --checkpoint FILE with it")
-
-
-def _model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Module:
-    """A quantized model from its folder, or a floating-point one by its name in timm."""
-    if not _is_saved(name):
-        return _named_model(name, checkpoint, ema)
-
-    import ptq4vm
-    from ptq4vm.record import record_of
-
-    quantized = ptq4vm.load(name)
-    architecture = record_of(quantized).architecture
-    assert architecture is not None  # else `load` could not have built the model
-    # as timm's own models say it
-    quantized.pretrained_cfg = architecture["preprocessing"]
-    quantized.num_classes = architecture["arguments"].get("num_classes", 0)  # a backbone has none
-    return quantized
-
-
-def _named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
-    """A model by its name in timm, with the weights of a file, random ones, or those timm knows of."""
-    import timm
-    import torch
-
-    import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-    from ptq4vm.models.checkpoints import load_checkpoint
-
-    if Path(name).is_file():
-        raise ValueError(
-            f"{name} is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {name}"
-        )
-    try:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    except RuntimeError:  # an unknown tag after the dot
-        cfg = None
-    if cfg is None:
-        family = timm.list_models(f"{name.split('_')[0]}_*", include_tags=True)[:8]
-        known = f"it knows {', '.join(family)}" if family else "timm.list_models() names them"
-        raise ValueError(f"{name} is neither a quantized model's folder nor a name that timm knows; {known}")
-    published = cfg.url or cfg.hf_hub_id or (cfg.file and Path(cfg.file).is_file())
-    if checkpoint is None and not published:
-        raise ValueError(
-            f"timm has no weights for {name}: give --checkpoint FILE, or --checkpoint {RANDOM} to try without"
-        )
-    options = {} if checkpoint in (None, RANDOM) else _options(name, checkpoint, ema)
-    torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=checkpoint is None, **options).eval()
-    if checkpoint not in (None, RANDOM):
-        load_checkpoint(model, checkpoint, ema=ema)
-    return model
-
-
-def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
-    """The number of classes and the size of images that a file has weights for, where they are not the name's."""
-    from ptq4vm.inspection.contents import from_command_line
-    from ptq4vm.models.checkpoints import read_checkpoint
-    from ptq4vm.models.recognize import match, registered
-
-    if name.partition(".")[0] not in registered():
-        return {}
-    found = match(name, read_checkpoint(checkpoint, ema=ema))
-    if not found.arguments or not from_command_line(found):
-        return {}
-    print(f"{found}, as {checkpoint} has it …", file=sys.stderr)
-    size = found.arguments.get("img_size")
-    return {**found.arguments} | ({"pretrained_cfg_overlay": {"input_size": (3, size, size)}} if size else {})
-
-
-def _both(name: str) -> tuple[nn.Module, GraphModule]:
-    """A model in floating point, with random weights, and quantized: its folder's, or W8A8 with scales from noise."""
-    import timm
-    import torch
-
-    import ptq4vm
-    from ptq4vm.config import RangeSearch
-    from ptq4vm.record import record_of
-
-    with _stage("load", {}):
-        torch.manual_seed(0)
-        if _is_saved(name):
-            quantized = ptq4vm.load(name)
-            architecture = record_of(quantized).architecture
-            assert architecture is not None
-            return timm.create_model(architecture["name"], **architecture["arguments"]).eval(), quantized
-        model = _named_model(name, RANDOM, False)
-    with _stage("quantize", {}):
-        noise = torch.randn(2, *_input_shape(model))
-        config = ptq4vm.QuantConfig(range_search=RangeSearch.MINMAX)
-        return model, ptq4vm.quantize(model, [noise], config, progress=False)
-
-
-def _input_shape(model: nn.Module) -> tuple[int, ...]:
-    from timm.data import resolve_model_data_config
-
-    return tuple(resolve_model_data_config(model)["input_size"])
-
-
-def _dataset(source: str, split: str, model: nn.Module) -> ImageDataset:
-    from ptq4vm.data import open_dataset, transform_for
-
-    classes: Any = getattr(model, "num_classes", 1000)
-    return open_dataset(source, split, transform_for(model), num_classes=classes)
-
-
-def _loader(model: nn.Module, args: argparse.Namespace) -> Any:
-    """Batches of the split; a limit takes images from all over it, since folders are sorted by class."""
-    from torch.utils.data import Subset
-
-    from ptq4vm.data import loader
-
-    dataset: Any = _dataset(args.data_dir, args.split, model)
-    if args.limit is not None and args.limit < len(dataset):
-        dataset = Subset(dataset, [i * len(dataset) // args.limit for i in range(args.limit)])
-    return loader(dataset, args.batch_size)
-
-
-@contextlib.contextmanager
-def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"{name} …", file=sys.stderr, flush=True)
-    start = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - start
-
-
 def _peak_memory() -> int | None:
     """The most bytes this process has held in memory, where the system counts them."""
     try:
@@ -562,15 +263,6 @@ def _peak_memory() -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _losses(blocks: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of the losses of learning; nothing where nothing was learned."""
-    from ptq4vm.report import table
-
-    rows = [block for block in blocks if "loss_after" in block]
-    columns = {"block": "block", "loss_before": "loss before", "loss_after": "loss after"}
-    return [table(rows, columns)] if rows else []
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -33,7 +33,9 @@ def close(ours, theirs):
     return float((ours - theirs).norm() / theirs.norm()) <= 0.02
 
 
-@pytest.mark.parametrize("options", [FAST, {}], ids=["fused alone", "with Inductor"])
+@pytest.mark.parametrize(
+    "options", [FAST, pytest.param({}, marks=pytest.mark.slow)], ids=["fused alone", "with Inductor"]
+)
 def test_one_compilation_of_the_whole_graph_runs_any_batch(quantized, images, options):
     compiled = torch.compile(quantized, backend="ptq4vm", fullgraph=True, options=options)
     with torch.inference_mode():

@@ -56,7 +56,9 @@ NANO = {"depth": 1, "num_classes": 7}
 
 
 @pytest.mark.parametrize(
-    ("options", "size"), [({}, (32, 32)), ({"img_size": (16, 32), "in_chans": 1}, (16, 32))], ids=str
+    ("options", "size"),
+    [pytest.param({}, (32, 32), marks=pytest.mark.slow), ({"img_size": (16, 32), "in_chans": 1}, (16, 32))],
+    ids=str,
 )
 def test_a_model_that_timm_knows_is_built_from_its_name(tmp_path, options, size):
     torch.manual_seed(0)

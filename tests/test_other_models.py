@@ -5,6 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from lowering import check
+from public_models import slow_but
 from strategies import normal
 from torch import Tensor, nn
 
@@ -134,8 +135,8 @@ W4A4 = QuantConfig.w4a4(learning=Learning(epochs=1))
     ("written", "config"),
     [
         ("einsum", QuantConfig()),
-        ("grouped convolution", QuantConfig(smoothing=None)),
-        ("channel first", W4A4),
+        pytest.param("grouped convolution", QuantConfig(smoothing=None), marks=pytest.mark.slow),
+        pytest.param("channel first", W4A4, marks=pytest.mark.slow),
     ],
     ids=["einsum", "grouped convolution", "channel first"],
 )
@@ -190,7 +191,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but(("deit",), SMALL))
 def test_transformers_take_the_same_road(name, tmp_path):
     architecture, options, size, tokens = SMALL[name]
     torch.manual_seed(0)

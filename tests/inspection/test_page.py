@@ -80,8 +80,9 @@ def test_a_page_does_not_grow_with_the_model(tmp_path):
     assert len(figures["bands"][0]["values"]) == len(PERCENTILES)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 5), (1, 7, 1)])
-@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "quantized"), [((2, 1, 1), True), ((1, 1, 5), True), ((1, 7, 1), True), ((1, 1, 1), False)]
+)
 def test_the_smallest_activations_have_pictures(tmp_path, shape, quantized):
     made = report(shape=shape, quantized=quantized, smoothed=False)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in draw(made, tmp_path, 1))

@@ -3,7 +3,7 @@ import re
 import pytest
 import timm
 import torch
-from public_models import BACKBONES, FILES, MICRO, NANO, create, facts
+from public_models import BACKBONES, FILES, MICRO, NANO, create, facts, slow_but
 from torch import Tensor
 
 from ptq4vm.models.checkpoints import read_checkpoint
@@ -103,7 +103,10 @@ def test_another_number_of_classes_or_channels_is_told(name, options):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if family(name) in ("vim", "local_vim")])
+@pytest.mark.parametrize(
+    "name",
+    slow_but(("vim_tiny_patch16_224", "local_vim_tiny"), [n for n in NAMES if family(n) in ("vim", "local_vim")]),
+)
 def test_another_image_size_is_told(name):
     size = 3 * timm.get_pretrained_cfg(name).input_size[-1]
     best = recognize(weights(name, img_size=size))[0]

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from lowering import Recorder
-from public_models import NANO, SAMPLED
+from public_models import SAMPLED
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
@@ -73,7 +73,7 @@ ROTATED = {
 }
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_every_family_is_fused(lowered, name):
     gm = fuse(copied(lowered(name)))
     assert counted(gm) == EXPECTED[name]
@@ -81,7 +81,7 @@ def test_every_family_is_fused(lowered, name):
     assert len(left) == EXPECTED[name].get("quantize", 0)  # the sum, or the gate, of LocalMamba's channel attention
 
 
-@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_every_familys_rotations_are_fused(lowered, name):
     gm = fuse(copied(lowered(name, "rotated w4a4")))
     assert counted(gm) == collections.Counter(EXPECTED[name] | ROTATED[name])

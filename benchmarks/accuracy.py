@@ -244,19 +244,50 @@ def cell(row: dict[str, Any]) -> str:
     return f"**{row['loss']:.2f}{spread}** · {row['agreement']:.1f} · {row['divergence']:.1f}{mark}"
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """For each version and number of bits a table of recipes by models: loss ± spread · agreement · KL · 1000."""
-    tables = []
-    models = list(dict.fromkeys(row["model"] for row in rows))
+def sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of one version and number of bits, with a heading."""
     for variant, bits in itertools.product(VARIANTS, sorted({row["bits"] for row in rows}, reverse=True)):
         those = [row for row in rows if (row["variant"], row["bits"]) == (variant, bits)]
-        if not those:
-            continue
-        cells = {(row["recipe"], row["model"]): cell(row) for row in those}
-        lines = [[f"W{bits}A{bits}, {variant}", *models], ["---"] * (1 + len(models))]
-        recipes = sorted({row["recipe"] for row in those}, key=place_of)
-        lines += [[f"`{recipe}`", *(cells.get((recipe, model), "–") for model in models)] for recipe in recipes]
-        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        if those:
+            yield f"W{bits}A{bits}, {variant}", those
+
+
+def pivot(heading: str, models: list[str], cells: dict[tuple[str, str], str]) -> str:
+    """Recipes by models."""
+    lines = [[heading, *models], ["---"] * (1 + len(models))]
+    recipes = sorted({recipe for recipe, _ in cells}, key=place_of)
+    lines += [[f"`{recipe}`", *(cells.get((recipe, model), "–") for model in models)] for recipe in recipes]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def differences(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """What leaving a stage out of `best` adds to KL · 1000: the mean of the differences by seed, and their range."""
+    seeds = {
+        (row["recipe"], row["model"], row["seed"], row["images"], row["epochs"]): 1e3 * row["divergence"]
+        for row in rows
+    }
+    found: dict[tuple[str, str], list[float]] = {}
+    for (recipe, model, *run), divergence in seeds.items():
+        whole = seeds.get(("best", model, *run))
+        if recipe.startswith("best-") and whole is not None:
+            found.setdefault((recipe, model), []).append(divergence - whole)
+    return {
+        key: f"{statistics.mean(values):+.1f} ({min(values):+.1f} … {max(values):+.1f})"
+        for key, values in found.items()
+        if len(values) > 2
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Loss ± spread · agreement · KL · 1000, by version and bits, and what a stage of `best` is worth."""
+    models = list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: row["model"])))
+    tables = [
+        pivot(heading, models, {(row["recipe"], row["model"]): cell(row) for row in summary(those)})
+        for heading, those in sections(rows)
+    ]
+    for heading, those in sections(rows):
+        if left_out := differences(those):
+            tables.append(pivot(f"{heading}: KL · 1000 more without it", models, left_out))
     return "\n\n".join(tables)
 
 
@@ -285,8 +316,8 @@ def main() -> None:
     options = parser().parse_args()
     if options.command == "run":
         run(options)
-    rows = summary(read(options.output))
-    print(markdown(rows) if options.command == "table" and options.markdown else table(rows, COLUMNS))
+    rows = read(options.output)
+    print(markdown(rows) if options.command == "table" and options.markdown else table(summary(rows), COLUMNS))
 
 
 if __name__ == "__main__":

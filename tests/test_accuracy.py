@@ -65,16 +65,28 @@ def test_the_table_has_means_and_half_the_range_over_the_seeds():
     (summary,) = accuracy.summary(rows)
     assert (summary["seeds"], summary["loss"], summary["spread"]) == (3, 3.0, 2.5)
     assert len(accuracy.summary([*rows, row(recipe="best")])) == 2
-    other, lonely = summary | {"recipe": "best", "model": "n"}, summary | {"bits": 8, "seeds": 1}
-    assert accuracy.markdown([summary, other, lonely]).splitlines() == [
+    others = [row(seed=seed, model="n", recipe="best") for seed in range(3)]
+    assert accuracy.markdown([*rows, *others, row(bits=8)]).splitlines() == [
         "| W8A8, plain | m | n |",
         "| --- | --- | --- |",
-        "| `pts` | **3.00** · 1.0 · 1000.0¹ | – |",
+        "| `pts` | **1.00** · 1.0 · 1000.0¹ | – |",
         "",
         "| W4A4, plain | m | n |",
         "| --- | --- | --- |",
         "| `pts` | **3.00 ± 2.50** · 1.0 · 1000.0 | – |",
-        "| `best` | – | **3.00 ± 2.50** · 1.0 · 1000.0 |",
+        "| `best` | – | **1.00 ± 0.00** · 1.0 · 1000.0 |",
+    ]
+
+
+def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
+    best = [row(recipe="best", seed=seed, divergence=0.01 * seed) for seed in range(3)]
+    less = [row(recipe="best-gptq", seed=seed, divergence=0.01 * seed + 0.001 * (seed + 1)) for seed in range(3)]
+    fewer = [row(recipe="best-mirror", seed=seed) for seed in range(2)]
+    assert accuracy.differences([*best, *less, *fewer]) == {("best-gptq", "m"): "+2.0 (+1.0 … +3.0)"}
+    assert accuracy.markdown([*best, *less]).splitlines()[-3:] == [
+        "| W4A4, plain: KL · 1000 more without it | m |",
+        "| --- | --- |",
+        "| `best-gptq` | +2.0 (+1.0 … +3.0) |",
     ]
 
 

@@ -118,7 +118,8 @@ class QuantConfig:
     rotation: bool = False
     """Rotate the inputs of linears that write to the residual stream; see `ptq4vm.passes.rotate`."""
     gptq: bool = False
-    """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023), after learning."""
+    """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023). Learning comes
+    after it and keeps the codes: scales that learned with other codes would not fit these."""
     learning: Learning | None = None
     mirror: bool = False
     """Calibrate on each image's mirror image too: twice the images at no cost but time, where left may be right."""

@@ -101,6 +101,8 @@ def calibrate_blocks(
                     linear.input.tap = None
                     linear.input.mode = linear.weight.mode = Mode.QUANTIZE
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members]}
+                if stored is None and config.gptq:
+                    _round_weights(part, members, seen, rounded)
                 if stored is None and config.learning is not None:
                     seed, show = config.seed + index, _reporter(bar, part.name)
                     losses = learn_block(part, members, rounded, targets, config.learning, seed, show, weights[index])
@@ -110,8 +112,6 @@ def calibrate_blocks(
                         report |= {"loss_before": losses[0], "loss_after": losses[1]}
                 elif stored is None:
                     bar.update()
-                if stored is None and config.gptq:
-                    _round_weights(part, members, seen, rounded)
                 seen.clear()
             same = rounded is exact and not members
             rounded_next = targets if same else _run(part, rounded, members, Mode.QUANTIZE)

@@ -2,7 +2,7 @@
 
 The target is the block's output in floating point on floating-point inputs; what comes near it is the quantized
 block's output on the outputs of the quantized blocks before it. Weights are rounded again at every step with the
-scales of that step. Scales are learned as logarithms.
+scales of that step, unless GPTQ has chosen their codes, which stay. Scales are learned as logarithms.
 
 The channels of an output are those of the block's last quantized linear, in (B, D, H, W) as in (B, H, W, D). Earlier
 published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from strategies import bits, normal, positive_sizes, seeds
 
-from ptq4vm import QuantConfig, convert, ops, reference
+from ptq4vm import Learning, QuantConfig, convert, ops, reference
 from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.fake_quantize import Mode, WeightFakeQuantize
 from ptq4vm.graph import attribute
@@ -34,6 +34,22 @@ def correlated(*shape: int, seed: int = 0):
     """Channels that have much in common, as those after a norm and a projection do."""
     x = normal(*shape, seed=seed)
     return x + 2 * x.mean(-1, keepdim=True) * shape[-1] ** 0.5
+
+
+def test_learning_comes_after_and_keeps_the_codes(roads):
+    found = []
+    for learning in (None, Learning(epochs=10, scale_rate=3e-3, smooth_rate=3e-3)):
+        config = QuantConfig(weight_bits=4, activation_bits=4, gptq=True, learning=learning)
+        prepared = roads.calibrated(config)
+        record = record_of(prepared)
+        first = record.blocks[0]["linears"]
+        linears = quantized_linears(prepared, [linear.name for linear in record.linears])[: len(first)]
+        found.append((record.blocks[0], {linear.name: linear.weight for linear in linears}))
+    (alone, fixed), (learned, moved) = found
+    assert all(torch.equal(weight.codes, moved[name].codes) for name, weight in fixed.items())
+    assert not all(torch.equal(weight.scale, moved[name].scale) for name, weight in fixed.items())
+    assert learned["loss_after"] < learned["loss_before"]
+    assert learned["cosine_loss"] < alone["cosine_loss"]
 
 
 @given(positive_sizes, positive_sizes, seeds)

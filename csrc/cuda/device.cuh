@@ -9,6 +9,7 @@
 //   const Grid grid(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
 //   grid.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
 //   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
+//   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be null
 //   warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them
 //   block_sum<WARPS>(v, scratch)                over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
@@ -194,6 +195,17 @@ struct Grid {
 
   __device__ Grid(const Qparams& q, Place at) : Grid(q.inv_scale[at.index], q.zero_point[at.index], q.low, q.high) {}
 };
+
+// The codes of N neighbours; `inv_smooth` is theirs, or null.
+template <int N>
+__device__ inline void write_codes(int8_t* to, const float (&value)[N], const float* inv_smooth, const Grid& grid) {
+  float smooth[N];
+  int codes[N];
+  if (inv_smooth) load<N>(inv_smooth, smooth);
+#pragma unroll
+  for (int i = 0; i < N; i++) codes[i] = grid.code(inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i]);
+  store_codes<N>(to, codes);
+}
 
 __device__ inline float warp_sum(float value) {
 #pragma unroll

@@ -3,10 +3,12 @@
 
 #include "epilogue.cuh"  // before CUTLASS, which the tests compile for the CPU
 
+#include <cutlass/gemm/threadblock/default_mma.h>
+#include <cutlass/gemm/threadblock/threadblock_swizzle.h>
+#include <cutlass/epilogue/thread/linear_combination.h>
+#include <cutlass/epilogue/threadblock/default_epilogue_tensor_op.h>
 #include <cutlass/epilogue/threadblock/epilogue_base_streamk.h>
 #include <cutlass/epilogue/threadblock/epilogue_with_visitor_callbacks.h>
-#include <cutlass/gemm/kernel/default_gemm_universal.h>
-#include <cutlass/gemm/threadblock/threadblock_swizzle.h>
 
 #include "tiles.h"
 #include "visitor.cuh"
@@ -30,17 +32,18 @@ struct Gemm {
   using Warp = cutlass::gemm::GemmShape<ROWS / 2, 32, CHANNELS>;
   using Instruction = cutlass::gemm::GemmShape<16, 8, CHANNELS / 2>;
   using Swizzle = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>;
-  using Y = cutlass::half_t;  // says how threads share a tile, and nothing of results
   // The multiplication that saturates is the only one; no sum comes near the ends of int32.
-  using Base = typename cutlass::gemm::kernel::DefaultGemmUniversal<
-      Code, cutlass::layout::RowMajor, cutlass::ComplexTransform::kNone, ALIGNED, Code, cutlass::layout::ColumnMajor,
-      cutlass::ComplexTransform::kNone, ALIGNED, Y, cutlass::layout::RowMajor, int, cutlass::arch::OpClassTensorOp,
-      cutlass::arch::Sm80, Block, Warp, Instruction, cutlass::epilogue::thread::LinearCombination<Y, WIDTH, int, float>,
-      Swizzle, STAGES, cutlass::arch::OpMultiplyAddSaturate>::GemmKernel;
-  using Mma = typename Base::Mma;
-  using Visitor = LinearVisitor<typename Base::Epilogue::OutputTileIterator::ThreadMap, Block, LinearEpilogue<CODES>>;
-  using Epilogue = cutlass::epilogue::threadblock::EpilogueWithVisitorCallbacks<typename Base::Epilogue, Visitor, 1>;
-  static constexpr int THREADS = Base::kThreadCount;
+  using Mma = typename cutlass::gemm::threadblock::DefaultMma<
+      Code, cutlass::layout::RowMajor, ALIGNED, Code, cutlass::layout::ColumnMajor, ALIGNED, int,
+      cutlass::layout::RowMajor, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Block, Warp, Instruction, STAGES,
+      cutlass::arch::OpMultiplyAddSaturate>::ThreadblockMma;
+  // Says how threads share a tile, and nothing of results.
+  using Sharing = typename cutlass::epilogue::threadblock::DefaultEpilogueTensorOp<
+      Block, typename Mma::Operator, 1, cutlass::epilogue::thread::LinearCombination<cutlass::half_t, WIDTH, int, float>,
+      WIDTH>::Epilogue;
+  using Visitor = LinearVisitor<typename Sharing::OutputTileIterator::ThreadMap, Block, LinearEpilogue<CODES>>;
+  using Epilogue = cutlass::epilogue::threadblock::EpilogueWithVisitorCallbacks<Sharing, Visitor, 1>;
+  static constexpr int THREADS = WARP_SIZE * Mma::WarpCount::kCount;
 
   struct Params {
     LinearEpilogue<CODES> epilogue;

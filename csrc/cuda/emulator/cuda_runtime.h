@@ -20,6 +20,18 @@
 #include <memory>
 #include <vector>
 
+#ifdef PTQ4VM_TOOLKIT_TYPES  // for CUTLASS, which includes the toolkit's headers: its types are theirs
+#include <cuda_runtime_api.h>
+#include <vector_functions.h>
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __forceinline__
+#undef __noinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#endif
+
 #define PTQ4VM_EMULATOR
 #define __global__
 #define __device__
@@ -29,6 +41,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+#ifndef PTQ4VM_TOOLKIT_TYPES
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
@@ -50,6 +63,7 @@ PTQ4VM_VECTORS(unsigned short, ushort)
 #undef PTQ4VM_VECTORS
 
 using cudaStream_t = struct CUstream_st*;
+#endif
 
 namespace ptq4vm {
 namespace emulator {

@@ -178,7 +178,8 @@ struct DirectionalScan {
   Float y_type;
   int8_t* codes;
   Qparams qparams;
-  int64_t panel;  // channels of an item, a multiple of 16
+  int64_t panel;  // on the CPU: channels of an item, a multiple of 16
+  float* sums;    // on CUDA: memory for as many as directional_scan_sums says
 };
 
 // fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has

@@ -18,7 +18,9 @@ void rotate_quantize(const RotateQuantize&, Stream);
 void norm_quantize(const NormQuantize&, Stream);
 void conv(const Conv&, Stream);
 void conv2d(const Conv2d&, Stream);
+void scan(const Scan&, Stream);
 void directional_scan(const DirectionalScan&, Stream);
+int64_t directional_scan_sums(const DirectionalScan&);  // the floats that its `sums` needs, often none
 void linear(const Linear&, Stream);
 
 }  // namespace cuda

@@ -1,10 +1,10 @@
-"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with csrc/cuda/emulator, and tests call what launch.h declares.
+"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with csrc/cuda/emulator, and tests call what launch.h has.
 
     def test_codes(emulated):                       # a fixture of tests/cuda/conftest.py
         library = emulated("quantize")              # compiled once in a session; skips where there is no g++
         library.quantize(Quantize(x=x, x_type=kind(x), …, codes=codes, rows=3, channels=8))
 
-A `Struct` mirrors one of csrc/operators.h: fields in its order; tensors and structs are given as they are, None is null.
+A `Struct` mirrors one of csrc/operators.h: fields in its order. Tensors and structs are given as they are.
 `poisoned` makes outputs, so that what a kernel leaves out shows. Two ways to make a wrong kernel: with
 `emulated("quantize", mutate=3)` PTQ4VM_MUTATE is 3, and `emulated("rotate", change=("rotate.cuh", "__syncwarp()", ""))`
 compiles a copy with that text replaced, which must be there once. `is_caught` says whether a check fails with it, by an
@@ -14,14 +14,19 @@ exception or because the emulator aborts.
 import ctypes
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import HealthCheck
 from torch import Tensor
+
+from ptq4vm import reference
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
@@ -36,6 +41,10 @@ pointer, int64, int32, float32, boolean = (
     ctypes.c_float,
     ctypes.c_bool,
 )
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+SUPPRESSED = [HealthCheck.function_scoped_fixture]  # `emulated` is one for the session
 
 
 class Struct(ctypes.Structure):
@@ -63,7 +72,9 @@ class Qparams(Struct):
     )
 
 
-def qparams_struct(inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int, sets: int = 1) -> Qparams:
+def qparams_struct(
+    inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int, sets: int = 1
+) -> Qparams:
     half = 2 ** (bits - 1)
     return Qparams(
         inv_scale=inv_scale.contiguous(),
@@ -82,6 +93,25 @@ def kind(x: Tensor) -> int:
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min + 77, dtype=dtype)
+
+
+def offset_by(elements: int, x: Tensor) -> Tensor:
+    """x, `elements` after an address that is a multiple of 16 elements."""
+    memory = torch.empty(x.numel() + 32, dtype=x.dtype)
+    start = -(memory.data_ptr() // x.element_size()) % 16 + elements
+    return memory[start : start + x.numel()].view(x.shape).copy_(x)
+
+
+class Rotation(Struct):
+    _fields_ = (("matrix", pointer), ("channels", int64), ("order", int64), ("factor", float32))
+
+    @classmethod
+    def of(cls, channels):
+        """Of so many channels, as the glue makes it."""
+        order = channels & -channels
+        size = channels // order
+        matrix = reference.hartley(size) if 1 < size <= reference.LARGEST_HARTLEY else None
+        return cls(matrix=matrix, channels=channels, order=order, factor=1 / math.sqrt(order))
 
 
 class Library:
@@ -103,7 +133,9 @@ Change = tuple[str, str, str]
 """A file of csrc/cuda, a text in it, and what stands there instead."""
 
 
-def compile_emulated(folder: Path, name: str, mutate: int = 0, change: Change | None = None) -> Library:
+def compile_emulated(
+    folder: Path, name: str, mutate: int = 0, change: Change | None = None, flags: tuple[str, ...] = ()
+) -> Library:
     """csrc/cuda/NAME.cu compiled into `folder`, which workers of a session share."""
     mutant = f"{mutate}-{hashlib.sha256(repr(change).encode()).hexdigest()[:16]}" if change else mutate
     target = folder / f"{name}.{mutant}.so"
@@ -111,7 +143,7 @@ def compile_emulated(folder: Path, name: str, mutate: int = 0, change: Change | 
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             sources = _changed(folder / f"{name}.{mutant}", change) if change else SOURCES
-            command = [COMPILER, *FLAGS, f"-I{sources / 'emulator'}", f"-DPTQ4VM_MUTATE={mutate}"]
+            command = [COMPILER, *FLAGS, f"-I{sources / 'emulator'}", f"-DPTQ4VM_MUTATE={mutate}", *flags]
             command += [str(sources / f"{name}.cu"), "-o", f"{target}.part"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -137,9 +137,7 @@ void run_with(const NormQuantize& q, Stream stream) {
                        aligned<VECTOR>(q.residual) && aligned<VECTOR>(q.total) && aligned<VECTOR>(q.weight) &&
                        aligned<VECTOR>(q.bias) && aligned<VECTOR>(q.qparams.inv_smooth) && aligned<VECTOR>(q.codes);
   if (!vectors || q.channels > 4 * WARPS_IN_BLOCK * STEP) return run<T, WARPS_IN_BLOCK, 1, 0>(q, stream);
-  if (q.channels <= 1 * STEP) return run<T, 1, VECTOR, 1>(q, stream);
   if (q.channels <= 2 * STEP) return run<T, 1, VECTOR, 2>(q, stream);
-  if (q.channels <= 3 * STEP) return run<T, 1, VECTOR, 3>(q, stream);
   if (q.channels <= 4 * STEP) return run<T, 1, VECTOR, 4>(q, stream);
   if (q.channels <= 2 * WARPS_IN_BLOCK * STEP) return run<T, WARPS_IN_BLOCK, VECTOR, 2>(q, stream);
   run<T, WARPS_IN_BLOCK, VECTOR, 4>(q, stream);

@@ -12,7 +12,9 @@ def emulated(tmp_path_factory) -> Callable[..., Library]:
     if COMPILER is None:
         pytest.skip("no g++ to compile the kernels with")
     base = tmp_path_factory.getbasetemp()
-    shared = base.parent if base.name.startswith("popen-") else base  # workers of pytest-xdist have folders side by side
+    shared = (
+        base.parent if base.name.startswith("popen-") else base
+    )  # workers of pytest-xdist have folders side by side
     made: dict[tuple, Library] = {}
 
     def build(name: str, mutate: int = 0, change: Change | None = None) -> Library:

@@ -2,17 +2,28 @@
 
 import pytest
 import torch
-from cuda_emulator import Qparams, Struct, int32, int64, is_caught, kind, pointer, poisoned, qparams_struct
-from hypothesis import HealthCheck, example, given, settings
+from cuda_emulator import (
+    DTYPES,
+    SUPPRESSED,
+    Qparams,
+    Struct,
+    int32,
+    int64,
+    is_caught,
+    kind,
+    offset_by,
+    pointer,
+    poisoned,
+    qparams_struct,
+)
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_native import KINDS, draw, qparams
 
 from ptq4vm import reference
 
-SHARED = [HealthCheck.function_scoped_fixture]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 ROWS = st.sampled_from([0, 1, 2, 5, 17, 33])
 CHANNELS = st.sampled_from([1, 3, 8, 15, 16, 24, 33, 64, 100, 200, 264, 1100])
-KINDS = st.sampled_from(["tensor", "token", "image"])
 SEEDS = st.integers(0, 2**20)
 
 
@@ -53,24 +64,6 @@ class Dequantize(Struct):
     )
 
 
-def draw(seed):
-    return torch.Generator().manual_seed(seed)
-
-
-def qparams(kind_of, images, tokens, bits, random):
-    shape = {"tensor": (1,), "token": (tokens,), "image": (images, tokens)}[kind_of]
-    half = 2 ** (bits - 1)
-    zero_point = torch.randint(-half, half, shape, generator=random, dtype=torch.int32)
-    return torch.rand(shape, generator=random) + 0.01, zero_point
-
-
-def offset_by(elements, x):
-    """x, `elements` after an aligned address."""
-    memory = torch.empty(x.numel() + 16 + elements, dtype=x.dtype)
-    start = -(memory.data_ptr() // x.element_size()) % 16 + elements
-    return memory[start : start + x.numel()].view(x.shape).copy_(x)
-
-
 def quantize(library, x, inv_scale, zero_point, inv_smooth, bits):
     codes = poisoned(*x.shape, dtype=torch.int8)
     of = qparams_struct(inv_scale, zero_point, inv_smooth, bits)
@@ -100,7 +93,7 @@ def choose_qparams(library, x, inv_smooth, bits):
 
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.integers(0, 1), SEEDS)
-@settings(max_examples=40, suppress_health_check=SHARED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_codes_are_the_references(emulated, dtype, images, tokens, channels, bits, kind_of, smooth, offset, seed):
     random = draw(seed)
     scale, zero_point = qparams(kind_of, images, tokens, bits, random)
@@ -133,7 +126,7 @@ def same_ranges(ours, theirs):
 
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), SEEDS)
-@settings(max_examples=25, suppress_health_check=SHARED)
+@settings(max_examples=25, suppress_health_check=SUPPRESSED)
 @example(2, 5, 200, 8, True, 7)
 def test_the_range_of_a_token_is_the_references(emulated, dtype, images, tokens, channels, bits, smooth, seed):
     random = draw(seed)
@@ -152,7 +145,7 @@ def test_a_token_with_nan_has_no_range(emulated):
 
 
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)
-@settings(max_examples=40, suppress_health_check=SHARED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_dequantized_codes_are_the_references(emulated, images, tokens, channels, kind_of, seed):
     random = draw(seed)
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)
@@ -180,7 +173,9 @@ def test_what_is_beside_the_tensors_stays(emulated):
             x, whole = torch.randn(rows, channels), poisoned(rows * channels + 64, dtype=torch.int8)
             before, codes = whole.clone(), whole[32 : 32 + rows * channels]
             of = qparams_struct(torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 8)
-            emulated("quantize").quantize(Quantize(x=x, x_type=0, qparams=of, codes=codes, rows=rows, channels=channels))
+            emulated("quantize").quantize(
+                Quantize(x=x, x_type=0, qparams=of, codes=codes, rows=rows, channels=channels)
+            )
             assert torch.equal(whole[:32], before[:32]) and torch.equal(whole[-32:], before[-32:])
 
 

@@ -1,16 +1,20 @@
-"""The linears of csrc/cuda, which need CUTLASS's headers and a CUDA toolkit's: where those are, and the kernels on the CPU.
+"""The linears of csrc/cuda need the headers of CUTLASS and of a CUDA toolkit: where those are, and how to call linears.
 
 CUTLASS is the folder that PTQ4VM_CUTLASS_DIR names, else that of an installed nvidia-cutlass; `include` is in it.
 """
 
 import ctypes
 import importlib.util
+import mmap
 import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from cuda_emulator import Library, Qparams, Struct, boolean, int32, int64, pointer
+from torch import Tensor
+
 
 def cutlass_headers() -> Path | None:
     places = []
@@ -27,6 +31,7 @@ def toolkit_headers() -> Path | None:
     nvcc = shutil.which("nvcc")
     places = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     places += [Path(nvcc).resolve().parents[1]] if nvcc else []
+    places.append(Path("/usr/local/cuda"))
     found = (place / "include" for place in places)
     return next((folder for folder in found if (folder / "cuda_fp16.h").exists()), None)
 
@@ -63,6 +68,19 @@ def host_flags() -> tuple[str, ...]:
         pytest.skip("no CUDA headers: set CUDA_HOME")
     folders = (cutlass, toolkit, toolkit / "cccl")
     return "-DPTQ4VM_TOOLKIT_TYPES", "-fpermissive", *(f for folder in folders for f in ("-isystem", str(folder)))
+
+
+def guarded(x: Tensor, offset: int = 0) -> Tensor:
+    """A copy of x; who goes further than `offset` elements behind it ends the process."""
+    page, before = mmap.PAGESIZE, offset * x.element_size()
+    size = x.numel() * x.element_size()
+    memory = mmap.mmap(-1, -(-(size + before) // page) * page + page)
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + len(memory) - page), page, 0) == 0
+    if size == 0:
+        return x.clone()
+    start = len(memory) - page - before - size
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=start).view(x.shape).copy_(x)
 
 
 def run(library: Library, operator: str, problem: LinearProblem) -> bool:

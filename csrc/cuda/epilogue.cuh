@@ -66,7 +66,7 @@ struct LinearEpilogue {
     LinearRow r{p.zero_point[at], p.x_scale[at]};
     if (CODES) {
       const Qparams& q = p.qparams;
-      const int64_t next = direction * q.scales + row % static_cast<uint32_t>(q.scales);
+      const uint32_t next = row % static_cast<uint32_t>(q.scales);
       r.grid = Grid(q.inv_scale[next], q.zero_point[next], q.low, q.high);
     }
     return r;

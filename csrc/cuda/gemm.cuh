@@ -69,11 +69,11 @@ struct Gemm {
     auto* weight = const_cast<Code*>(static_cast<const Code*>(p.weight)) + tile.k() * p.features * row_bytes;
     typename Mma::IteratorA from_x(params.x, x, {rows, channels}, thread, {tile.m() * ROWS, 0});
     typename Mma::IteratorB from_weight(params.weight, weight, {channels, features}, thread, {0, tile.n() * FEATURES});
-    const int warp = cutlass::canonical_warp_idx_sync(), lane = thread % WARP_SIZE;
+    const int warp = __shfl_sync(ALL_LANES, thread / WARP_SIZE, 0), lane = thread % WARP_SIZE;  // one for all lanes
     typename Mma::FragmentC acc;
     acc.clear();
     Mma mma(shared.mma, thread, warp, lane);
-    mma(ceil_div(channels, CHANNELS), acc, from_x, from_weight, acc);
+    if (channels > 0) mma(ceil_div(channels, CHANNELS), acc, from_x, from_weight, acc);  // without any it reads too far
     Epilogue epilogue(params.epilogue, shared.epilogue, thread, warp, lane);
     epilogue(acc, tile, 0, thread);
   }
@@ -100,7 +100,8 @@ void launch_tile(const LinearProblem& p, Stream stream) {
 template <class Code>
 bool launch_linear(const LinearProblem& p, Stream stream) {
   constexpr int64_t MOST = INT32_MAX - 256, MOST_DIRECTIONS = 65535;
-  if (p.rows > MOST || p.features > MOST || p.directions > MOST_DIRECTIONS) return false;
+  if (p.rows > MOST || p.features > MOST || p.channels > MOST || p.directions > MOST_DIRECTIONS) return false;
+  if (p.codes && p.directions > 1) return false;
   if (p.rows == 0 || p.features == 0 || p.directions == 0) return true;
   p.codes ? launch_tile<Code, true>(p, stream) : launch_tile<Code, false>(p, stream);
   return true;

@@ -20,15 +20,15 @@ struct LinearProblem {
   const float* bias;           // (K, N) or null
   void* y;                     // (K, rows, N); not written where there are codes
   Float y_type;
-  uint8_t* codes;              // (K, rows, codes_row) bytes, or null; behind a row's N codes nothing is written
+  uint8_t* codes;              // (rows, codes_row) bytes, or null; behind a row's N codes nothing is written
   bool nibbles;                // codes are two a byte, the last one of an odd N with zero
   int64_t codes_row;
-  Qparams qparams;             // of codes: K sets, with inv_smooth (K, N)
+  Qparams qparams;             // of codes
   int64_t directions, rows, scales, channels, features;
 };
 
-// Whether the problem fits one launch: fewer than 2^31 rows, and 65535 directions. linear_s4 is for compute capability
-// 8.0 to 8.9; others have no multiplication of nibbles, and run the same codes as bytes.
+// Whether the problem fits one launch: fewer than 2^31 rows, at most 65535 directions, and one for codes. linear_s4 is
+// for compute capability 8.0 to 8.9; other GPUs do not multiply nibbles, and run the same codes as bytes.
 bool linear_s8(const LinearProblem&, Stream);
 bool linear_s4(const LinearProblem&, Stream);
 

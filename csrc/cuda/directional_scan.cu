@@ -96,9 +96,8 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
   PTQ4VM_DYNAMIC_SHARED(float, memory);  // sums, a chunk for every warp, states
   const Panel<WARP_SIZE> panel(s, memory);
   float* free = memory + (sums_in_shared<WARP_SIZE>(s) ? s.tokens * WARP_SIZE : 0);
-  const Chunk<STRIP> chunk(s, free + panel.group * Chunk<STRIP>::words(s));
-  free += panel.groups * Chunk<STRIP>::words(s);
-  const int mixed = 2 * static_cast<int>(s.states);
+  const Chunk<STRIP, N> chunk(s, free + panel.group * chunk.words(s));
+  free += panel.groups * chunk.words(s);
 
   panel.clear();
   for (int64_t first = 0; first < s.directions; first += panel.groups) {
@@ -108,26 +107,29 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
     const T* u = static_cast<const T*>(s.u.data) + k * s.u_direction + panel.image * s.u.image + panel.channel;
     States<N> states(s.A + (k * s.channels + panel.channel) * s.states, s.states, free);
     for (int64_t begin = 0; begin < s.steps; begin += STRIP) {
+      float step[STRIP], y[STRIP];
+      int tokens[STRIP];
+      read_tokens(s, k, begin, tokens);
+      read_inputs(u, s.u.row, tokens, y);
       __syncwarp();
       chunk.fill(s, k, panel.image, begin, panel.lane, WARP_SIZE);
 #if PTQ4VM_MUTATE != 1
       __syncwarp();
 #endif
-      float step[STRIP], y[STRIP];
-      read_inputs(u, s.u.row, chunk, 0, y);
       channel.steps(chunk, 0, step);
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
-        y[t] = channel.skip * y[t] + states.advance(step[t], step[t] * y[t], chunk.mixing + t * mixed);
+        y[t] = channel.skip * y[t] + states.advance(step[t], step[t] * y[t], chunk.mixing + t * chunk.mixed(s));
       }
+      read_tokens(s, k, begin, tokens);  // again: there are not enough registers to keep them
       if (!s.merge) {
-        for (int t = 0; active && t < STRIP; t++) panel.write_direction(k, chunk.token[t], y[t]);
+        for (int t = 0; active && t < STRIP; t++) panel.write_direction(k, tokens[t], y[t]);
         continue;
       }
       for (int turn = 0; turn < panel.groups; turn++) {
         if (active && turn == panel.group) {
 #pragma unroll
-          for (int t = 0; t < STRIP; t++) panel.add(chunk.token[t], y[t]);
+          for (int t = 0; t < STRIP; t++) panel.add(tokens[t], y[t]);
         }
 #if PTQ4VM_MUTATE != 2
         __syncthreads();
@@ -147,7 +149,7 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
   PTQ4VM_SHARED(float, last, [GROUPS][LANES]);
   PTQ4VM_SHARED(float, decay, [GROUPS][LANES]);
   const Panel<LANES> panel(s, memory);
-  const Chunk<STEPS> chunk(s, memory + (sums_in_shared<LANES>(s) ? s.tokens * LANES : 0));
+  const Chunk<STEPS, 1> chunk(s, memory + (sums_in_shared<LANES>(s) ? s.tokens * LANES : 0));
   const int own = panel.group * STRIP, lane = panel.lane;
 
   panel.clear();
@@ -157,12 +159,14 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
     const float rate = s.A[k * s.channels + panel.channel] * LOG2_E;
     float state = 0.0f;
     for (int64_t begin = 0; begin < s.steps; begin += STEPS) {
+      float step[STRIP], y[STRIP], weight[STRIP];  // of the state before, in y
+      int tokens[STRIP];
+      read_tokens(s, k, begin + own, tokens);
+      read_inputs(u, s.u.row, tokens, y);
       chunk.fill(s, k, panel.image, begin, panel.group * LANES + lane, LANES * GROUPS);
 #if PTQ4VM_MUTATE != 1
       __syncthreads();
 #endif
-      float step[STRIP], y[STRIP], weight[STRIP];  // of the state before, in y
-      read_inputs(u, s.u.row, chunk, own, y);
       channel.steps(chunk, own, step);
       float h = 0.0f, whole = 1.0f;
 #pragma unroll
@@ -186,10 +190,9 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
       }
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
-        const int token = chunk.token[own + t];
         y[t] = fmaf(before, weight[t], y[t]);
-        if (s.merge) panel.add(token, y[t]);
-        else panel.write_direction(k, token, y[t]);
+        if (s.merge) panel.add(tokens[t], y[t]);
+        else panel.write_direction(k, tokens[t], y[t]);
       }
 #if PTQ4VM_MUTATE != 3
       __syncthreads();
@@ -207,14 +210,14 @@ unsigned blocks(const DirectionalScan& s) {
 template <int N, class T>
 void launch_warps(const DirectionalScan& s, Stream stream) {
   const int groups = static_cast<int>(std::min<int64_t>(s.directions, MOST_DIRECTIONS));
-  const size_t words = words_of_sums<WARP_SIZE>(s) + groups * Chunk<STRIP>::words(s) +
+  const size_t words = words_of_sums<WARP_SIZE>(s) + groups * Chunk<STRIP, N>::words(s) +
                        States<N>::words(s.states, groups * WARP_SIZE);
   PTQ4VM_LAUNCH(warps_kernel<N, T>, blocks<WARP_SIZE>(s), dim3(WARP_SIZE, groups), words * sizeof(float), stream, s);
 }
 
 template <int LANES, int GROUPS, class T>
 void launch_segments(const DirectionalScan& s, Stream stream) {
-  const size_t words = words_of_sums<LANES>(s) + Chunk<GROUPS * STRIP>::words(s);
+  const size_t words = words_of_sums<LANES>(s) + Chunk<GROUPS * STRIP, 1>::words(s);
   PTQ4VM_LAUNCH(segments_kernel<LANES, GROUPS, T>, blocks<LANES>(s), dim3(LANES, GROUPS), words * sizeof(float), stream,
                 s);
 }

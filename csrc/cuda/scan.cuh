@@ -138,44 +138,46 @@ __device__ inline void write(void* data, Float type, int64_t at, float value) {
 
 constexpr int STRIP = 8;  // steps that a thread takes at once
 
-// What all channels read of STEPS steps of a direction, in shared memory. A step without a token is one of zeros.
-template <int STEPS>
+// What all channels read of STEPS steps of a direction, in shared memory. A step without a token is one of zeros. N is
+// the number of states, or 0 where it is not known.
+template <int STEPS, int N>
 struct Chunk {
   float* mixing;    // (STEPS, 2 states): B and C
-  float* scale;     // (STEPS,), as the two that follow
-  int *zero_point, *token;
+  float* scale;     // (STEPS,)
+  int* zero_point;  // (STEPS,)
   int* codes;       // (rank / 4, STEPS): four codes each
 
   static __host__ __device__ int quads(const DirectionalScan& s) { return static_cast<int>((s.rank + 3) / 4); }
 
-  static __host__ __device__ int words(const DirectionalScan& s) {
-    return STEPS * (2 * static_cast<int>(s.states) + 3 + quads(s));
-  }
+  static __host__ __device__ int mixed(const DirectionalScan& s) { return 2 * (N ? N : static_cast<int>(s.states)); }
+
+  static __host__ __device__ int words(const DirectionalScan& s) { return STEPS * (mixed(s) + 2 + quads(s)); }
 
   __device__ Chunk(const DirectionalScan& s, float* memory)
-      : mixing(memory), scale(mixing + STEPS * 2 * s.states), zero_point(reinterpret_cast<int*>(scale) + STEPS),
-        token(zero_point + STEPS), codes(token + STEPS) {}
+      : mixing(memory), scale(mixing + STEPS * mixed(s)), zero_point(reinterpret_cast<int*>(scale) + STEPS),
+        codes(zero_point + STEPS) {}
 
   // The steps from `begin` on, by `threads` threads of which this is one.
   __device__ void fill(const DirectionalScan& s, int64_t direction, int64_t image, int64_t begin, int thread,
                        int threads) const {
     const int32_t* order = s.order + direction * s.steps;
-    const int mixed = 2 * static_cast<int>(s.states), count = quads(s);
-    const int rank = static_cast<int>(s.rank), width = rank + mixed;
+    const int mixed = Chunk::mixed(s), count = quads(s), rank = static_cast<int>(s.rank), width = rank + mixed;
     const float* projected = s.projected + (direction * s.batch + image) * s.tokens * width;
     const auto token_of = [&](int t) { return begin + t < s.steps ? order[begin + t] : -1; };
 
+#pragma unroll 4
     for (int i = thread; i < STEPS * mixed; i += threads) {
       const int at = token_of(i / mixed);
       mixing[i] = at < 0 ? 0.0f : projected[static_cast<int64_t>(at) * width + rank + i % mixed];
     }
+#pragma unroll 1
     for (int t = thread; t < STEPS; t += threads) {
       const int at = token_of(t);
       const int64_t place = direction * s.step.scales + remainder(max(at, 0), s.step.scales);
-      token[t] = at;
       scale[t] = at < 0 ? 0.0f : s.step_scale[place];
       zero_point[t] = at < 0 ? 0 : s.step.zero_point[place];
     }
+#pragma unroll 1
     for (int i = thread; i < STEPS * count; i += threads) {
       const int t = i / count, quad = i % count, at = token_of(t);
       unsigned four = 0;
@@ -228,8 +230,8 @@ struct Channel {
   }
 
   // Δ of STRIP steps: the integer linear, exactly, and its scales as reference.rescale rounds them.
-  template <int STEPS>
-  __device__ void steps(const Chunk<STEPS>& chunk, int first, float (&step)[STRIP]) const {
+  template <int STEPS, int N>
+  __device__ void steps(const Chunk<STEPS, N>& chunk, int first, float (&step)[STRIP]) const {
     int sums[STRIP];
 #pragma unroll
     for (int t = 0; t < STRIP; t++) sums[t] = -chunk.zero_point[first + t] * weight_sum;
@@ -248,14 +250,17 @@ struct Channel {
   }
 };
 
-// u of STRIP steps; zeros where there is no token.
-template <class T, int STEPS>
-__device__ void read_inputs(const T* u, int64_t row, const Chunk<STEPS>& chunk, int first, float (&values)[STRIP]) {
+// The tokens of STRIP steps, the first of which is `first`; -1 behind the last one.
+__device__ inline void read_tokens(const DirectionalScan& s, int64_t direction, int64_t first, int (&tokens)[STRIP]) {
 #pragma unroll
-  for (int t = 0; t < STRIP; t++) {
-    const int token = chunk.token[first + t];
-    values[t] = token < 0 ? 0.0f : to_float(u[token * row]);
-  }
+  for (int t = 0; t < STRIP; t++) tokens[t] = first + t < s.steps ? s.order[direction * s.steps + first + t] : -1;
+}
+
+// u of some tokens; zeros where there is none.
+template <class T>
+__device__ void read_inputs(const T* u, int64_t row, const int (&tokens)[STRIP], float (&values)[STRIP]) {
+#pragma unroll
+  for (int t = 0; t < STRIP; t++) values[t] = tokens[t] < 0 ? 0.0f : to_float(u[tokens[t] * row]);
 }
 
 __device__ inline float gated(const DirectionalScan& s, float y, int64_t image, int64_t token, int64_t channel) {

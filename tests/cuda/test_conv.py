@@ -2,8 +2,19 @@
 
 import pytest
 import torch
-from cuda_emulator import Library, Struct, boolean, int64, is_caught, kind, pointer, poisoned, qparams_struct
-from cuda_emulator import Qparams, int32
+from cuda_emulator import (
+    Library,
+    Qparams,
+    Struct,
+    boolean,
+    int32,
+    int64,
+    is_caught,
+    kind,
+    pointer,
+    poisoned,
+    qparams_struct,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_native import draw, relative
@@ -230,6 +241,7 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     assert_same_codes(codes, fused.conv2d_quantize(*inputs)[1])
 
 
+@pytest.mark.slow
 def test_the_tests_see_codes_with_the_qparams_of_another_token(emulated):
     inputs = conv1d_inputs(torch.float32, 1, 9, 16, 4, 2, 8, 7, False, 0)
     want = fused.conv1d_quantize(*inputs)[1]
@@ -238,6 +250,7 @@ def test_the_tests_see_codes_with_the_qparams_of_another_token(emulated):
     assert is_caught(lambda: assert_same_codes(conv1d_quantize(wrong, *inputs)[1], want))
 
 
+@pytest.mark.slow
 def test_the_tests_see_codes_with_the_qparams_of_another_direction(emulated):
     inputs = conv2d_inputs(torch.float32, 1, 3, 5, 16, (3, 3), 2, 8, 7, False, 0)
     want = fused.conv2d_quantize(*inputs)[1]

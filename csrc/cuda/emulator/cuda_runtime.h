@@ -2,7 +2,8 @@
 // (g++ -x c++ -std=c++17 -Icsrc/cuda/emulator). A thread is a fiber; one operating system's thread runs them in turn.
 // What a GPU may do to a wrong kernel happens here on purpose:
 // - shared memory is poisoned with NaN before every block, so that a read before the write shows;
-// - threads run in an order that changes at every barrier, so that a missing barrier shows;
+// - threads run in an order that changes at every barrier, and a warp as far ahead of the others as it may, so that a
+//   missing barrier shows;
 // - a barrier, shuffle or vote that not all its threads reach aborts, and so does a launch that a GPU refuses.
 // Kernels say PTQ4VM_SHARED and PTQ4VM_DYNAMIC_SHARED (device.cuh) for shared memory, and PTQ4VM_LAUNCH for <<<>>>.
 #pragma once
@@ -126,25 +127,13 @@ inline void run_one(Machine& m, int thread) {
   swapcontext(&m.scheduler, &m.fibers[thread].context);
 }
 
-// Every thread that can run does, until it waits or ends, in an order that no kernel may rely on.
-inline void run_all(Machine& m) {
-  int power = 1;
-  while (power < m.threads) power *= 2;
-  m.random = m.random * 1664525u + 1013904223u;
-  const int flip = (m.random >> 16) & (power - 1);
-  for (int i = 0; i < power; i++) {
-    const int t = i ^ flip;
-    if (t < m.threads && !m.fibers[t].done && m.fibers[t].wait == Wait::none) run_one(m, t);
-  }
-}
-
-// Lets the lanes go on that have all come to the same rendezvous. Whether there were any.
-inline bool release_warps(Machine& m) {
+// Lets the lanes of a warp go on that have all come to the same rendezvous. Whether there were any.
+inline bool release_warp(Machine& m, int warp) {
   bool any = false;
-  for (int thread = 0; thread < m.threads; thread++) {
-    Fiber& first = m.fibers[thread];
+  const int lanes = std::min(WARP, m.threads - warp);
+  for (int lane = 0; lane < lanes; lane++) {
+    Fiber& first = m.fibers[warp + lane];
     if (first.done || first.wait != Wait::warp) continue;
-    const int warp = thread / WARP * WARP, lanes = std::min(WARP, m.threads - warp);
     const unsigned mask = lanes == WARP ? first.mask : first.mask & ((1u << lanes) - 1);
     bool all = true;
     for (int i = 0; i < lanes; i++) {
@@ -159,6 +148,25 @@ inline bool release_warps(Machine& m) {
     any = true;
   }
   return any;
+}
+
+// Every thread that can run does, until it waits for the block or ends: one warp after the other, and their lanes, in an
+// order that no kernel may rely on.
+inline void run_all(Machine& m) {
+  int power = WARP;
+  while (power < m.threads) power *= 2;
+  m.random = m.random * 1664525u + 1013904223u;
+  const int flip = (m.random >> 16) & (power - 1);
+  for (int first = 0; first < power; first += WARP) {
+    const int warp = first ^ (flip & -WARP);
+    if (warp >= m.threads) continue;
+    do {
+      for (int i = 0; i < WARP; i++) {
+        const int t = warp + (i ^ (flip & (WARP - 1)));
+        if (t < m.threads && !m.fibers[t].done && m.fibers[t].wait == Wait::none) run_one(m, t);
+      }
+    } while (release_warp(m, warp));
+  }
 }
 
 inline bool release_block(Machine& m) {
@@ -184,7 +192,7 @@ inline void run_block(Machine& m) {
   }
   do {
     run_all(m);
-  } while (release_warps(m) || release_block(m));
+  } while (release_block(m));
   for (int t = 0; t < m.threads; t++) {
     if (!m.fibers[t].done) fail("not all threads of a barrier, shuffle or vote reached it");
   }

@@ -12,12 +12,9 @@ namespace cuda {
 
 template <class ThreadMap, class TileShape, class Epilogue>
 struct LinearVisitor {
-  using Count = typename ThreadMap::Count;
-  using Shape = typename ThreadMap::Shape;
-  using Iterations = typename ThreadMap::Iterations;
-  static constexpr int ROWS = Iterations::kRow * Iterations::kGroup * Iterations::kCluster;  // of a thread in a step
-  static_assert(ThreadMap::kElementsPerAccess == WIDTH && Iterations::kColumn == 1, "a thread keeps to its columns");
-  static_assert(Count::kCluster == 1, "steps pass through rows and groups only");
+  static_assert(ThreadMap::kElementsPerAccess == WIDTH && ThreadMap::Iterations::kCount == 1 &&
+                    ThreadMap::Count::kGroup == 1 && ThreadMap::Count::kCluster == 1,
+                "a step is one run of eight for a thread, each below the one before");
 
   using Arguments = Epilogue;
   using Params = Epilogue;
@@ -35,27 +32,21 @@ struct LinearVisitor {
   struct Callbacks {
     const Epilogue& epilogue;
     int64_t direction;
-    int row, column;
+    int first_row, column;
     LinearColumns columns;
-    LinearRow rows[ROWS];
+    LinearRow row;
 
-    CUTLASS_DEVICE int row_of(int step, int i) const {
-      const int count = step % Count::kRow, group = step / Count::kRow;
-      return row + Shape::kRow * (count + group * Count::kRow * Shape::kGroup) + ThreadMap::iteration_offset(i).row();
-    }
+    CUTLASS_DEVICE int row_of(int step) const { return first_row + ThreadMap::Shape::kRow * step; }
 
     CUTLASS_DEVICE void begin_epilogue() { columns = epilogue.columns(direction, column); }
 
     CUTLASS_DEVICE void begin_step(int step) {  // before its barriers, which hide the way to memory
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < ROWS; i++) {
-        if (row_of(step, i) < epilogue.p.rows) rows[i] = epilogue.row(direction, row_of(step, i));
-      }
+      if (row_of(step) < epilogue.p.rows) row = epilogue.row(direction, row_of(step));
     }
 
-    CUTLASS_DEVICE void visit(int step, int i, int, int, const cutlass::Array<int, WIDTH>& acc) {
-      if (row_of(step, i) < epilogue.p.rows && column < epilogue.p.features) {
-        epilogue.store(direction, row_of(step, i), column, rows[i], columns, acc.data());
+    CUTLASS_DEVICE void visit(int step, int, int, int, const cutlass::Array<int, WIDTH>& acc) {
+      if (row_of(step) < epilogue.p.rows && column < epilogue.p.features) {
+        epilogue.store(direction, row_of(step), column, row, columns, acc.data());
       }
     }
 

@@ -30,7 +30,7 @@ from ptq4vm import reference
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
-FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
+FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off")
 # Uninitialised variables hold a pattern; two libraries in a process share no symbol.
 FLAGS += ("-ftrivial-auto-var-init=pattern", "-fno-gnu-unique", "-fPIC", "-shared")
 
@@ -143,7 +143,8 @@ def compile_emulated(
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
             sources = _changed(folder / f"{name}.{mutant}", change) if change else SOURCES
-            command = [COMPILER, *FLAGS, f"-I{sources / 'emulator'}", f"-DPTQ4VM_MUTATE={mutate}", *flags]
+            warnings = "-w" if change or mutate else "-Werror"  # what is missing leaves something unused
+            command = [COMPILER, *FLAGS, warnings, f"-I{sources / 'emulator'}", f"-DPTQ4VM_MUTATE={mutate}", *flags]
             command += [str(sources / f"{name}.cu"), "-o", f"{target}.part"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -19,22 +19,23 @@ class Row {
         residual_(q.residual ? q.residual + row * q.channels : nullptr), channels_(q.channels) {
     float* total = q.total ? q.total + row * q.channels : nullptr;
     if (ITEMS == 0 && !total) return;
-    over_channels([&](int item, int64_t d) {
+    over_channels([&]([[maybe_unused]] int item, int64_t d) {
       float value[N];
       read(d, value);
       if (total) store<N>(total + d, value);
-      if (ITEMS == 0) return;
+      if constexpr (ITEMS > 0) {
 #pragma unroll
-      for (int i = 0; i < N; i++) kept_[item][i] = value[i];
+        for (int i = 0; i < N; i++) kept_[item][i] = value[i];
+      }
     });
   }
 
   // visit(d, value) for every N neighbours from d on.
   template <class Visit>
   __device__ void each(Visit visit) const {
-    over_channels([&](int item, int64_t d) {
+    over_channels([&]([[maybe_unused]] int item, int64_t d) {
       float value[N];
-      if (ITEMS == 0) {
+      if constexpr (ITEMS == 0) {
         read(d, value);
       } else {
 #pragma unroll

@@ -150,23 +150,35 @@ inline bool release_warp(Machine& m, int warp) {
   return any;
 }
 
-// Every thread that can run does, until it waits for the block or ends: one warp after the other, and their lanes, in an
-// order that no kernel may rely on.
+inline uint32_t next_random(Machine& m) {
+  m.random = m.random * 1664525u + 1013904223u;
+  return m.random >> 12;
+}
+
+// Every thread runs until it waits for the block or ends, in an order that no kernel may rely on. Either each warp runs
+// ahead as far as it comes, or all go from rendezvous to rendezvous together: each shows races that the other hides.
 inline void run_all(Machine& m) {
   int power = WARP;
   while (power < m.threads) power *= 2;
-  m.random = m.random * 1664525u + 1013904223u;
-  const int flip = (m.random >> 16) & (power - 1);
-  for (int first = 0; first < power; first += WARP) {
-    const int warp = first ^ (flip & -WARP);
-    if (warp >= m.threads) continue;
-    do {
-      for (int i = 0; i < WARP; i++) {
-        const int t = warp + (i ^ (flip & (WARP - 1)));
-        if (t < m.threads && !m.fibers[t].done && m.fibers[t].wait == Wait::none) run_one(m, t);
-      }
-    } while (release_warp(m, warp));
-  }
+  const bool ahead = next_random(m) & 1;
+  bool released;
+  do {
+    released = false;
+    const int flip = static_cast<int>(next_random(m)) & (power - 1);
+    for (int first = 0; first < power; first += WARP) {
+      const int warp = first ^ (flip & -WARP);
+      if (warp >= m.threads) continue;
+      bool again;
+      do {
+        for (int i = 0; i < WARP; i++) {
+          const int t = warp + (i ^ (flip & (WARP - 1)));
+          if (t < m.threads && !m.fibers[t].done && m.fibers[t].wait == Wait::none) run_one(m, t);
+        }
+        again = release_warp(m, warp);
+        released = released || again;
+      } while (ahead && again);
+    }
+  } while (released);
 }
 
 inline bool release_block(Machine& m) {

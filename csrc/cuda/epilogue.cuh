@@ -1,5 +1,5 @@
-// What becomes of the accumulators of a linear, rounded as reference.rescale and reference.quantize do: each product and
-// each sum on its own. A thread takes eight neighbours of a row at a time.
+// What becomes of the accumulators of a linear, rounded as reference.rescale and reference.quantize do: each product
+// and each sum on its own. A thread takes eight neighbours of a row at a time.
 #pragma once
 
 #include "device.cuh"

@@ -17,7 +17,8 @@ namespace ptq4vm {
 namespace cuda {
 
 template <class Gemm>
-__global__ void __launch_bounds__(Gemm::THREADS, 2) linear_kernel(const __grid_constant__ typename Gemm::Params params) {
+__global__ void __launch_bounds__(Gemm::THREADS, 2)
+    linear_kernel(const __grid_constant__ typename Gemm::Params params) {
   PTQ4VM_DYNAMIC_SHARED(typename Gemm::SharedStorage, shared);
   Gemm::run(params, *shared);
 }
@@ -38,9 +39,9 @@ struct Gemm {
       cutlass::layout::RowMajor, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, Block, Warp, Instruction, STAGES,
       cutlass::arch::OpMultiplyAddSaturate>::ThreadblockMma;
   // Says how threads share a tile, and nothing of results.
-  using Sharing = typename cutlass::epilogue::threadblock::DefaultEpilogueTensorOp<
-      Block, typename Mma::Operator, 1, cutlass::epilogue::thread::LinearCombination<cutlass::half_t, WIDTH, int, float>,
-      WIDTH>::Epilogue;
+  using Output = cutlass::epilogue::thread::LinearCombination<cutlass::half_t, WIDTH, int, float>;
+  using Sharing = typename cutlass::epilogue::threadblock::DefaultEpilogueTensorOp<Block, typename Mma::Operator, 1,
+                                                                                   Output, WIDTH>::Epilogue;
   using Visitor = LinearVisitor<typename Sharing::OutputTileIterator::ThreadMap, Block, LinearEpilogue<CODES>>;
   using Epilogue = cutlass::epilogue::threadblock::EpilogueWithVisitorCallbacks<Sharing, Visitor, 1>;
   static constexpr int THREADS = WARP_SIZE * Mma::WarpCount::kCount;

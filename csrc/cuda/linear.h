@@ -6,10 +6,10 @@
 namespace ptq4vm {
 namespace cuda {
 
-// K directions, one after the other in every array. Codes of x and of the weight are int8, or for linear_s4 two of 4 bits
-// a byte, low nibble first. D is padded to `channels`, a multiple of 16, or of 32 for linear_s4; x and weight start at a
-// multiple of 16 bytes. The weight's padding is zeros; that of x may be anything. All else needs only its type's
-// alignment, and N is any: where it is a multiple of 8 and addresses are of 16, results are stored 16 bytes at a time.
+// K directions, one after the other in every array. Codes of x and of the weight are int8, or for linear_s4 two of 4
+// bits a byte, low nibble first. D is padded to `channels`, a multiple of 16, or of 32 for linear_s4; x and weight start
+// at a multiple of 16 bytes. The weight's padding is zeros; that of x may be anything. All else needs only its type's
+// alignment, and N is any: where it is a multiple of 8 and addresses are of 16, results are stored in vectors.
 struct LinearProblem {
   const void* x;               // (K, rows, channels)
   const float* x_scale;        // (K, scales); row r has the one at r % scales

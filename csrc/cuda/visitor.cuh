@@ -59,7 +59,8 @@ struct LinearVisitor {
   template <class Problem>
   CUTLASS_DEVICE Callbacks get_callbacks(cutlass::gemm::GemmCoord tile, int thread, const Problem&) {
     const cutlass::MatrixCoord first = ThreadMap::initial_offset(thread);
-    return {epilogue, tile.k(), tile.m() * TileShape::kM + first.row(), tile.n() * TileShape::kN + first.column(), {}, {}};
+    const int row = tile.m() * TileShape::kM + first.row(), column = tile.n() * TileShape::kN + first.column();
+    return {epilogue, tile.k(), row, column, {}, {}};
   }
 };
 

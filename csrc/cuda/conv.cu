@@ -75,11 +75,7 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
     for (int v = 0; v < V; v++) y[t][v] = c.silu ? silu(y[t][v]) : y[t][v];
     store<V>(static_cast<T*>(c.y) + at, y[t]);
     if (c.codes) {
-#if PTQ4VM_MUTATE == 1
-      const Grid grid(c.qparams, first + t, direction);
-#else
       const Grid grid(c.qparams, token, direction);
-#endif
       int codes[V];
 #pragma unroll
       for (int v = 0; v < V; v++) codes[v] = grid.code(__fmul_rn(y[t][v], inv_smooth[v]));

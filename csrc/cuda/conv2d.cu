@@ -82,11 +82,7 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
 #pragma unroll
     for (int t = 0; t < STRIP; t++) {
       if (first + t >= c.width) break;
-#if PTQ4VM_MUTATE == 1
-      const Grid grid(c.qparams, token + t);
-#else
       const Grid grid(c.qparams, token + t, k);
-#endif
       int codes[V];
 #pragma unroll
       for (int v = 0; v < V; v++) codes[v] = grid.code(__fmul_rn(y[t][v], inv_smooth[v]));

@@ -66,9 +66,7 @@ struct Panel {
         for (int64_t k = 0; !s.merge && k < s.directions; k++) write(s.y, s.y_type, place(k, token), 0.0f);
       }
     }
-#if PTQ4VM_MUTATE != 4
     __syncthreads();
-#endif
   }
 
   __device__ void add(int64_t token, float y) const {
@@ -113,9 +111,7 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
       read_inputs(u, s.u.row, tokens, y);
       __syncwarp();
       chunk.fill(s, k, panel.image, begin, panel.lane, WARP_SIZE);
-#if PTQ4VM_MUTATE != 1
       __syncwarp();
-#endif
       channel.steps(chunk, 0, step);
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
@@ -131,9 +127,7 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
 #pragma unroll
           for (int t = 0; t < STRIP; t++) panel.add(tokens[t], y[t]);
         }
-#if PTQ4VM_MUTATE != 2
         __syncthreads();
-#endif
       }
     }
   }
@@ -164,9 +158,7 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
       read_tokens(s, k, begin + own, tokens);
       read_inputs(u, s.u.row, tokens, y);
       chunk.fill(s, k, panel.image, begin, panel.group * LANES + lane, LANES * GROUPS);
-#if PTQ4VM_MUTATE != 1
       __syncthreads();
-#endif
       channel.steps(chunk, own, step);
       float h = 0.0f, whole = 1.0f;
 #pragma unroll
@@ -179,9 +171,7 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
         weight[t] = whole * C;
       }
       last[panel.group][lane] = h, decay[panel.group][lane] = whole;
-#if PTQ4VM_MUTATE != 2
       __syncthreads();
-#endif
       float before = 0.0f;
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {
@@ -194,9 +184,7 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
         if (s.merge) panel.add(tokens[t], y[t]);
         else panel.write_direction(k, tokens[t], y[t]);
       }
-#if PTQ4VM_MUTATE != 3
       __syncthreads();
-#endif
     }
   }
   panel.finish_all();

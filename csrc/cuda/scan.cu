@@ -25,9 +25,7 @@ __global__ void __launch_bounds__(LANES) scan_kernel(Scan s) {
       const int n = i % (2 * count);
       if (token < s.tokens) mixing[i] = n < count ? read(s.B, image, token, n) : read(s.C, image, token, n - count);
     }
-#if PTQ4VM_MUTATE != 1
     __syncthreads();
-#endif
     float raw[STRIP], u[STRIP];
 #pragma unroll
     for (int t = 0; t < STRIP; t++) {

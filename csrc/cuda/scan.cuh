@@ -182,11 +182,7 @@ struct Chunk {
       const int t = i / count, quad = i % count, at = token_of(t);
       unsigned four = 0;
       if (at >= 0) {
-#if PTQ4VM_MUTATE == 5
-        const Grid grid(s.step, at);
-#else
         const Grid grid(s.step, at, direction);
-#endif
         for (int j = 0; j < 4; j++) {
           const int r = 4 * quad + j;
           if (r >= rank) continue;
@@ -216,7 +212,7 @@ struct Channel {
     // Tiles (channels / 16, rank / 64, 16, 16) of four codes; packed ones share 8 words, the last 8 the high nibbles.
     const int64_t row = (direction * ceil_div<int64_t>(s.channels, 16) + channel / 16) * ceil_div<int64_t>(s.rank, 64) * 16;
     const int lane = static_cast<int>(channel % 16);
-    stride = packed ? 8 : 16, shift = (lane < 8) != (PTQ4VM_MUTATE == 6) ? 0 : 4;
+    stride = packed ? 8 : 16, shift = lane < 8 ? 0 : 4;
     weight = static_cast<const unsigned*>(s.step_weight) + row * stride + lane % stride;
   }
 

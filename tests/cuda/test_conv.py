@@ -241,19 +241,32 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     assert_same_codes(codes, fused.conv2d_quantize(*inputs)[1])
 
 
-@pytest.mark.slow
-def test_the_tests_see_codes_with_the_qparams_of_another_token(emulated):
-    inputs = conv1d_inputs(torch.float32, 1, 9, 16, 4, 2, 8, 7, False, 0)
-    want = fused.conv1d_quantize(*inputs)[1]
-    assert_same_codes(conv1d_quantize(emulated("conv"), *inputs)[1], want)
-    wrong = emulated("conv", mutate=1)
-    assert is_caught(lambda: assert_same_codes(conv1d_quantize(wrong, *inputs)[1], want))
+MISTAKES = [
+    ("conv.cu", "grid(c.qparams, token, direction)", "grid(c.qparams, first + t, direction)"),
+    ("conv.cu", "w[v][k] * values[t + k][v]", "w[v][TAPS - 1 - k] * values[t + k][v]"),
+    ("conv.cu", "0 <= step && step < c.tokens", "step < c.tokens"),
+    ("conv.cu", "return order ? order[step] : step;", "return step;"),
+    ("conv2d.cu", "grid(c.qparams, token + t, k)", "grid(c.qparams, token + t)"),
+    ("conv2d.cu", "if (from < 0 || from >= c.height) continue;", "if (from < 0) continue;"),
+    ("conv2d.cu", "0 <= w && w < c.width", "true"),
+    ("conv2d.cu", "k * c.batch * tokens * c.channels + at", "k * tokens * c.channels + at"),
+]
 
 
 @pytest.mark.slow
-def test_the_tests_see_codes_with_the_qparams_of_another_direction(emulated):
-    inputs = conv2d_inputs(torch.float32, 1, 3, 5, 16, (3, 3), 2, 8, 7, False, 0)
-    want = fused.conv2d_quantize(*inputs)[1]
-    assert_same_codes(conv2d_quantize(emulated("conv2d"), *inputs)[1], want)
-    wrong = emulated("conv2d", mutate=1)
-    assert is_caught(lambda: assert_same_codes(conv2d_quantize(wrong, *inputs)[1], want))
+@pytest.mark.parametrize(("file", "text", "other"), [("conv.cu", None, None), ("conv2d.cu", None, None), *MISTAKES])
+def test_mistakes_are_seen(emulated, file, text, other):
+    library = emulated(file.removesuffix(".cu"), change=text and (file, text, other))
+    if file == "conv.cu":
+        inputs = conv1d_inputs(torch.float32, 2, 9, 16, 4, 2, 8, 7, False, 0)
+        ours, theirs = conv1d_quantize, fused.conv1d_quantize
+    else:
+        inputs = conv2d_inputs(torch.float32, 2, 3, 5, 16, (3, 3), 2, 8, 7, False, 0)
+        ours, theirs = conv2d_quantize, fused.conv2d_quantize
+
+    def check():
+        (u, codes), (exact, want) = ours(library, *inputs), theirs(*inputs)
+        assert relative(u, exact.double()) <= 1e-5
+        assert_same_codes(codes, want)
+
+    assert is_caught(check) == (text is not None)

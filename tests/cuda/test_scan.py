@@ -1,6 +1,7 @@
 """csrc/cuda/scan.cu and directional_scan.cu under the emulator, against the references in float64."""
 
 import ctypes
+from functools import partial
 
 import pytest
 import torch
@@ -222,39 +223,42 @@ def test_tokens_that_no_direction_names_are_zeros(emulated):
             assert relative(ours, exact_directional(inputs, merge, 0.5)) <= 1e-5
 
 
-def check_scan(library: Library) -> None:
-    inputs = scan_inputs(1, 17, 5, 3, True, draw(0))
+MISTAKES = [  # and the numbers of states that show them
+    ("scan.cu", "__syncthreads();\n    float raw", "float raw", (3,)),
+    ("scan.cu", "n < count ? read(s.B, image, token, n)", "n < count ? read(s.C, image, token, n)", (1, 16)),
+    ("scan.cuh", "h(memory + threadIdx.y * blockDim.x", "h(memory + threadIdx.x * blockDim.y", (3,)),
+    ("directional_scan.cu", "__syncwarp();\n      channel", "channel", (3, 16)),
+    ("directional_scan.cu", "        __syncthreads();\n", "", (3, 16)),  # between additions, and before sums are read
+    ("directional_scan.cu", "    __syncthreads();\n  }\n", "  }\n", (16,)),  # after sums are cleared
+    ("directional_scan.cu", "__syncthreads();\n      channel", "channel", (1,)),
+    ("directional_scan.cu", "__syncthreads();\n      float before", "float before", (1,)),
+    ("directional_scan.cu", "      __syncthreads();\n    }\n  }", "    }\n  }", (1,)),  # before the next chunk
+    ("directional_scan.cu", "fmaf(before, weight[t], y[t])", "y[t]", (1,)),
+    ("directional_scan.cu", "decay[group][lane], last[group][lane]", "decay[group][lane], last[0][lane]", (1,)),
+    ("scan.cuh", "grid(s.step, at, direction)", "grid(s.step, at)", (1, 16)),
+    ("scan.cuh", "shift = lane < 8 ? 0 : 4", "shift = lane < 8 ? 4 : 0", (1, 16)),
+    ("scan.cuh", "sums[t] = -chunk.zero_point[first + t] * weight_sum", "sums[t] = 0", (1, 16)),
+]
+
+
+def check_scan(library: Library, states: int) -> None:
+    inputs = scan_inputs(1, 17, 5, states, True, draw(0))
     ours = selective_scan(library, *inputs, True)
     assert relative(ours, reference.selective_scan(*(x.double() for x in inputs), True)) <= 1e-5
 
 
-def check_directional(library: Library, states: int, bits: int) -> None:
-    inputs = directional_inputs(draw(0), 3, False, 1, 96, 24, 5, states, True, bits, 0, torch.float32)
+def check_directional(library: Library, states: int) -> None:
+    inputs = directional_inputs(draw(0), 3, False, 1, 96, 24, 5, states, True, 4, 0, torch.float32)
     assert relative(directional_scan(library, *inputs), exact_directional(inputs, True, 0.5)) <= 1e-5
 
 
-@pytest.mark.slow
-def test_the_tests_see_a_missing_barrier_in_the_scan(emulated):
-    check_scan(emulated("scan"))
-    wrong = emulated("scan", mutate=1)
-    assert is_caught(lambda: check_scan(wrong))
+CONTROLS = [("scan.cu", None, None, (1, 3, 16)), ("directional_scan.cu", None, None, (1, 3, 16))]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mutation", "states"),
-    [
-        (1, 1),  # no barrier before a chunk is read
-        (1, 16),
-        (2, 1),  # … before a segment reads the others' last states
-        (2, 16),  # … before sums are read
-        (3, 1),  # … before the next chunk is written
-        (4, 16),  # … after the sums are cleared
-        (5, 1),  # a direction with another's qparams of the step
-        (6, 16),  # the two codes of a byte swapped
-    ],
-)
-def test_the_tests_see_mistakes_in_the_directional_scan(emulated, mutation, states):
-    check_directional(emulated("directional_scan"), states, 4)
-    wrong = emulated("directional_scan", mutate=mutation)
-    assert is_caught(lambda: check_directional(wrong, states, 4))
+@pytest.mark.parametrize(("file", "text", "other", "states"), [*CONTROLS, *MISTAKES])
+def test_mistakes_are_seen(emulated, file, text, other, states):
+    name, check = ("scan", check_scan) if file == "scan.cu" else ("directional_scan", check_directional)
+    library = emulated(name, change=text and (file, text, other))
+    for count in states:
+        assert is_caught(partial(check, library, count)) == (text is not None), count

@@ -1,5 +1,6 @@
-// fused.conv1d_quantize and reference.causal_conv1d. A thread has V channels and STRIP steps of a direction: it reads all
-// that they need before it writes. Sums have one order, in float32. Rows may lie anywhere; V is 4 where they are aligned.
+// fused.conv1d_quantize and reference.causal_conv1d. A thread has V channels and STRIP steps of a direction: it reads
+// all that they need before it writes. Sums have one order, in float32. Rows may lie anywhere; V is 4 where they are
+// aligned.
 #include "device.cuh"
 
 namespace ptq4vm {

@@ -1,5 +1,5 @@
-// fused.conv2d_quantize. A thread has V channels of STRIP neighbours in a row of a map. Sums have one order, in float32.
-// Rows of x may lie anywhere; V is 4 where they are aligned.
+// fused.conv2d_quantize. A thread has V channels of STRIP neighbours in a row of a map. Sums have one order, in
+// float32. Rows of x may lie anywhere; V is 4 where they are aligned.
 #include "device.cuh"
 
 namespace ptq4vm {
@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
     }
   }
 
-  const int64_t tokens = c.height * c.width, token = h * c.width + first, at = (image * tokens + token) * c.channels + e;
+  const int64_t tokens = c.height * c.width, token = h * c.width + first;
+  const int64_t at = (image * tokens + token) * c.channels + e;
 #pragma unroll
   for (int t = 0; t < STRIP; t++) {
     if (first + t >= c.width) break;
@@ -77,7 +78,9 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
   for (int64_t k = 0; k < c.directions; k++) {
     float inv_smooth[V];
 #pragma unroll
-    for (int v = 0; v < V; v++) inv_smooth[v] = c.qparams.inv_smooth ? c.qparams.inv_smooth[k * c.channels + e + v] : 1.0f;
+    for (int v = 0; v < V; v++) {
+      inv_smooth[v] = c.qparams.inv_smooth ? c.qparams.inv_smooth[k * c.channels + e + v] : 1.0f;
+    }
     int8_t* to = c.codes + k * c.batch * tokens * c.channels + at;
 #pragma unroll
     for (int t = 0; t < STRIP; t++) {

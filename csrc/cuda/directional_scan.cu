@@ -1,9 +1,9 @@
 // fused.directional_scan and fused.directional_scan_quantize. A thread has a channel and its states; orders are index
-// arithmetic, and threads with neighbouring channels read neighbouring numbers in any of them. The step's codes, B and C
-// are made once for all channels of a block, in shared memory. No direction names a token twice.
+// arithmetic, and threads with neighbouring channels read neighbouring numbers in any of them. The step's codes, B and
+// C are made once for all channels of a block, in shared memory. No direction names a token twice.
 //
-// Sums over directions have one order, which depends on nothing but the shapes and the orders. They lie in shared memory
-// where that is enough, else in y if that is float32, else in memory of the caller.
+// Sums over directions have one order, which depends on nothing but the shapes and the orders. They lie in shared
+// memory where that is enough, else in y if that is float32, else in memory of the caller.
 #include "scan.cuh"
 
 namespace ptq4vm {
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
   panel.finish_all();
 }
 
-// One state, and one direction after the other. Every group of threads has STRIP of a chunk's steps: it runs them from a
-// state of zero, and adds what the state before them becomes when all groups know theirs.
+// One state, and one direction after the other. Every group of threads has STRIP of a chunk's steps: it runs them from
+// a state of zero, and adds what the state before them becomes when all groups know theirs.
 template <int LANES, int GROUPS, class T>
 __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(DirectionalScan s) {
   constexpr int STEPS = GROUPS * STRIP;

@@ -210,7 +210,8 @@ struct Channel {
     bias = s.step_bias[at], skip = s.D ? s.D[at] : 0.0f;
     weight_scale = s.step_weight_scale[at], weight_sum = s.step_weight_sum[at];
     // Tiles (channels / 16, rank / 64, 16, 16) of four codes; packed ones share 8 words, the last 8 the high nibbles.
-    const int64_t row = (direction * ceil_div<int64_t>(s.channels, 16) + channel / 16) * ceil_div<int64_t>(s.rank, 64) * 16;
+    const int64_t tile = direction * ceil_div<int64_t>(s.channels, 16) + channel / 16;
+    const int64_t row = tile * ceil_div<int64_t>(s.rank, 64) * 16;
     const int lane = static_cast<int>(channel % 16);
     stride = packed ? 8 : 16, shift = lane < 8 ? 0 : 4;
     weight = static_cast<const unsigned*>(s.step_weight) + row * stride + lane % stride;

@@ -3,7 +3,7 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
-SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
+SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)

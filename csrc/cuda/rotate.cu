@@ -1,0 +1,91 @@
+// reference.rotate and fused.rotate_quantize. A row goes through shared memory, a warp's up to 1024 channels and a block's
+// beyond; its result does not depend on the others.
+#include "rotate.cuh"
+
+namespace ptq4vm {
+namespace cuda {
+namespace {
+
+constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
+
+// Into shared memory, N channels at once.
+template <class T, int WARPS, int N>
+__device__ void fetch(const T* x, bool of_gelu, float* row, int channels) {
+  for (int d = Team<WARPS>::rank() * N; d < channels; d += Team<WARPS>::SIZE * N) {
+    float value[N];
+    load<N>(x + d, value);
+#pragma unroll
+    for (int i = 0; i < N; i++) row[place(d + i)] = of_gelu ? gelu(value[i]) : value[i];
+  }
+  Team<WARPS>::sync();
+}
+
+template <class T, int WARPS, bool VECTORS>
+__global__ void __launch_bounds__(THREADS) rotate_rows(const Rotate q, const __grid_constant__ RotationOnDevice of) {
+  constexpr int N = VECTORS ? NEIGHBOURS : 1;
+  PTQ4VM_DYNAMIC_SHARED(float, rows);
+  const int64_t row = own_row<WARPS>(), first = row * of.channels;
+  if (row >= q.rows) return;
+  float* values = own_shared<WARPS>(rows, of.channels);
+  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, false, values, of.channels);
+  T* y = static_cast<T*>(q.y) + first;
+  rotate_row<WARPS, N>(of, values, [=](int d, const float(&value)[N]) { store<N>(y + d, value); });
+}
+
+template <class T, int WARPS, bool VECTORS>
+__global__ void __launch_bounds__(THREADS)
+    code_rows(const RotateQuantize q, const __grid_constant__ RotationOnDevice of) {
+  constexpr int N = VECTORS ? NEIGHBOURS : 1;
+  PTQ4VM_DYNAMIC_SHARED(float, rows);
+  const int64_t row = own_row<WARPS>(), first = row * of.channels;
+  if (row >= q.rows) return;
+  float* values = own_shared<WARPS>(rows, of.channels);
+  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, q.gelu, values, of.channels);
+  const Grid grid(q.qparams, row);
+  const float* inv_smooth = q.qparams.inv_smooth;
+  int8_t* to = q.codes + first;
+  rotate_row<WARPS, N>(of, values, [=](int d, const float(&value)[N]) {
+    write_codes<N>(to + d, value, inv_smooth ? inv_smooth + d : nullptr, grid);
+  });
+}
+
+// run(std::integral_constant WARPS) → run with the warps that a row of so many channels gets.
+template <class F>
+void with_warps(int64_t channels, F run) {
+  if (channels <= CHANNELS_OF_WARP) {
+    run(std::integral_constant<int, 1>());
+  } else {
+    run(std::integral_constant<int, WARPS_IN_BLOCK>());
+  }
+}
+
+}  // namespace
+
+void rotate(const Rotate& q, Stream stream) {
+  with_type(q.type, [&](auto type) {
+    with_warps(q.rotation.channels, [&](auto warps) {
+      using T = decltype(type);
+      constexpr int W = decltype(warps)::value;
+      const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
+                           aligned<NEIGHBOURS>(static_cast<const T*>(q.y));
+      PTQ4VM_LAUNCH(vectors ? rotate_rows<T, W, true> : rotate_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
+                    shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
+    });
+  });
+}
+
+void rotate_quantize(const RotateQuantize& q, Stream stream) {
+  with_type(q.x_type, [&](auto type) {
+    with_warps(q.rotation.channels, [&](auto warps) {
+      using T = decltype(type);
+      constexpr int W = decltype(warps)::value;
+      const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
+                           aligned<NEIGHBOURS>(q.codes) && aligned<NEIGHBOURS>(q.qparams.inv_smooth);
+      PTQ4VM_LAUNCH(vectors ? code_rows<T, W, true> : code_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
+                    shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
+    });
+  });
+}
+
+}  // namespace cuda
+}  // namespace ptq4vm

@@ -1,0 +1,35 @@
+// Which tile a linear is cut into.
+#pragma once
+
+#include <cstdint>
+
+namespace ptq4vm {
+namespace cuda {
+
+enum class Tile { rows64_features64, rows64_features128, rows128_features128 };
+
+// The sizes from which on a tile is used; outputs are those of all directions.
+struct TileRule {
+  int64_t features, channels, outputs;
+  Tile tile;
+};
+
+// The first line whose sizes a problem reaches. Large tiles read less memory, many small ones keep every multiprocessor
+// busy; few output channels take one tile across, so that x is read once.
+constexpr TileRule TILES[] = {
+    {129, 0, 1 << 22, Tile::rows128_features128},
+    {65, 0, 1 << 18, Tile::rows64_features128},
+    {0, 0, 0, Tile::rows64_features64},
+};
+
+constexpr Tile choose_tile(int64_t directions, int64_t rows, int64_t features, int64_t channels) {
+  for (const TileRule& rule : TILES) {
+    if (features >= rule.features && channels >= rule.channels && directions * rows * features >= rule.outputs) {
+      return rule.tile;
+    }
+  }
+  return Tile::rows64_features64;
+}
+
+}  // namespace cuda
+}  // namespace ptq4vm

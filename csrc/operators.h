@@ -1,0 +1,243 @@
+// The arguments of every operator, the same for all devices. Pointers are to contiguous memory unless strides say more;
+// the glue that fills these in has checked shapes and types.
+#pragma once
+
+#include <cstdint>
+
+namespace ptq4vm {
+
+enum class Float { f32, bf16, f16 };  // f16 on CUDA only
+
+constexpr int64_t FEATURES_IN_BLOCK = 64;
+constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
+
+// Those of the codes that an operator gives: row r of a set has the ones at r % scales.
+struct Qparams {
+  const float* inv_scale;
+  const int32_t* zero_point;
+  const float* inv_smooth;  // (D,) or null
+  int64_t scales;
+  int low, high;
+};
+
+// reference.quantize: x (rows, D) → codes (rows, D).
+struct Quantize {
+  const void* x;
+  Float x_type;
+  Qparams qparams;
+  int8_t* codes;
+  int64_t rows, channels;
+};
+
+// reference.choose_qparams: x (rows, D) → scale, zero_point (rows,).
+struct ChooseQparams {
+  const void* x;
+  Float x_type;
+  const float* inv_smooth;  // (D,) or null
+  float* scale;
+  int32_t* zero_point;
+  int64_t rows, channels;
+  int low, high;
+};
+
+// reference.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
+struct Dequantize {
+  const int8_t* x;
+  const float* scale;
+  const int32_t* zero_point;
+  float* y;
+  int64_t rows, channels, scales;
+};
+
+// Of a row: Hadamard's transform of every `order` channels, then Hartley's over those runs.
+struct Rotation {
+  const float* matrix;  // (channels / order, channels / order), Hartley's, or null
+  int64_t channels, order;
+  float factor;  // 1 / √order
+};
+
+// reference.rotate: x, y (rows, D).
+struct Rotate {
+  const void* x;
+  void* y;
+  Float type;
+  Rotation rotation;
+  int64_t rows;
+};
+
+// fused.rotate_quantize: x, codes (rows, D).
+struct RotateQuantize {
+  const void* x;
+  Float x_type;
+  bool gelu;  // of x first
+  Rotation rotation;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t rows;
+};
+
+// fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
+struct NormQuantize {
+  const void* x;
+  Float x_type;
+  const float *residual, *weight, *bias;  // or null
+  float* total;                           // null without a residual
+  int8_t* codes;
+  Qparams qparams;
+  int64_t rows, channels;
+  float eps;
+  bool rms;
+  const Rotation* rotation;  // of the normed values, or null
+};
+
+// fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
+struct PackedWeight {
+  const void* tiles;
+  bool nibbles;
+  const int32_t* sum;  // (N,) of each row's codes
+  const float* scale;  // (N,)
+  const float* bias;   // (N,) or null
+  int64_t channels, features;
+};
+
+// Packs a plain weight: int8 (N, D), or two 4-bit codes a byte (N, ceil(D / 2)).
+struct Pack {
+  const void* weight;
+  bool nibbles;
+  int8_t* tiles;
+  int32_t* sum;  // (N,)
+  int64_t channels, features;
+};
+
+// fused.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
+// gelu_codes, fused.linear_gelu_quantize: those are written, and not y.
+struct Linear {
+  const int8_t* x;
+  const float* x_scale;
+  const int32_t* zero_point;
+  PackedWeight weight;
+  void* y;
+  Float y_type;
+  bool normal;         // no result but zero is so small that float32 has it denormal
+  int8_t* gelu_codes;  // or null
+  Qparams gelu;
+  int64_t directions, rows, scales;
+  int64_t rows_in_block;  // a multiple of 32
+
+  int64_t row_blocks() const { return (rows + rows_in_block - 1) / rows_in_block; }
+  int64_t feature_blocks() const { return (weight.features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK; }
+  int64_t blocks() const { return directions * row_blocks() * feature_blocks(); }
+};
+
+// A tensor (B, L, channels) that may be a part of a larger one: its channels are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  Float type = Float::f32;
+  int64_t image = 0, row = 0;  // elements from one to the next
+};
+
+// reference.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
+struct Scan {
+  Rows u, delta, B, C, z;  // z may have no data
+  const float *A, *D, *delta_bias;  // the last two may be null
+  void* y;
+  Float y_type;
+  int64_t batch, tokens, channels, states;
+  bool softplus;
+};
+
+constexpr int64_t PANEL = 256;  // channels
+
+// Its adjoint. Gradients of what is shared between images are written for every image, those of what is shared between
+// channels for every panel of channels, and summed by the caller: A (batch, E, S), D and delta_bias (batch, E), B and C
+// (panels, batch, L, S).
+struct ScanBackward {
+  Scan forward;  // y unused
+  const float* grad;
+  float *u, *delta, *A, *B, *C;
+  float *D, *z, *delta_bias;  // or null
+};
+
+// fused.directional_scan, and fused.directional_scan_quantize where there are codes instead of y. Layouts as there; what
+// is not of type Rows is contiguous.
+struct DirectionalScan {
+  Rows u, z;  // z may have no data
+  int64_t u_direction;  // elements from one direction's u to the next one's; 0 where they share it
+  const float* projected;
+  Qparams step;             // K sets, with inv_smooth (K, R)
+  const float* step_scale;  // (K, step.scales)
+  const void* step_weight;
+  bool packed;  // two 4-bit codes a byte
+  const int32_t* step_weight_sum;
+  const float *step_weight_scale, *step_bias, *A, *D;  // D may be null
+  const int32_t* order;  // of every direction, `steps` tokens or -1
+  int64_t directions, batch, tokens, steps, channels, rank, states;
+  float factor;
+  bool merge;
+  void* y;
+  Float y_type;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t panel;  // on the CPU: channels of an item, a multiple of 16
+  float* sums;    // on CUDA: memory for as many as directional_scan_sums says
+};
+
+// fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
+// rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
+// weight (K, E, taps). There are K sets of qparams.
+struct Conv {
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (K, E) or null
+  const int32_t* order;        // (K, L), or null: 0, 1, 2, …
+  void* y;
+  int8_t* codes;  // or null
+  Qparams qparams;
+  int64_t directions, batch, tokens, channels, taps;
+  bool silu;
+};
+
+// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
+// weight (E, rows, columns).
+struct Conv2d {
+  const void* x;
+  Float type;
+  int64_t x_image, x_row;
+  const float *weight, *bias;  // bias (E,) or null
+  void* y;
+  int8_t* codes;
+  Qparams qparams;
+  int64_t directions, batch, height, width, channels, rows, columns;
+};
+
+// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
+// (batch, E) are written for every image.
+struct ConvBackward {
+  Conv forward;  // y unused
+  const float* grad;
+  float *x, *weight, *bias;  // bias or null
+};
+
+// reference.fake_quantize: x, y (rows, D); qparams of a row as above. Without zero points codes are symmetric and x is
+// divided by the scale, as weights are; with them it is multiplied by its reciprocal.
+struct FakeQuantize {
+  const float *x, *smooth;  // smooth (D,) or null
+  const float* scale;
+  const int32_t* zero_point;  // or null
+  float* y;
+  int64_t rows, channels, scales;
+  int low, high;
+};
+
+// Its gradients, each null where nobody asks. Those of scale and zero point are written for every row, the smoothing's
+// (D,) for every block of ROWS_IN_SUM rows, and the caller sums them.
+struct FakeQuantizeBackward {
+  FakeQuantize forward;  // y unused
+  const float* grad;
+  float *x, *scale, *zero_point, *smooth;
+};
+
+constexpr int64_t ROWS_IN_SUM = 32;
+
+}  // namespace ptq4vm

@@ -1,5 +1,5 @@
-// The arguments of every operator, the same for all devices. Pointers are to contiguous memory unless strides say more;
-// the glue that fills these in has checked shapes and types.
+// The arguments of operators, the same for all devices; linears have their own, since weights are packed for each.
+// Pointers are to contiguous memory unless strides say more; the glue that fills these in has checked shapes and types.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,6 @@ namespace ptq4vm {
 
 enum class Float { f32, bf16, f16 };  // f16 on CUDA only
 
-constexpr int64_t FEATURES_IN_BLOCK = 64;
 constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
 
 // Those of the codes that an operator gives: row r of a set has the ones at r % scales.
@@ -88,45 +87,6 @@ struct NormQuantize {
   float eps;
   bool rms;
   const Rotation* rotation;  // of the normed values, or null
-};
-
-// fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
-struct PackedWeight {
-  const void* tiles;
-  bool nibbles;
-  const int32_t* sum;  // (N,) of each row's codes
-  const float* scale;  // (N,)
-  const float* bias;   // (N,) or null
-  int64_t channels, features;
-};
-
-// Packs a plain weight: int8 (N, D), or two 4-bit codes a byte (N, ceil(D / 2)).
-struct Pack {
-  const void* weight;
-  bool nibbles;
-  int8_t* tiles;
-  int32_t* sum;  // (N,)
-  int64_t channels, features;
-};
-
-// fused.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
-// gelu_codes, fused.linear_gelu_quantize: those are written, and not y.
-struct Linear {
-  const int8_t* x;
-  const float* x_scale;
-  const int32_t* zero_point;
-  PackedWeight weight;
-  void* y;
-  Float y_type;
-  bool normal;         // no result but zero is so small that float32 has it denormal
-  int8_t* gelu_codes;  // or null
-  Qparams gelu;
-  int64_t directions, rows, scales;
-  int64_t rows_in_block;  // a multiple of 32
-
-  int64_t row_blocks() const { return (rows + rows_in_block - 1) / rows_in_block; }
-  int64_t feature_blocks() const { return (weight.features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK; }
-  int64_t blocks() const { return directions * row_blocks() * feature_blocks(); }
 };
 
 // A tensor (B, L, channels) that may be a part of a larger one: its channels are contiguous.

@@ -5,10 +5,9 @@
         library.quantize(Quantize(x=x, x_type=kind(x), …, codes=codes, rows=3, channels=8))
 
 A `Struct` mirrors one of csrc/operators.h: fields in its order. Tensors and structs are given as they are.
-`poisoned` makes outputs, so that what a kernel leaves out shows. Two ways to make a wrong kernel: with
-`emulated("quantize", mutate=3)` PTQ4VM_MUTATE is 3, and `emulated("rotate", change=("rotate.cuh", "__syncwarp()", ""))`
-compiles a copy with that text replaced, which must be there once. `is_caught` says whether a check fails with it, by an
-exception or because the emulator aborts.
+`poisoned` makes outputs, so that what a kernel leaves out shows. `emulated("rotate", change=("rotate.cuh",
+"__syncwarp()", ""))` compiles a wrong kernel: a copy with that text replaced, which must be there once. `is_caught`
+says whether a check fails with it, by an exception or because the emulator aborts.
 """
 
 import ctypes
@@ -133,18 +132,16 @@ Change = tuple[str, str, str]
 """A file of csrc/cuda, a text in it, and what stands there instead."""
 
 
-def compile_emulated(
-    folder: Path, name: str, mutate: int = 0, change: Change | None = None, flags: tuple[str, ...] = ()
-) -> Library:
+def compile_emulated(folder: Path, name: str, change: Change | None = None, flags: tuple[str, ...] = ()) -> Library:
     """csrc/cuda/NAME.cu compiled into `folder`, which workers of a session share."""
-    mutant = f"{mutate}-{hashlib.sha256(repr(change).encode()).hexdigest()[:16]}" if change else mutate
-    target = folder / f"{name}.{mutant}.so"
+    mutant = f"{name}.{hashlib.sha256(repr(change).encode()).hexdigest()[:16]}" if change else name
+    target = folder / f"{mutant}.so"
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            sources = _changed(folder / f"{name}.{mutant}", change) if change else SOURCES
-            warnings = "-w" if change or mutate else "-Werror"  # what is missing leaves something unused
-            command = [COMPILER, *FLAGS, warnings, f"-I{sources / 'emulator'}", f"-DPTQ4VM_MUTATE={mutate}", *flags]
+            sources = _changed(folder / mutant, change) if change else SOURCES
+            warnings = "-w" if change else "-Werror"  # what is missing leaves something unused
+            command = [COMPILER, *FLAGS, warnings, f"-I{sources / 'emulator'}", *flags]
             command += [str(sources / f"{name}.cu"), "-o", f"{target}.part"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-// selective_scan and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in operators.h.
+// selective_scan and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in
+// operators.h.
 #pragma once
 
 #include <cmath>

@@ -35,11 +35,6 @@
 #endif
 #define PTQ4VM_LAUNCH(...) ::ptq4vm::cuda::launch_kernel(__VA_ARGS__)
 
-// Takes something out of a kernel, or swaps it, where tests ask whether they would see that: 0 in every build.
-#ifndef PTQ4VM_MUTATE
-#define PTQ4VM_MUTATE 0
-#endif
-
 namespace ptq4vm {
 namespace cuda {
 

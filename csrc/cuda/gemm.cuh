@@ -91,7 +91,7 @@ struct Gemm {
 
 template <class Code, bool CODES>
 void launch_tile(const LinearProblem& p, Stream stream) {
-  switch (choose_tile(p.directions, p.rows, p.features, p.channels)) {
+  switch (choose_tile(p.directions, p.rows, p.features)) {
     case Tile::rows64_features64: return Gemm<Code, 64, 64, CODES>::launch(p, stream);
     case Tile::rows64_features128: return Gemm<Code, 64, 128, CODES>::launch(p, stream);
     case Tile::rows128_features128: return Gemm<Code, 128, 128, CODES>::launch(p, stream);

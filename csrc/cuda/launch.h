@@ -21,7 +21,6 @@ void conv2d(const Conv2d&, Stream);
 void scan(const Scan&, Stream);
 void directional_scan(const DirectionalScan&, Stream);
 int64_t directional_scan_sums(const DirectionalScan&);  // the floats that its `sums` needs, often none
-void linear(const Linear&, Stream);
 
 }  // namespace cuda
 }  // namespace ptq4vm

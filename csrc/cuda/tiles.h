@@ -10,23 +10,21 @@ enum class Tile { rows64_features64, rows64_features128, rows128_features128 };
 
 // The sizes from which on a tile is used; outputs are those of all directions.
 struct TileRule {
-  int64_t features, channels, outputs;
+  int64_t features, outputs;
   Tile tile;
 };
 
 // The first line whose sizes a problem reaches. Large tiles read less memory, many small ones keep every multiprocessor
 // busy; few output channels take one tile across, so that x is read once.
 constexpr TileRule TILES[] = {
-    {129, 0, 1 << 22, Tile::rows128_features128},
-    {65, 0, 1 << 18, Tile::rows64_features128},
-    {0, 0, 0, Tile::rows64_features64},
+    {129, 1 << 22, Tile::rows128_features128},
+    {65, 1 << 18, Tile::rows64_features128},
+    {0, 0, Tile::rows64_features64},
 };
 
-constexpr Tile choose_tile(int64_t directions, int64_t rows, int64_t features, int64_t channels) {
+constexpr Tile choose_tile(int64_t directions, int64_t rows, int64_t features) {
   for (const TileRule& rule : TILES) {
-    if (features >= rule.features && channels >= rule.channels && directions * rows * features >= rule.outputs) {
-      return rule.tile;
-    }
+    if (features >= rule.features && directions * rows * features >= rule.outputs) return rule.tile;
   }
   return Tile::rows64_features64;
 }

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from cuda_emulator import (
+    DTYPES,
+    SUPPRESSED,
     Library,
     Qparams,
     Struct,
@@ -15,7 +17,7 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import draw, relative
 from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
@@ -23,8 +25,6 @@ from torch import Tensor
 
 from ptq4vm import fused, reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-SUPPRESSED = [HealthCheck.function_scoped_fixture]
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 BITS, OPTIONAL, SEEDS = st.integers(2, 8), st.integers(0, 7), st.integers(0, 2**20)
 

@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 from cuda_emulator import (
+    DTYPES,
+    SUPPRESSED,
     Library,
     Qparams,
     Struct,
@@ -19,7 +21,7 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import draw, relative, scan_inputs
 from test_native_scan import directional_inputs, exact_directional, part
@@ -27,8 +29,6 @@ from torch import Tensor
 
 from ptq4vm import fused, reference
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-SUPPRESSED = [HealthCheck.function_scoped_fixture]
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 CHANNELS = st.sampled_from([1, 15, 32, 33, 40, 72])
 STATES = st.sampled_from([1, 1, 2, 3, 16, 16, 17])

@@ -177,9 +177,9 @@ def _fuse_rotations(gm: GraphModule) -> GraphModule:
 
 
 def _rotation(quantize: Node) -> Node | None:
-    """The rotation whose result a quantizer alone reads."""
+    """The rotation whose result a quantizer reads."""
     value = args(quantize)[0]
-    return value if is_call(value, ops.rotate.default) and only_user(value) is not None else None
+    return value if is_call(value, ops.rotate.default) else None
 
 
 def _residual(x: Node) -> tuple[Node, Node] | None:

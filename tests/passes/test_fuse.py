@@ -86,8 +86,11 @@ def test_every_familys_rotations_are_fused(lowered, name):
     gm = fuse(copied(lowered(name, "rotated w4a4")))
     assert counted(gm) == collections.Counter(EXPECTED[name] | ROTATED[name])
     assert not any(fusion.left for fusion in fusions(gm))
-    turned = [node for node in gm.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)]
+    half = fuse(copied(lowered(name, "rotated w4a4")), torch.bfloat16)
+    turned = half.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
     assert {node.args[1] for node in turned} == {name == "vmamba_nano_32"}  # of GELU
+    sums = name.startswith("local")  # LocalMamba's channel attention lies between, in float32
+    assert {node.args[0].meta["val"].dtype for node in turned} == {torch.float32 if sums else torch.bfloat16}
 
 
 FUSED = {
@@ -210,6 +213,26 @@ def test_dynamic_scales_are_left_and_named(roads):
     assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(gm(images), plain(images))
+
+
+class Mlp(nn.Module):
+    def __init__(self, approximate):
+        super().__init__()
+        self.up, self.gelu, self.down = nn.Linear(16, 32), nn.GELU(approximate), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_of_rotated_gelus_the_exact_one_alone_is_fused(approximate):
+    torch.manual_seed(0)
+    config = QuantConfig(rotation=True, range_search=False)
+    plain = quantize(Mlp(approximate), [torch.randn(4, 8, 16)], config, progress=False)
+    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    (turned,) = gm.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
+    assert turned.args[1] == (approximate == "none")
+    assert (gm(x) - plain(x)).abs().max() <= 1e-2 * (plain(x) - x).abs().max()
 
 
 class TwiceNormed(nn.Module):

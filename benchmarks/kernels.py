@@ -175,6 +175,10 @@ def norm_one_by_one(
     return total, ops.quantize(ops.rotate(y) if rotated else y, *codes)
 
 
+def rotate_one_by_one(x: Tensor, gelu: bool, *codes: Any) -> object:
+    return ops.quantize(ops.rotate(F.gelu(x) if gelu else x), *codes)
+
+
 def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:
     """Of the two directions that need no gather, and leave the second one reversed."""
     inv_scale, zero_point, smooth, bits = codes
@@ -214,6 +218,13 @@ def producers(rounds: int) -> None:
                 norm_one_by_one,
                 (x, None, weight, bias, 1e-5, False, False, *one),
             ),
+            "layer norm and rotation, 197×384": (
+                ops.norm_quantize,
+                norm_one_by_one,
+                (x, None, weight, bias, 1e-5, False, True, *one),
+            ),
+            "rotation, 197×384": (ops.rotate_quantize, rotate_one_by_one, (x, False, *one)),
+            "GELU and rotation, 197×384": (ops.rotate_quantize, rotate_one_by_one, (x, True, *one)),
             "two convolutions and SiLU, 197×768": (
                 ops.conv1d_quantize,
                 conv1d_one_by_one,

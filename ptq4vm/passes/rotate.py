@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, LinearSite, aten, is_view, parameter_of
+from ptq4vm.graph import Insertion, LinearSite, aten, attribute, is_view, parameter_of
+from ptq4vm.passes.patterns import arguments, is_call, only_user, same_tokens
 
 _FACTORS = {aten.dropout.default, aten.mul.Tensor}
 
@@ -21,9 +24,43 @@ def insert_rotation(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule
     """`linear(x, W)` → `linear(x R, W R)` where the linear writes to the residual stream; R is orthogonal."""
     for site in sites:
         if _writes_stream(site.node):
+            _balance(gm, site.node)
             insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
             site.node.args = (*(insert.call(ops.rotate.default, value) for value in (x, weight)), *bias)
     return gm
+
+
+@torch.no_grad()
+def _balance(gm: GraphModule, linear: Node) -> None:
+    """Moves the size of W's columns into the norm before it, in place, where both serve this linear alone."""
+    x, weight, *_ = arguments(linear)
+    norm = _norm_before(x)
+    if norm is None:
+        return
+    affine = [node for node in arguments(norm)[2 : 4 if norm.target is aten.layer_norm.default else 3] if node]
+    if not affine or not all(node.op == "get_attr" and only_user(node) for node in (weight, *affine)):
+        return
+    matrix, *vectors = (attribute(gm, str(node.target)) for node in (weight, *affine))
+    if all(vector.shape == matrix.shape[1:] for vector in vectors):
+        factor = power_of_two(torch.linalg.vector_norm(matrix.float(), dim=0)).to(matrix.dtype)
+        matrix.div_(factor)
+        for vector in vectors:
+            vector.mul_(factor)
+
+
+def _norm_before(x: Node) -> Node | None:
+    """The norm whose result, times others, is x; it has no other reader."""
+    x = same_tokens(x)
+    if only_user(x) is None:
+        return None
+    if is_call(x, aten.mul.Tensor):
+        return next(filter(None, (_norm_before(factor) for factor in x.all_input_nodes)), None)
+    return x if is_call(x, aten.rms_norm.default, aten.layer_norm.default) else None
+
+
+def power_of_two(sizes: Tensor) -> Tensor:
+    """The nearest, by ratio; 1 for 0."""
+    return torch.where(sizes > 0, sizes, 1.0).log2().round().exp2()
 
 
 def _writes_stream(node: Node) -> bool:

@@ -36,6 +36,19 @@ class Cubes(nn.Module):
         return x + self.down(x.pow(3))
 
 
+class Normed(nn.Module):
+    """A norm, gated or not, before what writes to the stream; with `shared`, the gate reads the norm too."""
+
+    def __init__(self, norm: nn.Module, gated: bool = True, shared: bool = False) -> None:
+        super().__init__()
+        self.norm, self.gate, self.down = norm, nn.Linear(8, 8), nn.Linear(8, 8)
+        self.gated, self.shared = gated, shared
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(y * self.gate(y if self.shared else x) if self.gated else y)
+
+
 class Added(nn.Module):
     """Its linear's output meets a parameter and itself, no other stream."""
 
@@ -84,6 +97,57 @@ def test_what_writes_to_the_stream_is_rotated_and_nothing_else(small_vim, images
     assert rotated_names(small_vim, images) == {f"layers.{i}.mixer.out_proj" for i in range(2)}
     assert rotated_names(Mlp().eval(), normal(3, 5, 8)) == {"down"}
     assert rotated_names(Added().eval(), normal(3, 4, 8)) == set()
+
+
+def scaled_norm(kind: type[nn.Module]) -> nn.Module:
+    norm = kind(8)
+    nn.init.normal_(norm.weight)
+    return norm
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
+def test_channels_are_balanced_whatever_norm_and_weight_make_of_them(kind, gated):
+    torch.manual_seed(0)
+    model, x = Normed(scaled_norm(kind), gated).eval(), normal(3, 5, 8)
+    want, factors = model(x), torch.tensor([1, 64, 1, 0.25, 1, 32, 1, 2])
+    found = []
+    for factor in (torch.ones(8), factors):
+        with torch.no_grad():
+            model.down.weight /= factor
+            for parameter in model.norm.parameters():
+                parameter *= factor
+        gm = canonical(model, x)
+        gm = finish(insert_rotation(gm, find_linears(gm)))
+        assert torch.allclose(gm(x), want, atol=1e-5)
+        sizes = gm.get_parameter("down.weight").norm(dim=0)
+        assert sizes.min() >= 0.5**0.5 and sizes.max() <= 2**0.5
+        found.append(dict(gm.named_parameters()))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Normed(scaled_norm(nn.LayerNorm), shared=True),
+        Normed(nn.LayerNorm(8, elementwise_affine=False)),
+        Normed(nn.LayerNorm((5, 8))),
+        Normed(nn.Identity()),
+    ],
+)
+def test_where_the_norm_cannot_be_rescaled_nothing_is(model):
+    gm = canonical(model.eval(), normal(3, 5, 8))
+    insert_rotation(gm, find_linears(gm))
+    assert torch.equal(gm.get_parameter("down.weight"), model.down.weight)
+
+
+def test_a_channel_that_nothing_reads_stays():
+    model, x = Normed(nn.LayerNorm(8)).eval(), normal(3, 5, 8)
+    with torch.no_grad():
+        model.down.weight[:, 2] = 0
+    gm = canonical(model, x)
+    gm = finish(insert_rotation(gm, find_linears(gm)))
+    assert torch.allclose(gm(x), model(x), atol=1e-5)
 
 
 def test_a_long_tail_costs_far_less():

@@ -113,7 +113,7 @@ def linears(batch: int, rounds: int) -> None:
                 "int8": lambda x=codes, w=w8: ops.linear_packed(*x, *w, torch.bfloat16),
                 "int4": lambda x=codes, w=w4: ops.linear_packed(*x, *w, torch.bfloat16),
                 "bf16 gelu": float_linear(x, weight, "gelu"),
-                "gelu": lambda x=codes, w=w8, new=new: ops.linear_gelu_quantize(*x, *w, *new),
+                "gelu": lambda x=codes, w=w8, new=new: ops.linear_gelu_quantize(*x, *w, False, *new),
             },
             rounds,
         )

@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
   m.def("fake_quantize_backward(Tensor grad, " PTQ4VM_FAKE
         ", bool need_x, bool need_scale, bool need_zero_point, bool need_smooth) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("linear_packed(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor");
-  m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", " PTQ4VM_QPARAMS ") -> Tensor");
+  m.def("linear_gelu_quantize(" PTQ4VM_LINEAR ", bool rotated, " PTQ4VM_QPARAMS ") -> Tensor");
   m.def("rotate_quantize(Tensor x, bool gelu, " PTQ4VM_QPARAMS ") -> Tensor");
   m.def("norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, "
         "bool rotated, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)");

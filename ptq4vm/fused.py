@@ -77,14 +77,15 @@ def linear_gelu_quantize(
     weight_sum: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    rotated: bool,
     inv_scale: Tensor,
     zero_point: Tensor,
     inv_smooth: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """Codes of GELU (the exact one, with erf) of one linear: what the second linear of an MLP reads."""
-    y = linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32)
-    return reference.quantize(F.gelu(y), inv_scale, zero_point, inv_smooth, bits)
+    """Codes of GELU (the exact one, with erf) of one linear, or of its rotation: what an MLP's second linear reads."""
+    y = F.gelu(linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32))
+    return reference.quantize(reference.rotate(y) if rotated else y, inv_scale, zero_point, inv_smooth, bits)
 
 
 def rotate_quantize(

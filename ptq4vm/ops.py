@@ -297,7 +297,8 @@ def _linear_gelu_quantize_fake(x: Tensor, *rest: Any) -> Tensor:
 
 
 _define(
-    f"linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor x_zero_point, {_PACKED}, {_QPARAMS}) -> Tensor",
+    f"linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor x_zero_point, {_PACKED}, bool rotated, "
+    f"{_QPARAMS}) -> Tensor",
     fused.linear_gelu_quantize,
     _linear_gelu_quantize_fake,
 )

@@ -77,21 +77,36 @@ def test_denormal_results_are_kept(isa, size):
 
 
 @needs_library
-@given(st.integers(0, 2), ROWS, CHANNELS, FEATURES, BITS, KINDS, KINDS, st.booleans(), st.booleans(), SEEDS)
+@given(
+    st.integers(0, 2), ROWS, CHANNELS, FEATURES, BITS, KINDS, KINDS, st.booleans(), st.booleans(), st.booleans(), SEEDS
+)
 @settings(max_examples=60, suppress_health_check=SUPPRESSED)
 def test_codes_after_a_gelu_are_the_references_but_for_ties(
-    isa, images, tokens, channels, features, bits, kind, new_kind, bias, smooth, seed
+    isa, images, tokens, channels, features, bits, kind, new_kind, bias, smooth, rotated, seed
 ):
     random = draw(seed)
     linear = inputs(None, images, tokens, channels, features, bits, kind, bias, random)
     new_scale, new_zero_point = qparams(new_kind, images, tokens, bits, random)
     inv_smooth = torch.rand(features, generator=random) if smooth else None
     linear = (linear[0], linear[1] / 40, *linear[2:])
-    arguments = (*linear, 1 / (new_scale * channels**0.5), new_zero_point, inv_smooth, bits)
+    arguments = (*linear, rotated, 1 / (new_scale * channels**0.5), new_zero_point, inv_smooth, bits)
     ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
     assert ours.shape == theirs.shape
     different = (ours - theirs).abs()
     assert (different <= 1).all() and different.sum() <= 1 + 0.001 * different.numel()
+
+
+@needs_library
+def test_blocks_of_rotated_rows_have_their_own_tokens_scales(isa):
+    """Rows this long are rotated 32 at a time, and tokens begin anew within a block."""
+    random = draw(2)
+    linear = inputs(None, 3, 25, 64, 6144, 4, "token", True, random)
+    new_scale, new_zero_point = qparams("token", 3, 25, 4, random)
+    arguments = (linear[0], linear[1] / 40, *linear[2:], True, 1 / (8 * new_scale), new_zero_point, None, 4)
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    assert theirs.unique().numel() == 16
+    different = (ours - theirs).abs()
+    assert different.max() <= 1 and different.float().mean() < 0.001
 
 
 @needs_library
@@ -100,7 +115,7 @@ def test_few_codes_after_a_gelu_differ(isa):
     linear = inputs(None, 1, 400, 64, 200, 8, "tensor", False, random)
     linear = (linear[0], torch.full((1,), 1e-4), *linear[2:])  # outputs within about ±5
     new = (torch.full((1,), 40.0), torch.full((1,), -100, dtype=torch.int32), None, 8)
-    ours, theirs = (op(*linear, *new).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*linear, False, *new).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
     assert theirs.unique().numel() > 100
     different = (ours - theirs).abs()
     assert different.max() <= 1 and different.float().mean() < 0.001
@@ -117,7 +132,8 @@ def test_the_number_of_threads_changes_no_bit(isa):
         return (
             ops.linear_packed(*wide, torch.float32),
             ops.linear_packed(*narrow, torch.bfloat16),
-            ops.linear_gelu_quantize(*wide, 1 / new_scale, new_zero_point, None, 8),
+            ops.linear_gelu_quantize(*wide, False, 1 / new_scale, new_zero_point, None, 8),
+            ops.linear_gelu_quantize(*wide, True, 1 / new_scale, new_zero_point, None, 8),
         )
 
     before = torch.get_num_threads()

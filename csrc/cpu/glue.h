@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -112,6 +113,28 @@ struct Input {
   }
 
   const void* data() const { return values.const_data_ptr(); }
+};
+
+// The rotation of so many channels, and its matrix.
+class RotationOf {
+ public:
+  explicit RotationOf(int64_t channels) : channels_(channels), order_(std::max<int64_t>(1, channels & -channels)) {
+    const int64_t size = channels / order_;
+    const double step = 2 * std::acos(-1.0) / static_cast<double>(size), norm = std::sqrt(static_cast<double>(size));
+    for (int64_t i = 0; 1 < size && size <= LARGEST_HARTLEY && i < size * size; i++) {
+      const double angle = step * static_cast<double>((i / size) * (i % size));
+      matrix_.push_back(static_cast<float>((std::cos(angle) + std::sin(angle)) / norm));
+    }
+  }
+
+  Rotation view() const {
+    const float factor = static_cast<float>(1 / std::sqrt(static_cast<double>(order_)));
+    return {matrix_.empty() ? nullptr : matrix_.data(), channels_, order_, factor};
+  }
+
+ private:
+  int64_t channels_, order_;
+  std::vector<float> matrix_;
 };
 
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {

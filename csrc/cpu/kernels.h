@@ -41,6 +41,7 @@ struct Linear {
   Qparams gelu;
   int64_t directions, rows, scales;
   int64_t rows_in_block;  // a multiple of 32
+  int64_t first_row;      // of x, whose results are y's first
 
   int64_t row_blocks() const { return (rows + rows_in_block - 1) / rows_in_block; }
   int64_t feature_blocks() const { return (weight.features + FEATURES_IN_BLOCK - 1) / FEATURES_IN_BLOCK; }

@@ -453,7 +453,7 @@ const Code* read_features(Features& f, const Linear& q, const RowBlock& block, i
 
 template <class Out>
 Out results(const Out& y, const Linear& q, const RowBlock& block, int64_t item) {
-  return moved(y, block.direction * q.rows + block.first, item % q.feature_blocks() * FEATURES_IN_BLOCK);
+  return moved(y, block.direction * q.rows + block.first - q.first_row, item % q.feature_blocks() * FEATURES_IN_BLOCK);
 }
 
 template <class Out>

@@ -1,5 +1,6 @@
 // The integer linears on a CPU: a plain weight is packed first, and then all go one way.
 #include <cmath>
+#include <memory>
 
 #include "glue.h"
 
@@ -17,6 +18,32 @@ int64_t rows_in_block(const Linear& q) {
   const int64_t for_threads = threads > 1 ? ceil_div(4 * threads, std::max<int64_t>(1, others)) : 1;
   const int64_t blocks = std::max(for_threads, ceil_div(q.rows * q.weight.channels, BYTES));
   return std::max<int64_t>(1, ceil_div(ceil_div(q.rows, blocks), MULTIPLE)) * MULTIPLE;
+}
+
+// So many that their results stay in the second cache until they are rotated; fewer, where threads would be idle.
+int64_t rows_to_rotate(const Linear& q) {
+  constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;
+  const int64_t in_cache = BYTES / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, q.weight.features);
+  const int64_t each = ceil_div(q.rows, torch::stable::get_num_threads());
+  return std::max<int64_t>(1, std::min(in_cache / MULTIPLE, ceil_div(each, MULTIPLE))) * MULTIPLE;
+}
+
+void start(const Linear& q) {
+  const auto kernel = kernels().linear;
+  torch::stable::parallel_for(0, q.blocks(), 1, [&](int64_t begin, int64_t end) { kernel(q, begin, end); });
+}
+
+// The rows [begin, end) of a whole, which x begins with `begin`.
+void rotate_rows(const RotateQuantize& whole, const float* x, int64_t begin, int64_t end) {
+  const int64_t scales = whole.qparams.scales, channels = whole.rotation.channels;
+  for (int64_t row = begin, count; row < end; row += count) {
+    const int64_t token = row % scales;
+    count = scales == 1 ? end - row : std::min(end - row, scales - token);
+    RotateQuantize q = whole;
+    q.x = x + (row - begin) * channels, q.codes += row * channels, q.rows = count;
+    q.qparams.inv_scale += token, q.qparams.zero_point += token, q.qparams.scales -= token;
+    kernels().rotate_quantize(q, 0, count);
+  }
 }
 
 // The smallest magnitude, but for zeros; at most 1.
@@ -73,27 +100,59 @@ struct LinearInputs {
     sum = as(sum, ScalarType::Int), scale = as(scale, ScalarType::Float), bias = as(bias, ScalarType::Float);
   }
 
-  Tensor run(ScalarType type, const Qparams* gelu = nullptr) const {
-    const auto shape = with_last(x, features);
-    Tensor y = torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
+  // What writes y, of the type that it has.
+  Linear into(Tensor& y) const {
     Linear q{};
     q.x = in<int8_t>(x), q.x_scale = in<float>(x_scale), q.zero_point = in<int32_t>(zero_point);
     q.weight = {weight.const_data_ptr(), nibbles,  in<int32_t>(sum), in<float>(scale),
                 in<float>(bias),         channels, features};
-    if (gelu) {
-      q.gelu = *gelu;
-      q.gelu_codes = out<int8_t>(y);
-    } else {
-      q.y = y.mutable_data_ptr(), q.y_type = type == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
-      // Then also sums with the bias are multiples of numbers that are not denormal.
-      constexpr float LEAST = 0x1p-100f;
-      q.normal = smallest(x_scale) * smallest(scale) > LEAST && (!bias || smallest(*bias) > LEAST);
-    }
+    q.y = y.mutable_data_ptr(), q.y_type = y.scalar_type() == ScalarType::BFloat16 ? Float::bf16 : Float::f32;
+    // Then also sums with the bias are multiples of numbers that are not denormal.
+    constexpr float LEAST = 0x1p-100f;
+    q.normal = smallest(x_scale) * smallest(scale) > LEAST && (!bias || smallest(*bias) > LEAST);
     q.directions = directions, q.rows = rows, q.scales = scales;
     q.rows_in_block = rows_in_block(q);
-    const auto kernel = kernels().linear;
-    torch::stable::parallel_for(0, q.blocks(), 1, [&](int64_t begin, int64_t end) { kernel(q, begin, end); });
+    return q;
+  }
+
+  Tensor results(ScalarType type) const {
+    const auto shape = with_last(x, features);
+    return torch::stable::new_empty(x, {shape.data(), shape.size()}, type);
+  }
+
+  Tensor run(ScalarType type) const {
+    Tensor y = results(type);
+    start(into(y));
     return y;
+  }
+
+  Tensor run_gelu(const Qparams& qparams) const {
+    Tensor codes = results(ScalarType::Char);
+    Linear q = into(codes);
+    q.gelu = qparams, q.gelu_codes = out<int8_t>(codes), q.y = nullptr;
+    start(q);
+    return codes;
+  }
+
+  // A block of rows at a time, whose results stay in the second cache until they are rotated.
+  Tensor run_gelu_rotated(const Qparams& qparams) const {
+    Tensor codes = results(ScalarType::Char);
+    Linear q = into(codes);
+    q.rows_in_block = rows_to_rotate(q);
+    const RotationOf rotation(features);
+    const RotateQuantize turn{nullptr, Float::f32, true, rotation.view(), out<int8_t>(codes), qparams, rows};
+    const auto multiply = kernels().linear;
+    torch::stable::parallel_for(0, q.row_blocks(), 1, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> y(new float[q.rows_in_block * features]);
+      Linear part = q;
+      part.y = y.get();
+      for (int64_t block = begin; block < end; block++) {
+        part.first_row = block * q.rows_in_block;
+        multiply(part, block * q.feature_blocks(), (block + 1) * q.feature_blocks());
+        rotate_rows(turn, y.get(), part.first_row, std::min(rows, part.first_row + q.rows_in_block));
+      }
+    });
+    return codes;
   }
 
   // float32 and bfloat16 at once, others by way of float32
@@ -129,7 +188,8 @@ Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor
 }
 
 Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
-                            Optional bias, Tensor inv_scale, Tensor new_zero_point, Optional inv_smooth, int64_t bits) {
+                            Optional bias, bool rotated, Tensor inv_scale, Tensor new_zero_point, Optional inv_smooth,
+                            int64_t bits) {
   STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
   const LinearInputs linear(x, x_scale, zero_point, weight, sum, scale, bias);
   STD_TORCH_CHECK(!linear.stacked, "a GELU follows one linear, not ", linear.directions, " stacked ones");
@@ -143,7 +203,7 @@ Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor 
   gelu.inv_scale = in<float>(inv_scale), gelu.zero_point = in<int32_t>(new_zero_point);
   gelu.inv_smooth = in<float>(inv_smooth), gelu.scales = scales;
   gelu.low = -(1 << (bits - 1)), gelu.high = (1 << (bits - 1)) - 1;
-  return linear.run(ScalarType::Char, &gelu);
+  return rotated ? linear.run_gelu_rotated(gelu) : linear.run_gelu(gelu);
 }
 
 }  // namespace

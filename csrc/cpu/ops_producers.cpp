@@ -1,8 +1,6 @@
 // What feeds a quantized linear, on a CPU: quantization, norms and convolutions with their codes. Checks, types and
 // layouts, memory for the results, and the kernels in parallel. A float64 convolution runs in plain loops; every other
 // floating type is computed in float32.
-#include <cmath>
-
 #include "float64.h"
 #include "glue.h"
 
@@ -102,28 +100,6 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return y;
 }
-
-// The rotation of so many channels, and its matrix.
-class RotationOf {
- public:
-  explicit RotationOf(int64_t channels) : channels_(channels), order_(std::max<int64_t>(1, channels & -channels)) {
-    const int64_t size = channels / order_;
-    const double step = 2 * std::acos(-1.0) / static_cast<double>(size), norm = std::sqrt(static_cast<double>(size));
-    for (int64_t i = 0; 1 < size && size <= LARGEST_HARTLEY && i < size * size; i++) {
-      const double angle = step * static_cast<double>((i / size) * (i % size));
-      matrix_.push_back(static_cast<float>((std::cos(angle) + std::sin(angle)) / norm));
-    }
-  }
-
-  Rotation view() const {
-    const float factor = static_cast<float>(1 / std::sqrt(static_cast<double>(order_)));
-    return {matrix_.empty() ? nullptr : matrix_.data(), channels_, order_, factor};
-  }
-
- private:
-  int64_t channels_, order_;
-  std::vector<float> matrix_;
-};
 
 Tensor rotate(Tensor x) {
   STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");

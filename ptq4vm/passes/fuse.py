@@ -3,7 +3,7 @@
     norm (and the residual sum before it) (→ rotate) → quantize  ⇒ norm_quantize
     moved tokens → causal convolution → SiLU → quantize, K times ⇒ conv1d_quantize
     depth-wise 2-D convolution → SiLU → moved → quantize, K times ⇒ conv2d_quantize
-    linear → GELU → quantize                                     ⇒ linear_gelu_quantize
+    linear → GELU (→ rotate) → quantize                          ⇒ linear_gelu_quantize
     (GELU →) rotate → quantize                                   ⇒ rotate_quantize
     projection → step → scan, K directions, gate, sum, quantize  ⇒ linear_packed and directional_scan(_quantize)
     linear                                                       ⇒ linear_packed
@@ -91,15 +91,17 @@ def _pack_linears(gm: GraphModule) -> GraphModule:
 
 def _fuse_gelus(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        gelu = same_tokens(args(node)[0])
+        rotate = _rotation(node)
+        gelu = same_tokens(args(node if rotate is None else rotate)[0])
         if not is_call(gelu, aten.gelu.default):
             continue
-        pattern = "linear + GELU + quantize"
+        pattern = "linear + GELU + quantize" if rotate is None else "linear + GELU + rotate + quantize"
         try:
             read_quantizer(gm, node)
             linear = same_tokens(args(gelu)[0])
-            if not is_call(linear, ops.linear.default) or only_user(linear) is None or only_user(gelu) is None:
-                raise Left("GELU's input is not an integer linear's, or both have other readers")
+            values = (linear, gelu) if rotate is None else (linear, gelu, rotate)
+            if not is_call(linear, ops.linear.default) or any(only_user(value) is None for value in values):
+                raise Left("GELU's input is not an integer linear's, or what lies between has other readers")
             if arguments(gelu)[1] != "none":
                 raise Left("the tanh approximation of GELU has no kernel")
             x, scale, zero_point, weight, weight_scale, bias, _ = args(linear)
@@ -109,7 +111,7 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
             continue
         insert = Insertion(gm, node)
         packed = pack_weights(insert, str(weight.target), [value], x.meta["val"].shape[-1], False)
-        inputs = (x, scale, zero_point, *packed, weight_scale, bias, *args(node)[1:])
+        inputs = (x, scale, zero_point, *packed, weight_scale, bias, rotate is not None, *args(node)[1:])
         swap(gm, node, insert.call(ops.linear_gelu_quantize.default, *inputs))
         note(gm, linear, pattern)
     return gm

@@ -175,7 +175,7 @@ def test_codes_of_the_gelu_are_the_references(linears, bits, drawn):
     *of, smooth, new_bits, extra = drawn
     linear = Linear(bits, *of)
     new = gelu_qparams(linear, new_bits, smooth)
-    wanted = fused.linear_gelu_quantize(*linear.arguments(), *new)
+    wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
     whole = linear.codes(linears(bits), *new, extra=extra)
     codes, behind = whole.split([linear.features, extra], -1)
     apart = (codes.view(torch.int8).int() - wanted.int()).abs()
@@ -231,7 +231,7 @@ def test_mistakes_are_seen(linears, change):
             assert is_right(Linear(4, 2, 50, 96, features, "token", 1, 2), library, torch.float32)
             linear = Linear(4, 2, 50, 96, features + features % 8 // 5, "token", 1)
             new = gelu_qparams(linear, 4, True)
-            wanted = fused.linear_gelu_quantize(*linear.arguments(), *new)
+            wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
             for packed in (False, True):
                 codes = linear.codes(library, *new, packed=packed, extra=2)[..., :-2]
                 assert torch.equal(codes, reference.pack_int4(wanted) if packed else wanted.view(torch.uint8))

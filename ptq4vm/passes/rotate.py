@@ -2,7 +2,12 @@
 
 Their inputs come out of a gate or an activation, and a few of their values are far larger than the rest, other ones for
 every image. A rotation spreads each over all channels; W is rotated with x, so the product stays (QuaRot, Ashkboos et
-al. 2024, section 4: "online Hadamard"). Shapes: x (B, L, D), W (N, D).
+al. 2024, section 4: "online Hadamard").
+
+A channel that is large only because W's column for it is small would be spread over all of them too, and the column
+with it. Both errors grow with Σ|x_d|² · Σ|W_d|², which is least where |x_d| is to |W_d| the same for all channels d.
+Where x comes from a norm, also by way of a gate, its weight and W are therefore rescaled first, as if the norm's weight
+and bias told |x_d|. The factors are powers of two: nothing is even rounded. Shapes: x (B, L, D), W (N, D).
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ def insert_rotation(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule
 
 @torch.no_grad()
 def _balance(gm: GraphModule, linear: Node) -> None:
-    """Moves the size of W's columns into the norm before it, in place, where both serve this linear alone."""
+    """Makes the norm before it and W's columns of one size, in place, where both serve this linear alone."""
     x, weight, *_ = arguments(linear)
     norm = _norm_before(x)
     if norm is None:
@@ -42,7 +47,7 @@ def _balance(gm: GraphModule, linear: Node) -> None:
         return
     matrix, *vectors = (attribute(gm, str(node.target)) for node in (weight, *affine))
     if all(vector.shape == matrix.shape[1:] for vector in vectors):
-        factor = power_of_two(torch.linalg.vector_norm(matrix.float(), dim=0)).to(matrix.dtype)
+        factor = power_of_two((_sizes(matrix) / _sizes(torch.stack(vectors))).sqrt())
         matrix.div_(factor)
         for vector in vectors:
             vector.mul_(factor)
@@ -58,9 +63,13 @@ def _norm_before(x: Node) -> Node | None:
     return x if is_call(x, aten.rms_norm.default, aten.layer_norm.default) else None
 
 
+def _sizes(columns: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(columns, dim=0)
+
+
 def power_of_two(sizes: Tensor) -> Tensor:
-    """The nearest, by ratio; 1 for 0."""
-    return torch.where(sizes > 0, sizes, 1.0).log2().round().exp2()
+    """The nearest, by ratio; 1 for what is not a size: 0, infinity, and 0 / 0."""
+    return torch.where(sizes.isfinite() & (sizes > 0), sizes, 1.0).log2().round().exp2()
 
 
 def _writes_stream(node: Node) -> bool:

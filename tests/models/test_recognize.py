@@ -11,6 +11,8 @@ from ptq4vm.models.hierarchical import RENAMED
 from ptq4vm.models.recognize import match, recognize, registered
 
 NAMES = [*FILES, *NANO, *MICRO]
+FIRST = ("vim_tiny_patch16_224", "local_vim_small", "vmamba_tiny_s1l8", "local_vmamba_nano_32")
+"""One a family, the twins among them."""
 TWINS = {"local_vim_small", "local_vim_small_searched"}
 """Differ in the directions of their scans alone."""
 
@@ -73,7 +75,7 @@ def test_the_oldest_names_and_shapes_are_known_too(name):
     assert old.keys() != weights(name).keys() and fitting(old) == {name}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_but(FIRST, NAMES))
 def test_what_is_missing_and_what_is_beyond_is_named(name):
     state = weights(name)
     gone = list(state)[len(state) // 2]
@@ -90,7 +92,7 @@ def test_what_is_missing_and_what_is_beyond_is_named(name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"num_classes": 7, "in_chans": 1}) for name in NAMES),
+        *((name, {"num_classes": 7, "in_chans": 1}) for name in FIRST),
         ("vim_tiny_patch16_224", {"num_classes": 100}),
         ("vim_tiny_patch16_224", {"in_chans": 4}),
     ],

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from lowering import Recorder
-from public_models import SAMPLED
+from public_models import SAMPLED, slow_but
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
@@ -132,10 +132,10 @@ def compare(gm, images):
 
 
 def sets():
-    """Of instructions; the portable one is slow on whole models, and its kernels have tests of their own."""
+    """Of instructions: whole models take the best one every time; the others' kernels have tests of their own."""
     names = ("portable", "avx2", "vnni", "amx")
     found = ["reference"] if native.problem() else list(names[: names.index(native.isa()) + 1])
-    return found if len(found) == 1 else [pytest.param(found[0], marks=pytest.mark.slow), *found[1:]]
+    return slow_but(found[-1:], found)
 
 
 @pytest.mark.parametrize("isa", sets())

@@ -1,12 +1,14 @@
 """csrc/cuda/linear_*.cu on the CPU, which give the reference's results: CUTLASS's whole kernels, but for the loads and
 multiplications of linear_s8_sm90, which are plain loops there."""
 
+import ctypes
+import subprocess
 from typing import NamedTuple
 
 import pytest
 import torch
 from cuda_cutlass import LinearProblem, guarded, host_flags, run
-from cuda_emulator import Library, compile_emulated, is_caught, kind, poisoned, qparams_struct
+from cuda_emulator import COMPILER, SOURCES, Library, compile_emulated, is_caught, kind, poisoned, qparams_struct
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -225,6 +227,39 @@ def test_what_does_not_fit_one_launch_is_refused(linears, kernel):
     for sizes in many:
         problem = LinearProblem(**{"rows": 1, "features": 1, "channels": 16, "directions": 1, "scales": 1, **sizes})
         assert not linears(kernel)(problem)
+
+
+KERNELS_THAT_TELL = """
+#include <cstdlib>
+#include "linear.h"
+namespace ptq4vm::cuda {
+static const char* ran;
+bool linear_s8(const LinearProblem&, Stream) { return ran = "s8", true; }
+bool linear_s4(const LinearProblem&, Stream) { return ran = "s4", true; }
+bool linear_s8_sm90(const LinearProblem& p, Stream) { return p.channels > 0 && (ran = "sm90", true); }
+extern "C" const char* chosen(bool nibbles, int capability, int channels) {
+  LinearProblem p{};
+  p.channels = channels, ran = "refused by two";
+  return linear(p, nibbles, capability, nullptr) ? ran : "none";
+}
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("built", ["", "-DPTQ4VM_SM90", "-DPTQ4VM_NO_S4"])
+def test_every_gpu_has_its_kernel(tmp_path, built):
+    (tmp_path / "kernels.cpp").write_text(KERNELS_THAT_TELL)
+    target = tmp_path / "linear.so"
+    command = [COMPILER, "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", *filter(None, [built])]
+    subprocess.run([*command, SOURCES / "linear.cpp", tmp_path / "kernels.cpp", "-o", target], check=True)
+    chosen = ctypes.CDLL(str(target)).chosen
+    chosen.restype = ctypes.c_char_p
+    hopper = b"sm90" if built == "-DPTQ4VM_SM90" else b"s8"
+    assert [chosen(False, gpu, 64) for gpu in (80, 86, 89, 90, 100, 120)] == [b"s8"] * 3 + [hopper] + [b"s8"] * 2
+    assert chosen(False, 90, 0) == b"s8"
+    nibbles = b"none" if built == "-DPTQ4VM_NO_S4" else b"s4"
+    assert [chosen(True, gpu, 64) for gpu in (80, 86, 89, 90, 120)] == [nibbles] * 3 + [b"none"] * 2
 
 
 MISTAKES = [

@@ -7,8 +7,6 @@
 #include "cute/tensor.hpp"
 #include "cutlass/gemm/gemm.h"
 
-extern "C" inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-
 namespace cutlass {
 namespace gemm {
 namespace kernel {
@@ -24,7 +22,6 @@ struct GemmUniversal {
     Problem size;
     typename Mainloop::Arguments mainloop;
     typename Epilogue::Arguments epilogue;
-    struct { int device; } hardware;
   };
   using Params = Arguments;
 

@@ -57,9 +57,12 @@ def _is_exact(bits: int, random: torch.Generator, device: str) -> bool:
 
 
 def _implementation(operator: str) -> str:
-    keys = ("CPU", "CUDA")
-    found = [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
-    return " and ".join(f"{key} ({native.isa()})" if key == "CPU" else key for key in found) or "PyTorch reference"
+    """That of tensors on the devices that are here."""
+    kinds = {"CPU": native.isa()}
+    if torch.cuda.is_available():
+        kinds["CUDA"] = "native" if native.cuda_problem() is None else "Triton"
+    found = [key for key in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
+    return " and ".join(f"{key} ({kinds[key]})" for key in found) or "PyTorch reference"
 
 
 def _version(package: str) -> str | None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ptq4vm
-from ptq4vm import ops, triton_kernels
+from ptq4vm import native, ops, triton_kernels
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -190,3 +190,32 @@ def test_linears_multiply_on_tensor_cores_and_keep_to_registers(compiled, name, 
     assert "LDGSTS.E.BYPASS.128" in kernel.sass  # straight to shared memory
     if name != "linear_gelu_quantize":
         assert "FFMA" not in kernel.sass
+
+
+def sizes(batch, tokens, channels, directions):
+    """Every operator's arguments."""
+    x, row = numbers(batch, tokens, channels), (directions, tokens)
+    one = (numbers(tokens), integers(tokens), numbers(channels), 8)
+    many = (numbers(*row), integers(*row), numbers(directions, channels), 8)
+    lead = () if directions == 1 else (directions,)
+    codes = numbers(*lead, batch, tokens, channels, dtype=torch.int8)
+    columns = channels + -channels % 16
+    weight = (numbers(*lead, channels, columns, dtype=torch.int8), integers(*lead, channels))
+    scale, qparams = numbers(*lead, channels), (numbers(*lead, tokens), integers(*lead, tokens))
+    return {
+        "quantize": (x, *one),
+        "norm_quantize": (x, x, numbers(channels), None, 1e-5, True, False, *one),
+        "causal_conv1d": (x, numbers(channels, 4), None, True),
+        "conv1d_quantize": (x, numbers(directions, channels, 4), None, integers(*row), *many),
+        "conv2d_quantize": (x, numbers(channels, 3, 3), None, tokens, 1, *many),
+        "linear_packed": (codes, *qparams, *weight, scale, None, torch.float32),
+    }
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sizes(1, 1, 1, 1))
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2**17, 2**15, 16, 3)], ids=str)
+def test_kernels_compile_for_sizes_that_are_constants_and_for_those_of_64_bits(compiled, name, shape):
+    """Triton makes a constant of a size of one; the others have more rows, or more numbers, than 32 bits count."""
+    compiled(name, sizes(*shape)[name], 80)

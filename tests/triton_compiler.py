@@ -44,7 +44,7 @@ def compile_operator(name: str, *arguments: Any, capability: int, folder: Any, m
     settings = {"num_warps": options.pop("warps", 4), "num_stages": options.pop("stages", 3)}
     signature, constants, aligned = {}, dict(options), {}
     for i, (parameter, value) in enumerate(zip(kernel.params, values, strict=False)):
-        signature[parameter.name] = _type(value)
+        signature[parameter.name] = _type(value, not parameter.do_not_specialize)
         if signature[parameter.name] == "constexpr":
             constants[parameter.name] = value
         elif isinstance(value, torch.Tensor) or (
@@ -66,9 +66,9 @@ def compile_operator(name: str, *arguments: Any, capability: int, folder: Any, m
     return Compiled(sass, registers, stack + local)
 
 
-def _type(value: Any) -> str:
+def _type(value: Any, specialized: bool) -> str:
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
-    if isinstance(value, float):
-        return "fp32"
-    return "constexpr" if value is None or value == 1 else "i32" if value < 2**31 else "i64"
+    if value is None or (specialized and type(value) is int and value == 1):
+        return "constexpr"
+    return "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"

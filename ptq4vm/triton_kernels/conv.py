@@ -212,13 +212,13 @@ def conv2d_kernel(
     place = (image * tokens + token)[:, None] * channels + e[None, :]
     tl.store(y + place, sums.to(y.dtype.element_ty), mask=real)
     for direction in range(directions):
+        place = ((direction * batch + image) * tokens + token)[:, None] * channels + e[None, :]
         smoothed = sums
         if inv_smooth is not None:
             smoothed *= tl.load(inv_smooth + direction * channels + e, mask=channel, other=0.0)[None, :]
         own = direction * scales + token % scales
         scale, zero = tl.load(inv_scale + own)[:, None], tl.load(zero_point + own)[:, None]
         tl.store(codes + place, code(smoothed, scale, zero, BITS), mask=real)
-        place += batch.to(tl.int64) * tokens * channels
 
 
 def conv2d_quantize(

@@ -17,7 +17,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 
 @needs_triton
-@pytest.mark.parametrize("examples", [0, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [0, pytest.param(12, marks=pytest.mark.slow)])
 def test_interpreted_kernels_equal_the_references(examples):
     """In a process of its own: Triton decides when it is imported whether to interpret."""
     here = Path(__file__).parent

@@ -16,7 +16,7 @@ from ptq4vm import fused, ops, reference
 pytestmark = pytest.mark.slow
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-DRAWN = settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DRAWN = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 IMAGES, TOKENS = st.integers(0, 2), st.sampled_from([0, 1, 2, 17])
 CHANNELS = st.sampled_from([1, 7, 16, 24, 33, 64, 96])
 FEATURES = st.sampled_from([0, 1, 7, 16, 44, 65])
@@ -217,7 +217,20 @@ def test_linears_in_every_layout(
         for layout in (arguments, in_rows(arguments, bits), in_rows(arguments, 8)):
             assert torch.equal(gpu.linear_packed(*layout, dtype), want)
             x, *rest = layout
-            assert torch.equal(gpu.linear_packed(rows_of_more(x, True), *rest, dtype), want)
+            x = torch.cat((x[..., :1], x), -1)[..., 1:]  # neither contiguous nor aligned
+            assert torch.equal(gpu.linear_packed(x, *rest, dtype), want)
+
+
+@CAPABILITIES
+def test_weights_of_four_bits_take_inputs_of_eight(gpu, capability):
+    """But in rows of nibbles, which say that the inputs have four bits too."""
+    random = draw(0)
+    _, *rest = arguments = linear_inputs(None, 2, 17, 33, 44, 4, "token", True, random)
+    x = torch.randint(-128, 128, (2, 17, 33), generator=random, dtype=torch.int8)
+    want = fused.linear_packed(x, *rest, torch.float32)
+    with gpu.on(capability):
+        for _, *layout in (arguments, in_rows(arguments, 8)):
+            assert torch.equal(gpu.linear_packed(x, *layout, torch.float32), want)
 
 
 @CAPABILITIES

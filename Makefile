@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-matrix lint venv clean
+.PHONY: help demo test test-all test-matrix lint venv cuda clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,11 @@ tests-only:
 
 venv: $(VENV)/.installed  ## .venv with the package and its development tools
 
+# Minutes; TORCH_CUDA_ARCH_LIST and what csrc/cuda/CMakeLists.txt names besides say for which GPUs and with what.
+cuda: venv  ## the kernels of GPUs too (needs nvcc, and no GPU)
+	test -n "$$PTQ4VM_CUTLASS_DIR" || $(RUN)/python $(PIP_INSTALL) --no-deps nvidia-cutlass==4.2.0.0
+	PTQ4VM_CUDA=1 $(RUN)/python $(PIP_INSTALL) --no-deps --force-reinstall -e .
+
 # $(1) directory, $(2) arguments of pip, $(3) version of torch, which comes first: the kernels are built with its headers
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -62,7 +67,7 @@ endef
 	$(call install,.venv-latest,--upgrade --upgrade-strategy eager,>=2.11)
 
 clean:  ## remove the environments, caches and built files
-	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info ptq4vm/_C_cpu.so
-	cd csrc && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake
+	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info ptq4vm/_C_cpu.so ptq4vm/_C_cuda.so
+	cd csrc && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake cuda/CMakeFiles cuda/cmake_install.cmake
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

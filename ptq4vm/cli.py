@@ -231,8 +231,9 @@ def doctor(args: argparse.Namespace) -> Outcome:
     lines = [f"{package} {number or 'is missing'}" for package, number in result["versions"].items()]
     lines += [f"{key}: {result['machine'][key]}" for key in ("platform", "cpu_capability", "threads")]
     lines += [f"CUDA: {'available' if result['cuda'] else 'not available'}"]
-    problem = result["native"]["problem"]
+    problem, cuda_problem = result["native"]["problem"], result["native"]["cuda_problem"]
     lines += [f"native kernels: {'none, ' + problem if problem else result['native']['isa']}"]
+    lines += [f"native kernels for GPUs: {'none, ' + cuda_problem if cuda_problem else 'loaded'}"]
     lines += [f"{name}: {implementation}" for name, implementation in result["operators"].items()]
     lines += [f"self-check against int64: {verdict}"]
     return Outcome(result=result, text="\n".join(lines), code=1 if wrong else 0)

@@ -24,19 +24,23 @@ def diagnose() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
         },
         "machine": machine(),
-        "native": {"isa": native.isa(), "problem": native.problem()},
+        "native": {"isa": native.isa(), "problem": native.problem(), "cuda_problem": native.cuda_problem()},
         "cuda": torch.cuda.is_available(),
         "operators": {name: _implementation(name) for name in names},
     }
 
 
 def wrong_bits() -> list[int]:
-    """The bits at which quantize and linear differ from int64; scales are powers of two, so equality is exact."""
+    """The bits at which quantize and linear differ from int64, on the CPU and on a GPU where there is one.
+
+    Scales are powers of two, so equality is exact.
+    """
     random = torch.Generator().manual_seed(0)
-    return [bits for bits in (4, 8) if not _is_exact(bits, random)]
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [bits for bits in (4, 8) if not all(_is_exact(bits, random, device) for device in devices)]
 
 
-def _is_exact(bits: int, random: torch.Generator) -> bool:
+def _is_exact(bits: int, random: torch.Generator, device: str) -> bool:
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (2, 5, 33), generator=random)
     zero_point = torch.randint(-half, half, (5,), generator=random)
@@ -45,15 +49,20 @@ def _is_exact(bits: int, random: torch.Generator) -> bool:
     centred = codes - zero_point[:, None]
     stored = reference.pack_int4(weight.to(torch.int8)) if bits <= 4 else weight.to(torch.int8)
     zero = zero_point.to(torch.int32)
-    x_q = ops.quantize(centred * scale[:, None], 1 / scale, zero, None, bits)
-    y = ops.linear(x_q, scale, zero, stored, weight_scale, None, torch.float32)
-    return torch.equal(x_q.long(), codes) and torch.equal(y, (centred @ weight.t()) * scale[:, None] * 0.5)
+    inputs = (centred * scale[:, None], scale, zero, stored, weight_scale)
+    x, x_scale, zero, stored, weight_scale = (tensor.to(device) for tensor in inputs)
+    x_q = ops.quantize(x, 1 / x_scale, zero, None, bits)
+    y = ops.linear(x_q, x_scale, zero, stored, weight_scale, None, torch.float32).cpu()
+    return torch.equal(x_q.cpu().long(), codes) and torch.equal(y, (centred @ weight.t()) * scale[:, None] * 0.5)
 
 
 def _implementation(operator: str) -> str:
-    keys = ("CPU", "CUDA")
-    found = [key for key in keys if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
-    return " and ".join(f"{key} ({native.isa()})" if key == "CPU" else key for key in found) or "PyTorch reference"
+    """That of tensors on the devices that are here."""
+    kinds = {"CPU": native.isa()}
+    if torch.cuda.is_available():
+        kinds["CUDA"] = "native" if native.cuda_problem() is None else "Triton"
+    found = [key for key in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
+    return " and ".join(f"{key} ({kinds[key]})" for key in found) or "PyTorch reference"
 
 
 def _version(package: str) -> str | None:

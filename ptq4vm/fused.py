@@ -42,6 +42,24 @@ def unpack_weight(packed: Tensor, features: int, channels: int) -> Tensor:
     return codes[..., :features, :channels]
 
 
+def pad_weight(codes: Tensor, bits: int) -> Tensor:
+    """The layout of GPUs' linears: int8 codes (…, N, D) → rows (…, N, D padded with zeros to a multiple of 16).
+
+    Up to 4 bits two codes share a byte, as in `reference.pack_int4`, and D is padded to a multiple of 32: that is for
+    tensor cores that multiply nibbles, and says that the linear's input has codes of at most 4 bits too.
+    """
+    padded = F.pad(codes, (0, -codes.shape[-1] % (16 if bits > 4 else 32))).contiguous()
+    return padded if bits > 4 else reference.pack_int4(padded)
+
+
+def _weight_codes(weight: Tensor, weight_scale: Tensor, channels: int) -> Tensor:
+    """int8 codes (…, N, channels) of either layout, which its number of axes tells."""
+    if weight.dim() > weight_scale.dim() + 1:
+        return unpack_weight(weight, weight_scale.shape[-1], channels)
+    codes = reference.unpack_int4(weight, 2 * weight.shape[-1]) if weight.dtype == torch.uint8 else weight
+    return codes[..., :channels]
+
+
 def linear_packed(
     x: Tensor,
     x_scale: Tensor,
@@ -52,12 +70,12 @@ def linear_packed(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`reference.linear` with a packed weight and the int32 sums of its rows' codes, shaped as weight_scale.
+    """`reference.linear` with a weight of `pack_weight` or `pad_weight`, and the int32 sums of its rows' codes.
 
-    weight_scale (N,) is one linear of x (…, D). weight_scale (K, N) is K of them, with x (K, …, D), x_scale and
-    x_zero_point (K, L) or (K, 1), and bias (K, N).
+    Sums are shaped as weight_scale. weight_scale (N,) is one linear of x (…, D). weight_scale (K, N) is K of them, with
+    x (K, …, D), x_scale and x_zero_point (K, L) or (K, 1), and bias (K, N).
     """
-    w_q = unpack_weight(weight, weight_scale.shape[-1], x.shape[-1])
+    w_q = _weight_codes(weight, weight_scale, x.shape[-1])
     if weight_scale.dim() == 1:
         return reference.linear(x, x_scale, x_zero_point, w_q, weight_scale, bias, dtype)
     biases = [None] * len(x) if bias is None else bias.unbind(0)

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import fused, native, reference
+from ptq4vm import fused, native, reference, triton_kernels
 
 _NATIVE = native.problem() is None
 """Then the library has defined the operators, and their kernels for the CPU."""
+
+native.cuda_problem()  # loads those for GPUs, if there are any
 
 _library = torch.library.Library("ptq4vm", "FRAGMENT" if _NATIVE else "DEF")
 
@@ -26,6 +28,8 @@ def _define(schema: str, default: Any, fake: Any) -> None:
     if not _NATIVE:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, default, "CompositeExplicitAutograd")
+    if name in triton_kernels.MODULES and triton_kernels.problem() is None:
+        _library.impl(name, triton_kernels.operator(name, default), "CUDA")
     torch.library.register_fake(f"ptq4vm::{name}", fake, lib=_library)
 
 

@@ -52,6 +52,26 @@ def test_packed_linears_are_the_references_to_the_last_bit(
 
 
 @needs_library
+@given(st.sampled_from([None, 1, 3]), ROWS, CHANNELS, FEATURES, BITS, st.booleans(), SEEDS)
+@settings(max_examples=30, suppress_health_check=SUPPRESSED)
+def test_rows_of_a_model_that_was_fused_for_a_gpu_are_taken_too(
+    isa, stack, tokens, channels, features, bits, gelu, seed
+):
+    x, scale, zero_point, tiles, *rest = inputs(stack, 1, tokens, channels, features, bits, "token", True, draw(seed))
+    rows = fused.pad_weight(fused.unpack_weight(tiles, features, channels), bits)
+    assert rows.shape[-1] * (2 if bits == 4 else 1) % (32 if bits == 4 else 16) == 0
+    operator, reader, last = ops.linear_packed, fused.linear_packed, (torch.float32,)
+    if gelu and stack is None:
+        one = (seed % 2 == 1, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 8)
+        operator, reader, last = ops.linear_gelu_quantize, fused.linear_gelu_quantize, one
+    want = operator(x, scale, zero_point, tiles, *rest, *last)
+    assert torch.equal(operator(x, scale, zero_point, rows, *rest, *last), want)
+    assert torch.equal(
+        reader(x, scale, zero_point, rows, *rest, *last), reader(x, scale, zero_point, tiles, *rest, *last)
+    )
+
+
+@needs_library
 @pytest.mark.parametrize("tokens", [1, 33, 197])
 def test_the_largest_accumulators_are_exact(isa, tokens):
     """All codes at their ends, the zero point too: nothing saturates on the way."""

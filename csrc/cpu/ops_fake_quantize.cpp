@@ -1,5 +1,6 @@
 // fake_quantize and its gradient on a CPU: whatever the dtype, they compute in float32.
-#include "glue.h"
+#include "../glue.h"
+#include "kernels.h"
 
 namespace ptq4vm {
 namespace {
@@ -96,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, T
 }  // namespace
 }  // namespace ptq4vm
 
-STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(PTQ4VM_LIBRARY, PTQ4VM_KEY, m) {
   m.impl("fake_quantize", TORCH_BOX(&ptq4vm::fake_quantize));
   m.impl("fake_quantize_backward", TORCH_BOX(&ptq4vm::fake_quantize_backward));
 }

@@ -17,6 +17,9 @@
 
 #include <cuda_runtime.h>
 
+#include <stdexcept>
+#include <string>
+
 #include "../operators.h"
 #include "launch.h"
 
@@ -42,17 +45,33 @@ constexpr int WARP_SIZE = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 
+// Whether a block of this device may have so much, which then is the kernel's.
+template <class Kernel>
+bool ask_for_shared(Kernel kernel, size_t bytes) {
+#ifdef PTQ4VM_EMULATOR
+  (void)kernel;
+  return bytes <= ::ptq4vm::emulator::MOST_SHARED;
+#else
+  const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaFuncSetAttribute(kernel, most, static_cast<int>(bytes)) == cudaSuccess) return true;
+  cudaGetLastError();  // this one is reported here
+  return false;
+#endif
+}
+
+// Throws std::length_error where a block needs more shared memory than there is.
 template <class... Parameters, class... Arguments>
 void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
                    Arguments... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared_bytes > SHARED_WITHOUT_ASKING && !ask_for_shared(kernel, shared_bytes)) {
+    throw std::length_error("so many channels or states need " + std::to_string(shared_bytes) +
+                            " bytes of shared memory, more than a block of this GPU has");
+  }
 #ifdef PTQ4VM_EMULATOR
   (void)stream;
   ::ptq4vm::emulator::run_grid(grid, block, shared_bytes, [=] { kernel(arguments...); });
 #else
-  if (shared_bytes > SHARED_WITHOUT_ASKING) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #endif
 }

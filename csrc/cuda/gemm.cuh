@@ -91,7 +91,7 @@ struct Gemm {
 
 template <class Code, bool CODES>
 void launch_tile(const LinearProblem& p, Stream stream) {
-  switch (choose_tile(p.directions, p.rows, p.features)) {
+  switch (choose_tile(TILES, p.directions, p.rows, p.features)) {
     case Tile::rows64_features64: return Gemm<Code, 64, 64, CODES>::launch(p, stream);
     case Tile::rows64_features128: return Gemm<Code, 64, 128, CODES>::launch(p, stream);
     case Tile::rows128_features128: return Gemm<Code, 128, 128, CODES>::launch(p, stream);
@@ -100,9 +100,7 @@ void launch_tile(const LinearProblem& p, Stream stream) {
 
 template <class Code>
 bool launch_linear(const LinearProblem& p, Stream stream) {
-  constexpr int64_t MOST = INT32_MAX - 256, MOST_DIRECTIONS = 65535;
-  if (p.rows > MOST || p.features > MOST || p.channels > MOST || p.directions > MOST_DIRECTIONS) return false;
-  if (p.codes && p.directions > 1) return false;
+  if (!fits_a_launch(p)) return false;
   if (p.rows == 0 || p.features == 0 || p.directions == 0) return true;
   p.codes ? launch_tile<Code, true>(p, stream) : launch_tile<Code, false>(p, stream);
   return true;

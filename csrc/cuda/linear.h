@@ -27,10 +27,25 @@ struct LinearProblem {
   int64_t directions, rows, scales, channels, features;
 };
 
-// Whether the problem fits one launch: fewer than 2^31 rows, at most 65535 directions, and one for codes. linear_s4 is
-// for compute capability 8.0 to 8.9; other GPUs do not multiply nibbles, and run the same codes as bytes.
+// Fewer than 2^31 rows, at most 65535 directions, and one for codes.
+inline bool fits_a_launch(const LinearProblem& p) {
+  constexpr int64_t MOST = INT32_MAX - 256, MOST_DIRECTIONS = 65535;
+  if (p.rows > MOST || p.features > MOST || p.channels > MOST || p.directions > MOST_DIRECTIONS) return false;
+  return !p.codes || p.directions <= 1;
+}
+
+// Whether the kernel takes the problem; one that does not has started nothing. linear_s8 takes all that fit a launch,
+// and runs on every GPU from compute capability 8.0 on. linear_s4 is for 8.0 to 8.9: other GPUs do not multiply nibbles,
+// and run the same codes as bytes. linear_s8_sm90 is for 9.0 only.
 bool linear_s8(const LinearProblem&, Stream);
 bool linear_s4(const LinearProblem&, Stream);
+bool linear_s8_sm90(const LinearProblem&, Stream);
+
+// Whether a GPU's codes of up to 4 bits are nibbles; `capability` is 10 * major + minor.
+constexpr bool multiplies_nibbles(int capability) { return capability >= 80 && capability < 90; }
+
+// The fastest of these. `nibbles` says how the codes of x and of the weight are given.
+bool linear(const LinearProblem&, bool nibbles, int capability, Stream);
 
 }  // namespace cuda
 }  // namespace ptq4vm

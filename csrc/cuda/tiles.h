@@ -22,11 +22,19 @@ constexpr TileRule TILES[] = {
     {0, 0, Tile::rows64_features64},
 };
 
-constexpr Tile choose_tile(int64_t directions, int64_t rows, int64_t features) {
-  for (const TileRule& rule : TILES) {
+// Of linear_s8_sm90: two tiles are in work on every multiprocessor, and a tile of fewer features would not read less.
+constexpr TileRule TILES_SM90[] = {
+    {65, 1 << 22, Tile::rows128_features128},
+    {0, 0, Tile::rows64_features128},
+};
+
+// The last line is for every problem.
+template <int RULES>
+constexpr Tile choose_tile(const TileRule (&rules)[RULES], int64_t directions, int64_t rows, int64_t features) {
+  for (const TileRule& rule : rules) {
     if (features >= rule.features && directions * rows * features >= rule.outputs) return rule.tile;
   }
-  return Tile::rows64_features64;
+  return rules[RULES - 1].tile;
 }
 
 }  // namespace cuda

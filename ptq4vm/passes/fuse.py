@@ -83,7 +83,7 @@ def _pack_linears(gm: GraphModule) -> GraphModule:
             note(gm, node, "linear", str(reason))
             continue
         insert = Insertion(gm, node)
-        packed = pack_weights(insert, str(weight.target), [value], x.meta["val"].shape[-1], False)
+        packed = pack_weights(insert, str(weight.target), [value], x)
         swap(gm, node, insert.call(ops.linear_packed.default, x, scale, zero_point, *packed, weight_scale, bias, dtype))
         note(gm, node, "linear")
     return gm
@@ -110,7 +110,7 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
             note(gm, gelu, pattern, str(reason))
             continue
         insert = Insertion(gm, node)
-        packed = pack_weights(insert, str(weight.target), [value], x.meta["val"].shape[-1], False)
+        packed = pack_weights(insert, str(weight.target), [value], x)
         inputs = (x, scale, zero_point, *packed, weight_scale, bias, rotate is not None, *args(node)[1:])
         swap(gm, node, insert.call(ops.linear_gelu_quantize.default, *inputs))
         note(gm, linear, pattern)

@@ -317,13 +317,13 @@ class _Stack:
         biases = self._biases(insert, "conv_bias", [args(conv)[2] for conv in convs])
         return insert.tensor(self.name("conv_weight"), weight), biases
 
-    def linear(self, insert: Insertion, what: str, linears: Sequence[Node]) -> tuple[Any, ...]:
+    def linear(self, insert: Insertion, what: str, linears: Sequence[Node], scanned: bool = False) -> tuple[Any, ...]:
         """Scales and zero points of the inputs, weight, sums, scales and biases."""
         x = args(linears[0])[0]
         scales, zeros, weights, weight_scales = (
             self._constants([args(linear)[i] for linear in linears], what) for i in (1, 2, 3, 4)
         )
-        packed = pack_weights(insert, self.name(what), weights, x.meta["val"].shape[-1], True)
+        packed = pack_weights(insert, self.name(what), weights, x, stack=True, scanned=scanned)
         return (
             insert.tensor(self.name(f"{what}_input_scale"), self.natural(scales)),
             insert.tensor(self.name(f"{what}_input_zero_point"), self.natural(zeros)),
@@ -337,7 +337,7 @@ class _Stack:
         steps, scans = [branch.step for branch in self.branches], [branch.scan for branch in self.branches]
         inv_scale, zero_point, inv_smooth, bits = self.qparams(insert, "step", steps)
         linears = [branch.step_linear for branch in self.branches]
-        scale, _, weight, weight_sum, weight_scale, _ = self.linear(insert, "step_linear", linears)
+        scale, _, weight, weight_sum, weight_scale, _ = self.linear(insert, "step_linear", linears, scanned=True)
         stacked = [
             insert.tensor(
                 self.name(what), torch.stack(self._constants([args(scan)[i] for scan in scans], what)).float()

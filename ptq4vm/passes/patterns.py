@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import fused, native, ops, reference
 from ptq4vm.graph import Insertion, aten, attribute, scope
 from ptq4vm.passes.tokens import channels_first, moves_tokens, token_map
 
@@ -135,11 +136,42 @@ def shaped_as(insert: Insertion, node: Node, like: Node) -> Node:
 
 
 def pack_weights(
-    insert: Insertion, name: str, weights: Sequence[Tensor], channels: int, stack: bool
+    insert: Insertion, name: str, weights: Sequence[Tensor], x: Node, *, stack: bool = False, scanned: bool = False
 ) -> tuple[Node, Node]:
-    """Constants for linears: packed codes and their sums."""
+    """Constants for linears of the codes x: their codes, and these codes' sums.
+
+    They have the layout of the device that they are on. The other device takes it too, but slowly: a model should be
+    moved before it is fused. `scanned` weights, of a scan's steps, have one layout.
+    """
     four = weights[0].dtype == torch.uint8
-    codes = [reference.unpack_int4(weight, channels) if four else weight for weight in weights]
+    codes = [reference.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
     whole = torch.stack(codes) if stack else codes[0]
-    packed = insert.tensor(f"{name}_packed", fused.pack_weight(whole, 4 if four else 8))
-    return packed, insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
+    capability = None if scanned else _capability(whole.device)
+    if capability is None:
+        packed = fused.pack_weight(whole, 4 if four else 8)
+    else:
+        nibbles = four and _bits(x) <= 4 and 80 <= capability < 90 and whole.shape[-2] >= NIBBLE_FEATURES
+        packed = fused.pad_weight(whole, 4 if nibbles else 8)
+    return insert.tensor(f"{name}_packed", packed), insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
+
+
+NIBBLE_FEATURES = 640
+"""Output channels from which on nibbles save tensor cores more time than it takes to pack the inputs; a bound, for an
+RTX 3090 (455) and an A100 (600), not a measurement."""
+
+
+def _capability(device: torch.device) -> int | None:
+    """Compute capability, as 10 · major + minor; None of a CPU, and without native kernels for GPUs."""
+    if device.type != "cuda" or native.cuda_problem() is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _bits(codes: Node) -> int:
+    """How many bits the codes that an operator gives have; 8 where that is not seen."""
+    node = same_tokens(codes)
+    if is_call(node, operator.getitem):
+        node = args(node)[0]
+    schema = getattr(node.target, "_schema", None)
+    return args(node)[-1] if schema is not None and schema.arguments[-1].name == "bits" else 8

@@ -1,17 +1,23 @@
-"""csrc/cuda/linear_s8.cu and linear_s4.cu: CUTLASS's whole kernels on the CPU, which give the reference's results."""
+"""csrc/cuda/linear_*.cu on the CPU, which give the reference's results: CUTLASS's whole kernels, but for the loads and
+multiplications of linear_s8_sm90, which are plain loops there."""
+
+import ctypes
+import subprocess
+from typing import NamedTuple
 
 import pytest
 import torch
 from cuda_cutlass import LinearProblem, guarded, host_flags, run
-from cuda_emulator import compile_emulated, is_caught, kind, poisoned, qparams_struct
-from hypothesis import HealthCheck, example, given, settings
+from cuda_emulator import COMPILER, SOURCES, Library, compile_emulated, is_caught, kind, poisoned, qparams_struct
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ptq4vm import fused, reference
 
-BITS = pytest.mark.parametrize("bits", [8, 4])
+SM90 = pytest.param("linear_s8_sm90", marks=pytest.mark.slow)
+KERNELS = pytest.mark.parametrize("kernel", ["linear_s8", "linear_s4", SM90])
 TOKENS = st.sampled_from([1, 5, 17, 50])
 CHANNELS = st.sampled_from([0, 1, 12, 24, 33, 48, 64, 96, 200])
 FEATURES = st.sampled_from([1, 7, 8, 24, 44, 56, 64, 65, 80, 130, 136])
@@ -22,20 +28,35 @@ DRAWN = settings(max_examples=40, suppress_health_check=[HealthCheck.function_sc
 
 TABLE = "    {129, 1 << 22, Tile::rows128_features128},\n    {65, 1 << 18, Tile::rows64_features128},\n"
 SMALL = ("tiles.h", TABLE, TABLE.replace("1 << 22", "4000").replace("1 << 18", "2000"))
-"""Sizes that take minutes here have the largest tiles; so all three are reached."""
+SMALL_SM90 = ("tiles.h", "{65, 1 << 22,", "{65, 4000,")
+"""Sizes that take minutes here have the largest tiles; so all are reached."""
 
 
 @pytest.fixture(scope="session")
 def linears(tmp_path_factory):
-    """linears(4) is linear_s4.cu; linears(8, change) a wrong linear_s8.cu."""
+    """linears("linear_s4") is linear_s4.cu, with `change` a wrong one."""
     flags, folder, made = host_flags(), tmp_path_factory.mktemp("linear"), {}
 
-    def build(bits: int, change=SMALL):
-        if (bits, change) not in made:
-            made[bits, change] = compile_emulated(folder, f"linear_s{bits}", change=change, flags=flags)
-        return made[bits, change]
+    def build(kernel: str, change=SMALL):
+        if change is SMALL and kernel == "linear_s8_sm90":
+            change = SMALL_SM90
+        if (kernel, change) not in made:
+            made[kernel, change] = Kernel(compile_emulated(folder, kernel, change=change, flags=flags), kernel)
+        return made[kernel, change]
 
     return build
+
+
+class Kernel(NamedTuple):
+    library: Library
+    name: str
+
+    @property
+    def bits(self) -> int:
+        return 4 if self.name == "linear_s4" else 8
+
+    def __call__(self, problem: LinearProblem) -> bool:
+        return run(self.library, self.name, problem)
 
 
 class Linear:
@@ -70,7 +91,7 @@ class Linear:
         packed, sums = fused.pack_weight(self.weight, self.bits), self.weight.sum(-1, dtype=torch.int32)
         return self.x, self.x_scale, self.zero_point, packed, sums, self.weight_scale, self.bias
 
-    def run(self, library, **outputs):
+    def run(self, kernel, **outputs):
         short = -self.x.shape[-1] % (16 if self.bits == 8 else 32)
         x, weight = pad(self.x, (0, short), value=5), pad(self.weight, (0, short))
         channels = x.shape[-1]
@@ -91,28 +112,28 @@ class Linear:
             features=self.features,
             **outputs,
         )
-        assert run(library, f"linear_s{self.bits}", problem)
+        assert kernel(problem)
 
-    def y(self, library, dtype):
+    def y(self, kernel, dtype):
         y = guarded(poisoned(*self.shape, self.features, dtype=dtype), self.offset)
-        self.run(library, y=y, y_type=kind(y))
+        self.run(kernel, y=y, y_type=kind(y))
         return y
 
-    def codes(self, library, inv_scale, zero_point, inv_smooth, bits, packed=False, extra=0):
+    def codes(self, kernel, inv_scale, zero_point, inv_smooth, bits, packed=False, extra=0):
         """Rows of bytes, `extra` of them behind the codes."""
         row = extra + ((self.features + 1) // 2 if packed else self.features)
         codes = guarded(poisoned(*self.shape, row, dtype=torch.int8).view(torch.uint8), self.offset)
         smooth = None if inv_smooth is None else guarded(inv_smooth, self.offset)
         qparams = qparams_struct(inv_scale, zero_point, smooth, bits)
-        self.run(library, codes=codes, nibbles=packed, codes_row=row, qparams=qparams)
+        self.run(kernel, codes=codes, nibbles=packed, codes_row=row, qparams=qparams)
         return codes
 
 
-def is_right(linear, library, dtype):
-    return torch.equal(linear.y(library, dtype), fused.linear_packed(*linear.arguments(), dtype))
+def is_right(linear, kernel, dtype):
+    return torch.equal(linear.y(kernel, dtype), fused.linear_packed(*linear.arguments(), dtype))
 
 
-@BITS
+@KERNELS
 @given(
     drawn=st.tuples(
         st.integers(0, 3),
@@ -131,17 +152,20 @@ def is_right(linear, library, dtype):
 @example(drawn=(3, 50, 96, 130, "image", 2, None, True, 0, torch.bfloat16))
 @example(drawn=(3, 17, 96, 80, "token", 3, 2, False, 0, torch.float32))
 @DRAWN
-def test_results_are_the_references(linears, bits, drawn):
+def test_results_are_the_references(linears, kernel, drawn):
     *of, dtype = drawn
-    assert is_right(Linear(bits, *of), linears(bits), dtype)
+    assume(of[2] > 0 or kernel != "linear_s8_sm90")
+    kernel = linears(kernel)
+    assert is_right(Linear(kernel.bits, *of), kernel, dtype)
 
 
-def test_sums_as_large_as_they_get_are_exact(linears):
+@pytest.mark.parametrize("kernel", ["linear_s8", SM90])
+def test_sums_as_large_as_they_get_are_exact(linears, kernel):
     """|acc| is beyond what float32 holds exactly, and close to int32's end after the correction."""
     linear = Linear(8, 1, 3, 4096, 8, "token", 0)
     linear.x.fill_(-128), linear.weight.fill_(127), linear.zero_point.fill_(127)
     linear.x_scale.fill_(2.0**-10), linear.weight_scale.fill_(2.0**-10)
-    assert is_right(linear, linears(8), torch.float32)
+    assert is_right(linear, linears(kernel), torch.float32)
 
 
 def gelu_qparams(linear, bits, smooth):
@@ -150,7 +174,7 @@ def gelu_qparams(linear, bits, smooth):
     return 1 / scale, zero_point, linear.scales(linear.features) if smooth else None, bits
 
 
-@BITS
+@KERNELS
 @given(
     drawn=st.tuples(
         st.integers(0, 3),
@@ -171,17 +195,19 @@ def gelu_qparams(linear, bits, smooth):
 @example(drawn=(3, 50, 96, 136, "token", 1, None, True, 0, True, 4, 4))
 @example(drawn=(2, 50, 96, 128, "image", 1, None, True, 0, True, 4, 0))
 @DRAWN
-def test_codes_of_the_gelu_are_the_references(linears, bits, drawn):
+def test_codes_of_the_gelu_are_the_references(linears, kernel, drawn):
     *of, smooth, new_bits, extra = drawn
-    linear = Linear(bits, *of)
+    assume(of[2] > 0 or kernel != "linear_s8_sm90")
+    kernel = linears(kernel)
+    linear = Linear(kernel.bits, *of)
     new = gelu_qparams(linear, new_bits, smooth)
     wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
-    whole = linear.codes(linears(bits), *new, extra=extra)
+    whole = linear.codes(kernel, *new, extra=extra)
     codes, behind = whole.split([linear.features, extra], -1)
     apart = (codes.view(torch.int8).int() - wanted.int()).abs()
     assert (apart <= 1).all() and apart.sum() <= apart.numel() / 1000 and torch.equal(behind, untouched(behind))
     if new_bits <= 4:
-        packed = linear.codes(linears(bits), *new, packed=True, extra=extra)
+        packed = linear.codes(kernel, *new, packed=True, extra=extra)
         pairs, behind = packed.split([packed.shape[-1] - extra, extra], -1)
         assert torch.equal(pairs, reference.pack_int4(codes.view(torch.int8))) and torch.equal(
             behind, untouched(behind)
@@ -192,11 +218,48 @@ def untouched(bytes_: Tensor) -> Tensor:
     return poisoned(*bytes_.shape, dtype=torch.int8).view(torch.uint8)
 
 
-def test_what_does_not_fit_one_launch_is_refused(linears):
+@pytest.mark.parametrize("kernel", ["linear_s8", SM90])
+def test_what_does_not_fit_one_launch_is_refused(linears, kernel):
     empty = torch.empty(1, dtype=torch.uint8)
-    for sizes in ({"rows": 2**31}, {"features": 2**31}, {"directions": 65536}, {"codes": empty, "directions": 2}):
+    many = [{"rows": 2**31}, {"features": 2**31}, {"directions": 65536}, {"codes": empty, "directions": 2}]
+    if kernel == "linear_s8_sm90":
+        many += [{"channels": 0}, {"rows": 2**26, "channels": 2**14}]
+    for sizes in many:
         problem = LinearProblem(**{"rows": 1, "features": 1, "channels": 16, "directions": 1, "scales": 1, **sizes})
-        assert not run(linears(8), "linear_s8", problem)
+        assert not linears(kernel)(problem)
+
+
+KERNELS_THAT_TELL = """
+#include <cstdlib>
+#include "linear.h"
+namespace ptq4vm::cuda {
+static const char* ran;
+bool linear_s8(const LinearProblem&, Stream) { return ran = "s8", true; }
+bool linear_s4(const LinearProblem&, Stream) { return ran = "s4", true; }
+bool linear_s8_sm90(const LinearProblem& p, Stream) { return p.channels > 0 && (ran = "sm90", true); }
+extern "C" const char* chosen(bool nibbles, int capability, int channels) {
+  LinearProblem p{};
+  p.channels = channels, ran = "refused by two";
+  return linear(p, nibbles, capability, nullptr) ? ran : "none";
+}
+}
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@pytest.mark.parametrize("built", ["", "-DPTQ4VM_SM90", "-DPTQ4VM_NO_S4"])
+def test_every_gpu_has_its_kernel(tmp_path, built):
+    (tmp_path / "kernels.cpp").write_text(KERNELS_THAT_TELL)
+    target = tmp_path / "linear.so"
+    command = [COMPILER, "-std=c++17", "-shared", "-fPIC", f"-I{SOURCES}", *filter(None, [built])]
+    subprocess.run([*command, SOURCES / "linear.cpp", tmp_path / "kernels.cpp", "-o", target], check=True)
+    chosen = ctypes.CDLL(str(target)).chosen
+    chosen.restype = ctypes.c_char_p
+    hopper = b"sm90" if built == "-DPTQ4VM_SM90" else b"s8"
+    assert [chosen(False, gpu, 64) for gpu in (80, 86, 89, 90, 100, 120)] == [b"s8"] * 3 + [hopper] + [b"s8"] * 2
+    assert chosen(False, 90, 0) == b"s8"
+    nibbles = b"none" if built == "-DPTQ4VM_NO_S4" else b"s4"
+    assert [chosen(True, gpu, 64) for gpu in (80, 86, 89, 90, 120)] == [nibbles] * 3 + [b"none"] * 2
 
 
 MISTAKES = [
@@ -221,20 +284,43 @@ MISTAKES = [
 ]
 
 
+MISTAKES_SM90 = [
+    ("epilogue_sm90.cuh", "return first_row + static_cast", "return static_cast"),
+    ("epilogue_sm90.cuh", "+ thread % 4 * WIDTH", ""),
+    ("epilogue_sm90.cuh", "get<1>(at) * get<1>(tile) +", ""),
+    ("epilogue_sm90.cuh", "bit < 4", "bit < 2"),
+    ("epilogue_sm90.cuh", "low = upper ? theirs : low;", ""),
+    ("epilogue_sm90.cuh", "make_coord(0, half, 0)", "make_coord(0, 0, 0)"),
+    ("epilogue_sm90.cuh", "acc(make_coord(j % 2, i % 2, eight + j / 2)", "acc(make_coord(j % 2, i % 2, j / 2)"),
+    ("epilogue_sm90.cuh", "columns(direction, column + 4 * WIDTH)", "columns(direction, column)"),
+    ("epilogue_sm90.cuh", "epilogue.p.rows && column < epilogue.p.features", "epilogue.p.rows"),
+    ("epilogue_sm90.cuh", "epilogue.p.rows && column < epilogue.p.features", "epilogue.p.rows + 1"),
+    ("epilogue_sm90.cuh", "direction = get<3>(at)", "direction = 0"),
+    ("gemm_sm90.cuh", "{p.channels, {}, p.rows * p.channels}", "{p.channels, {}, 0}"),
+    ("gemm_sm90.cuh", "{p.channels, {}, p.features * p.channels}", "{p.channels, {}, 0}"),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [None, *MISTAKES])
-def test_mistakes_are_seen(linears, change):
-    library = linears(4, change)
+@pytest.mark.parametrize(
+    ("kernel", "change"),
+    [("linear_s4", change) for change in [None, *MISTAKES]]
+    + [("linear_s8_sm90", change) for change in [None, *MISTAKES_SM90]],
+)
+def test_mistakes_are_seen(linears, kernel, change):
+    kernel = linears(kernel, change)
+    bits = kernel.bits
 
     def check():
-        for features in (8, 44, 65):
-            assert is_right(Linear(4, 2, 50, 96, features, "token", 1, 2), library, torch.float32)
-            linear = Linear(4, 2, 50, 96, features + features % 8 // 5, "token", 1)
+        for features in (8, 44, 65, 130):
+            assert is_right(Linear(bits, 2, 50, 96, features, "token", 1, 2), kernel, torch.float32)
+            linear = Linear(bits, 2, 50, 96, features + features % 8 // 5, "token", 1)
             new = gelu_qparams(linear, 4, True)
             wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
             for packed in (False, True):
-                codes = linear.codes(library, *new, packed=packed, extra=2)[..., :-2]
+                codes = linear.codes(kernel, *new, packed=packed, extra=2)[..., :-2]
                 assert torch.equal(codes, reference.pack_int4(wanted) if packed else wanted.view(torch.uint8))
-        assert is_right(Linear(4, 1, 5, 0, 8, "token", 1), library, torch.float32)
+        if kernel.name == "linear_s4":
+            assert is_right(Linear(bits, 1, 5, 0, 8, "token", 1), kernel, torch.float32)
 
     assert is_caught(check) == (change is not None)

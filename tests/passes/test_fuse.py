@@ -12,6 +12,8 @@ from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
+from ptq4vm.graph import attribute
+from ptq4vm.passes import patterns
 from ptq4vm.passes.fuse import fuse, fusions
 
 CONFIGS = {
@@ -196,6 +198,26 @@ def test_fusing_again_changes_nothing(lowered):
     gm = fuse(copied(lowered("vmamba_nano_32")))
     code = gm.code
     assert fuse(gm).code == code
+
+
+@pytest.mark.parametrize(("capability", "nibbles"), [(80, True), (86, True), (90, False), (120, False)])
+def test_weights_on_a_gpu_lie_in_its_rows(lowered, monkeypatch, capability, nibbles):
+    """Nibbles where tensor cores take them, weight and input have no more bits, and it is worth packing the input."""
+    gm, images = lowered("vmamba_nano_32", "rotated w4a4"), torch.randn(2, 3, 32, 32)
+    tiled = fuse(copied(gm))
+    monkeypatch.setattr(patterns, "_capability", lambda device: capability)
+    monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
+    rows = fuse(copied(gm))
+    kinds = set()
+    for node in rows.graph.nodes:
+        if node.target in (ops.linear_packed.default, ops.linear_gelu_quantize.default):
+            weight, scale = (attribute(rows, node.args[i].target) for i in (3, 5))
+            assert weight.dim() == scale.dim() + 1
+            kinds.add((weight.dtype is torch.uint8, scale.shape[-1] >= 100))
+        elif node.target is ops.directional_scan.default:
+            assert attribute(rows, node.args[7].target).dim() == 5
+    assert kinds == {(False, False), (nibbles, True)}
+    assert torch.equal(rows(images), tiled(images))
 
 
 def test_unfused_weights_are_dropped(lowered):

@@ -1,6 +1,8 @@
-// What every operator's glue needs: checks, types and layouts, memory for results.
+// What every operator's glue needs: checks, types and layouts, memory for results. The glue is compiled into a library of
+// each device: PTQ4VM_KEY says whose implementations it registers, and PTQ4VM_CUDA that they are csrc/cuda's.
 #pragma once
 
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +16,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "operators.h"
 
 namespace ptq4vm {
 namespace {
@@ -24,9 +26,17 @@ using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
 
-constexpr int64_t LANES = 16;
+#ifdef PTQ4VM_CUDA
+constexpr bool ON_GPU = true;
+#else
+constexpr bool ON_GPU = false;
+#endif
 
-inline int64_t groups(int64_t channels) { return (channels + LANES - 1) / LANES; }
+constexpr int64_t LANES = 16;  // output channels of a packed weight's tile
+
+inline int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+inline int64_t groups(int64_t channels) { return divided_up(channels, LANES); }
 
 // Calls of torch take longer than small kernels, so those that would do nothing are left out.
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -69,11 +79,6 @@ inline void check_shape(const char* name, const Optional& x, Sizes want) {
   if (x) check_shape(name, *x, want);
 }
 
-inline Tensor sum_images(const Tensor& x) {
-  const int64_t axis = 0;
-  return torch::stable::sum(x, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1));
-}
-
 inline Tensor typed(const Tensor& value, const Tensor& original) {
   return value.scalar_type() == original.scalar_type() ? value : torch::stable::to(value, original.scalar_type());
 }
@@ -99,20 +104,68 @@ inline int64_t qparams(const Tensor& x, const Tensor& scale, bool stacked = fals
   return std::max<int64_t>(1, count);
 }
 
-// What can be read without conversion: bfloat16, and float32, to which every other type is converted.
+// The types that kernels read and write; every other one is converted to float32.
+inline bool has_kernels(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::BFloat16 || (ON_GPU && type == ScalarType::Half);
+}
+
+inline Float float_type(ScalarType type) {
+  if (type == ScalarType::BFloat16) return Float::bf16;
+  return ON_GPU && type == ScalarType::Half ? Float::f16 : Float::f32;
+}
+
+inline Float float_type(const Tensor& x) { return float_type(x.scalar_type()); }
+
+inline Tensor as_kernel_type(const Tensor& x) {
+  return has_kernels(x.scalar_type()) ? x : torch::stable::to(x, ScalarType::Float);
+}
+
+// What kernels read: contiguous, or with `any_rows` with contiguous channels.
 struct Input {
   Tensor values;
   Float type;
 
-  Input(const Tensor& x, bool any_rows = false)
-      : values(x), type(x.scalar_type() == ScalarType::BFloat16 ? Float::bf16 : Float::f32) {
+  Input(const Tensor& x, bool any_rows = false) : values(as_kernel_type(x)), type(float_type(values)) {
     const int64_t axis = x.dim() - 1;
-    const bool rows = any_rows && axis >= 0 && (x.stride(axis) == 1 || x.size(axis) == 1);
-    const ScalarType kind = type == Float::bf16 ? ScalarType::BFloat16 : ScalarType::Float;
-    if (!rows || x.scalar_type() != kind) values = as(x, kind);
+    const bool rows = any_rows && axis >= 0 && (values.stride(axis) == 1 || values.size(axis) == 1);
+    if (!rows) values = as_contiguous(values);
   }
 
   const void* data() const { return values.const_data_ptr(); }
+};
+
+// Tokens of an order; on a GPU they are not looked at, since that would stop it.
+inline void check_order(const Tensor& order, int64_t least, int64_t tokens) {
+  if (ON_GPU) return;
+  const int32_t *read = in<int32_t>(order), *end = read + order.numel();
+  const auto wrong = std::find_if(read, end, [&](int32_t t) { return t < least || t >= tokens; });
+  STD_TORCH_CHECK(wrong == end, "the order of ", tokens, " tokens names token ", wrong == end ? 0 : *wrong,
+                  ", which is not between ", least, " and ", tokens - 1);
+}
+
+inline void check_bits(int64_t bits) {
+  STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
+}
+
+inline int lowest(int64_t bits) { return -(1 << (bits - 1)); }
+
+// The qparams of codes, kept in the types that kernels read.
+struct Codes {
+  Tensor inv_scale, zero_point;
+  Optional inv_smooth;
+  int64_t scales;
+  int low;
+
+  Codes(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits, int64_t scales_of_set)
+      : inv_scale(as(inv, ScalarType::Float)), zero_point(as(zero, ScalarType::Int)),
+        inv_smooth(as(smooth, ScalarType::Float)), scales(scales_of_set), low((check_bits(bits), lowest(bits))) {
+    STD_TORCH_CHECK(zero.numel() == inv.numel(), "there are ", inv.numel(), " scales and ", zero.numel(),
+                    " zero points");
+  }
+
+  Qparams view() const {
+    return {in<float>(inv_scale), in<int32_t>(zero_point), in<float>(inv_smooth), scales, low, -low - 1};
+  }
 };
 
 // The rotation of so many channels, and its matrix.
@@ -137,6 +190,13 @@ class RotationOf {
   std::vector<float> matrix_;
 };
 
+inline void check_conv(const Tensor& x, const Tensor& weight, const Optional& bias) {
+  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must be (B, L, E) and the weight (E, K)");
+  STD_TORCH_CHECK(weight.size(1) >= 1, "a convolution needs at least one tap");
+  check_shape("weight", weight, {x.size(2), weight.size(1)});
+  check_shape("bias", bias, {x.size(2)});
+}
+
 inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   const auto sizes = x.sizes();
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
@@ -144,5 +204,41 @@ inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
   return shape;
 }
 
+// Checked<&f>::call is f, where on a GPU all tensors must be on one device.
+template <auto F>
+struct Checked;
+
+template <class Result, class... Arguments, Result (*F)(Arguments...)>
+struct Checked<F> {
+  static Result call(Arguments... arguments) {
+    if (ON_GPU) {
+      std::optional<torch::stable::Device> first;
+      (check(first, arguments), ...);
+    }
+    return F(arguments...);
+  }
+
+ private:
+  static void check(std::optional<torch::stable::Device>& first, const Tensor& x) {
+    const auto device = x.device();
+    if (!first) first = device;
+    STD_TORCH_CHECK(device == *first, "all tensors must be on one device: the first is on ", name(*first),
+                    ", another on ", name(device), "; move the model and its inputs with .to(device)");
+  }
+
+  static void check(std::optional<torch::stable::Device>& first, const Optional& x) {
+    if (x) check(first, *x);
+  }
+
+  template <class T>
+  static void check(std::optional<torch::stable::Device>&, const T&) {}
+
+  static std::string name(const torch::stable::Device& device) {
+    return device.is_cpu() ? "the CPU" : "GPU " + std::to_string(device.index());
+  }
+};
+
 }  // namespace
 }  // namespace ptq4vm
+
+#define PTQ4VM_IMPL(m, name) (m).impl(#name, TORCH_BOX((&::ptq4vm::Checked<&::ptq4vm::name>::call)))

@@ -1,38 +1,9 @@
-// What feeds a quantized linear, on a CPU: quantization, norms and convolutions with their codes. Checks, types and
-// layouts, memory for the results, and the kernels in parallel. A float64 convolution runs in plain loops; every other
-// floating type is computed in float32.
-#include "float64.h"
-#include "glue.h"
+// What feeds a quantized linear: quantization, norms and convolutions with their codes. Checks, types and layouts, and
+// memory for the results.
+#include "run.h"
 
 namespace ptq4vm {
 namespace {
-
-constexpr int64_t SHARE = 32768;  // numbers that are worth a thread
-
-int64_t grain(int64_t numbers) { return std::max<int64_t>(1, SHARE / std::max<int64_t>(1, numbers)); }
-
-void check_bits(int64_t bits) { STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits); }
-
-int lowest(int64_t bits) { return -(1 << (bits - 1)); }
-
-// The qparams of codes, kept in the types that kernels read.
-struct Codes {
-  Tensor inv_scale, zero_point;
-  Optional inv_smooth;
-  int64_t scales;
-  int low;
-
-  Codes(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits, int64_t scales_of_set)
-      : inv_scale(as(inv, ScalarType::Float)), zero_point(as(zero, ScalarType::Int)),
-        inv_smooth(as(smooth, ScalarType::Float)), scales(scales_of_set), low((check_bits(bits), lowest(bits))) {
-    STD_TORCH_CHECK(zero.numel() == inv.numel(), "there are ", inv.numel(), " scales and ", zero.numel(),
-                    " zero points");
-  }
-
-  Qparams view() const {
-    return {in<float>(inv_scale), in<int32_t>(zero_point), in<float>(inv_smooth), scales, low, -low - 1};
-  }
-};
 
 // Those of K directions: scales (K, L) or (K, 1), inv_smooth (K, E).
 Codes codes_of_directions(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits,
@@ -60,8 +31,7 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
   const Input input(x);
   Tensor result = empty_as(x, ScalarType::Char);
   const Quantize q{input.data(), input.type, codes.view(), out<int8_t>(result), rows_of(x), channels};
-  const auto run = kernels().quantize;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return result;
 }
 
@@ -80,8 +50,7 @@ std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t
   const ChooseQparams q{input.data(),           input.type, in<float>(inv_smooth), out<float>(scale),
                         out<int32_t>(zero_point), rows_of(x), channels,              low,
                         -low - 1};
-  const auto run = kernels().choose_qparams;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return {scale, zero_point};
 }
 
@@ -96,8 +65,7 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   Tensor y = empty_as(x_q, ScalarType::Float);
   const Dequantize q{in<int8_t>(x_q), in<float>(scale), in<int32_t>(zero_point), out<float>(y), rows_of(x_q), channels,
                      scales};
-  const auto run = kernels().dequantize;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x_q);
   return y;
 }
 
@@ -107,9 +75,7 @@ Tensor rotate(Tensor x) {
   const Input input(x);
   Tensor y = empty_as(input.values, input.values.scalar_type());
   const Rotate q{input.data(), y.mutable_data_ptr(), input.type, rotation.view(), rows_of(x)};
-  const auto run = kernels().rotate;
-  torch::stable::parallel_for(0, q.rows, grain(q.rotation.channels),
-                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return typed(y, x);
 }
 
@@ -123,8 +89,7 @@ Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point,
   Tensor result = empty_as(x, ScalarType::Char);
   const RotateQuantize q{input.data(),        input.type,   gelu,      rotation.view(),
                          out<int8_t>(result), codes.view(), rows_of(x)};
-  const auto run = kernels().rotate_quantize;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return result;
 }
 
@@ -162,15 +127,8 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
                        static_cast<float>(eps),
                        rms,
                        rotated ? &rotation : nullptr};
-  const auto run = kernels().norm_quantize;
-  torch::stable::parallel_for(0, q.rows, grain(channels), [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return {total, result};
-}
-
-void run_conv(const Conv& q) {
-  const auto run = kernels().conv;
-  torch::stable::parallel_for(0, q.directions * q.batch * groups(q.channels), grain(q.tokens * LANES),
-                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
 }
 
 std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bias, Tensor order, Tensor inv_scale,
@@ -184,18 +142,17 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
   check_shape("order", order, {directions, tokens});
   const Codes codes = codes_of_directions(inv_scale, zero_point, inv_smooth, bits, directions, tokens, channels);
   order = as(order, ScalarType::Int);
-  for (int64_t i = 0; i < directions * tokens; i++) {
-    const int32_t token = in<int32_t>(order)[i];
-    STD_TORCH_CHECK(0 <= token && token < tokens, "the order of ", tokens, " tokens names token ", token);
-  }
+  check_order(order, 0, tokens);
   weight = as(weight, ScalarType::Float);
   bias = as(bias, ScalarType::Float);
   const Input input(x, true);
   Tensor u = make(input.values, {directions, batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
-  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
-            in<float>(bias), in<int32_t>(order), u.mutable_data_ptr(), out<int8_t>(result), codes.view(), directions,
-            batch, tokens, channels, taps, true});
+  const Conv q{input.data(),     input.type,         input.values.stride(0), input.values.stride(1), in<float>(weight),
+               in<float>(bias),  in<int32_t>(order), u.mutable_data_ptr(),   out<int8_t>(result),    codes.view(),
+               directions,       batch,              tokens,                 channels,               taps,
+               true};
+  run(q, x);
   return {typed(u, x), result};
 }
 
@@ -222,102 +179,37 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
                  in<float>(bias),  u.mutable_data_ptr(), out<int8_t>(result), codes.view(), directions,
                  batch,            height,     width,                  channels,               rows,
                  columns};
-  const auto run = kernels().conv2d;
-  torch::stable::parallel_for(0, u.numel() ? batch * height : 0, grain(width * channels),
-                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  run(q, x);
   return {typed(u, x), result};
 }
 
-void check_conv(const Tensor& x, const Tensor& weight, const Optional& bias) {
-  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 2, "x must be (B, L, E) and the weight (E, K)");
-  STD_TORCH_CHECK(weight.size(1) >= 1, "a convolution needs at least one tap");
-  check_shape("weight", weight, {x.size(2), weight.size(1)});
-  check_shape("bias", bias, {x.size(2)});
-}
-
-struct ConvInputs {
-  Tensor x, weight;
-  Optional bias;
-  int64_t batch, tokens, channels, taps;
-  ScalarType type;
-
-  ConvInputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_) : x(x_), weight(weight_), bias(bias_) {
-    check_conv(x, weight, bias);
-    batch = x.size(0), tokens = x.size(1), channels = x.size(2), taps = weight.size(1);
-    type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    x = as(x, type), weight = as(weight, type), bias = as(bias, type);
-  }
-
-  float64::Conv exact(bool silu) const {
-    return {in<double>(x), in<double>(weight), in<double>(bias), batch, tokens, channels, taps, silu};
-  }
-};
-
 Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
-  if (x.scalar_type() == ScalarType::Double) {
-    const ConvInputs c(x, weight, bias);
-    Tensor y = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
-    float64::conv(c.exact(silu), out<double>(y));
-    return y;
-  }
   check_conv(x, weight, bias);
+  if (x.scalar_type() == ScalarType::Double) return causal_conv1d_in_float64(x, weight, bias, silu);
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   weight = as(weight, ScalarType::Float);
   bias = as(bias, ScalarType::Float);
   const Input input(x, true);
   Tensor y = make(x, {batch, tokens, channels}, input.values.scalar_type());
-  run_conv({input.data(), input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
-            in<float>(bias), nullptr, y.mutable_data_ptr(), nullptr, {}, 1, batch, tokens, channels, weight.size(1),
-            silu});
+  const Conv q{input.data(),    input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
+               in<float>(bias), nullptr,    y.mutable_data_ptr(),   nullptr,                {},
+               1,               batch,      tokens,                 channels,               weight.size(1),
+               silu};
+  run(q, x);
   return typed(y, x);
-}
-
-std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Optional bias,
-                                                          bool silu) {
-  const ConvInputs c(x, weight, bias);
-  check_shape("grad", grad, {c.batch, c.tokens, c.channels});
-  const ScalarType grad_type = grad.scalar_type();
-  grad = as(grad, c.type);
-  Optional dbias;
-  Tensor dx, dweight;
-  if (c.type == ScalarType::Double) {
-    dx = zeros(c.x, {c.batch, c.tokens, c.channels}, c.type);
-    dweight = zeros(c.x, {c.channels, c.taps}, c.type);
-    if (bias) dbias = zeros(c.x, {c.channels}, c.type);
-    float64::conv_backward(c.exact(silu), in<double>(grad), out<double>(dx), out<double>(dweight), out<double>(dbias));
-  } else {
-    dx = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
-    dweight = make(c.x, {c.batch, c.channels, c.taps}, c.type);
-    if (bias) dbias = make(c.x, {c.batch, c.channels}, c.type);
-    const Conv forward{in<float>(c.x), Float::f32, c.tokens * c.channels, c.channels, in<float>(c.weight),
-                       in<float>(c.bias), nullptr, nullptr, nullptr, {}, 1, c.batch, c.tokens, c.channels, c.taps,
-                       silu};
-    const ConvBackward q{forward,
-                         in<float>(grad),
-                         out<float>(dx),
-                         out<float>(dweight),
-                         out<float>(dbias)};
-    const auto run = kernels().conv_backward;
-    torch::stable::parallel_for(0, c.batch * groups(c.channels), 1,
-                                [&](int64_t begin, int64_t end) { run(q, begin, end); });
-    dweight = sum_images(dweight);
-    if (dbias) dbias = sum_images(*dbias);
-  }
-  return {typed(dx, x), typed(dweight, weight), bias ? typed(*dbias, *bias) : make(c.x, {0}, grad_type)};
 }
 
 }  // namespace
 }  // namespace ptq4vm
 
-STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CPU, m) {
-  m.impl("quantize", TORCH_BOX(&ptq4vm::quantize));
-  m.impl("choose_qparams", TORCH_BOX(&ptq4vm::choose_qparams));
-  m.impl("dequantize", TORCH_BOX(&ptq4vm::dequantize));
-  m.impl("rotate", TORCH_BOX(&ptq4vm::rotate));
-  m.impl("rotate_quantize", TORCH_BOX(&ptq4vm::rotate_quantize));
-  m.impl("norm_quantize", TORCH_BOX(&ptq4vm::norm_quantize));
-  m.impl("conv1d_quantize", TORCH_BOX(&ptq4vm::conv1d_quantize));
-  m.impl("conv2d_quantize", TORCH_BOX(&ptq4vm::conv2d_quantize));
-  m.impl("causal_conv1d", TORCH_BOX(&ptq4vm::causal_conv1d));
-  m.impl("causal_conv1d_backward", TORCH_BOX(&ptq4vm::causal_conv1d_backward));
+STABLE_TORCH_LIBRARY_IMPL(PTQ4VM_LIBRARY, PTQ4VM_KEY, m) {
+  PTQ4VM_IMPL(m, quantize);
+  PTQ4VM_IMPL(m, choose_qparams);
+  PTQ4VM_IMPL(m, dequantize);
+  PTQ4VM_IMPL(m, rotate);
+  PTQ4VM_IMPL(m, rotate_quantize);
+  PTQ4VM_IMPL(m, norm_quantize);
+  PTQ4VM_IMPL(m, conv1d_quantize);
+  PTQ4VM_IMPL(m, conv2d_quantize);
+  PTQ4VM_IMPL(m, causal_conv1d);
 }

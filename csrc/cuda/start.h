@@ -1,0 +1,34 @@
+// How an operator starts its kernels, and what it says when that fails.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <stdexcept>
+
+#include "../glue.h"
+#include "toolkit.h"
+
+namespace ptq4vm {
+namespace cuda {
+
+// start(stream) with the device of `on` current and its current stream.
+template <class F>
+void launch(const char* name, const Tensor& on, F start) {
+  const int device = on.get_device_index();
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (on.is_cuda()) guard.emplace(device);
+  use_device(device);
+  std::string problem;
+  try {
+    start(current_stream(device));
+    if (const char* error = take_error()) {
+      problem = std::string(error) + " (or an earlier kernel failed: CUDA_LAUNCH_BLOCKING=1 shows which)";
+    }
+  } catch (const std::length_error& error) {  // from device.cuh
+    problem = error.what();
+  }
+  STD_TORCH_CHECK(problem.empty(), "ptq4vm::", name, " on GPU ", device, ": ", problem);
+}
+
+}  // namespace cuda
+}  // namespace ptq4vm

@@ -58,7 +58,7 @@ def qparams(kind, images, tokens, bits, random):
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.integers(0, 2**20))
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, smooth, seed):
     random = draw(seed)
     scale, zero_point = qparams(kind, images, tokens, bits, random)
@@ -75,7 +75,7 @@ def test_codes_are_the_references(isa, dtype, images, tokens, channels, bits, ki
 @given(
     st.integers(0, 3), ROWS, CHANNELS, FEATURES, st.sampled_from([4, 8]), KINDS, st.booleans(), st.integers(0, 2**20)
 )
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_the_linear_is_the_references_to_the_last_bit(
     isa, dtype, images, tokens, channels, features, bits, kind, bias, seed
 ):

@@ -54,7 +54,7 @@ WAYS = st.sampled_from(["weight", "tensor", "token", "image"])
 
 
 @given(WAYS, st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), st.integers(0, 2**20))
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_values_are_to_the_last_bit_those_of_the_formulas(isa, kind, images, tokens, channels, bits, smooth, seed):
     arguments = inputs(kind, images, tokens, channels, bits, smooth, seed)
     assert torch.equal(ops.fake_quantize(*arguments), composed(*arguments))
@@ -62,7 +62,7 @@ def test_values_are_to_the_last_bit_those_of_the_formulas(isa, kind, images, tok
 
 
 @given(WAYS, st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), st.integers(0, 2**20))
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_gradients_are_those_of_autograd(isa, kind, images, tokens, channels, bits, smooth, seed):
     x, scale, zero_point, factor, _ = inputs(kind, images, tokens, channels, bits, smooth, seed)
     zero_point = None if zero_point is None else zero_point.float()

@@ -43,7 +43,7 @@ def inputs(stack, images, tokens, channels, features, bits, kind, bias, random):
     st.booleans(),
     SEEDS,
 )
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_packed_linears_are_the_references_to_the_last_bit(
     isa, dtype, stack, images, tokens, channels, features, bits, kind, bias, seed
 ):
@@ -100,7 +100,7 @@ def test_denormal_results_are_kept(isa, size):
 @given(
     st.integers(0, 2), ROWS, CHANNELS, FEATURES, BITS, KINDS, KINDS, st.booleans(), st.booleans(), st.booleans(), SEEDS
 )
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_codes_after_a_gelu_are_the_references_but_for_ties(
     isa, images, tokens, channels, features, bits, kind, new_kind, bias, smooth, rotated, seed
 ):

@@ -54,7 +54,7 @@ def test_numbers_that_are_not_finite_have_the_references_codes(isa, dtype):
 @needs_library
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), SEEDS)
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, channels, bits, smooth, seed):
     random = draw(seed)
     x = (torch.randn(images, tokens, channels, generator=random) * 10.0 ** (seed % 80 - 40)).to(dtype)
@@ -67,7 +67,7 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
 @needs_library
 @DTYPES
 @given(st.integers(0, 3), ROWS, st.integers(1, 400) | ROTATED, STRIDED, SEEDS)
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_rotated_rows_and_their_gradients_are_the_references_and_do_not_know_each_other(
     isa, dtype, images, tokens, channels, strided, seed
 ):
@@ -84,7 +84,7 @@ def test_rotated_rows_and_their_gradients_are_the_references_and_do_not_know_eac
 
 @needs_library
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kind, seed):
     random = draw(seed)
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)
@@ -95,7 +95,7 @@ def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kin
 @needs_library
 @DTYPES
 @given(st.integers(0, 3), ROWS, ROTATED, st.integers(2, 8), KINDS, *[st.booleans()] * 3, st.integers(0, 7), SEEDS)
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_norm_and_codes_are_the_references(
     isa, dtype, images, tokens, channels, bits, kind, rms, add, rotated, optional, seed
 ):
@@ -121,7 +121,7 @@ def test_norm_and_codes_are_the_references(
 @needs_library
 @DTYPES
 @given(st.integers(0, 3), ROWS, ROTATED, st.integers(2, 8), KINDS, *[st.booleans()] * 2, SEEDS)
-@settings(max_examples=100, suppress_health_check=SUPPRESSED)
+@settings(max_examples=60, suppress_health_check=SUPPRESSED)
 def test_rotated_codes_are_the_references(isa, dtype, images, tokens, channels, bits, kind, gelu, smooth, seed):
     random = draw(seed)
     scale, zero_point = qparams(kind, images, tokens, bits, random)
@@ -147,7 +147,7 @@ def test_rotated_codes_are_the_references(isa, dtype, images, tokens, channels, 
     STRIDED,
     SEEDS,
 )
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_directional_convolutions_and_codes_are_the_references(
     isa,
     dtype,
@@ -196,7 +196,7 @@ def test_directional_convolutions_and_codes_are_the_references(
     STRIDED,
     SEEDS,
 )
-@settings(max_examples=60, suppress_health_check=SUPPRESSED)
+@settings(max_examples=40, suppress_health_check=SUPPRESSED)
 def test_convolutions_of_maps_and_codes_are_the_references(
     isa,
     dtype,

@@ -6,7 +6,6 @@ one forward of each needs. Shapes: B images, L tokens, D channels in, N out.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +83,7 @@ class Report:
 def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphModule:
     """The graph of a floating-point model, whose linears must be those of the quantized one."""
     record = record_of(quantized)
-    graph = floating(model, images, record.config.exclude)
+    graph = floating(model, images, exclude=record.config.exclude, rotation=record.config.rotation)
     have, want = record_of(graph).linears, record.linears
     if have != want:
         pairs = ((a, b) for a, b in zip(have, want, strict=False) if a != b)
@@ -101,10 +100,9 @@ def _shape(linear: Any) -> str:
     return f"{linear.name} ({linear.tokens} tokens, {linear.in_features} → {linear.out_features})"
 
 
-def floating(model: nn.Module, images: Tensor, exclude: Sequence[str] = ()) -> GraphModule:
-    """The graph of a model, with the linears marked that quantization would take."""
-    config = dataclasses.replace(QuantConfig.minmax(8), exclude=tuple(exclude))
-    return prepared_graph(model, (images,), config)
+def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
+    """The graph of a model, with the linears marked that quantization would take; `changes` of the config."""
+    return prepared_graph(model, (images,), QuantConfig.minmax(8, **changes))
 
 
 def measure(

@@ -153,7 +153,7 @@ def conv1d_inputs(dtype, images, tokens, channels, taps, directions, bits, optio
     st.booleans(),
     SEEDS,
 )
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 def test_directional_convolutions_and_codes_are_the_references(
     emulated, dtype, images, tokens, channels, taps, directions, bits, optional, strided, seed
 ):
@@ -219,7 +219,7 @@ def conv2d_inputs(dtype, images, height, width, channels, kernel, directions, bi
     st.booleans(),
     SEEDS,
 )
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 def test_convolutions_of_maps_and_codes_are_the_references(
     emulated, dtype, images, height, width, channels, kernel, directions, bits, optional, strided, seed
 ):

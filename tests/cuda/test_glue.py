@@ -16,7 +16,7 @@ from ptq4vm import fused, ops, reference
 pytestmark = pytest.mark.slow
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-DRAWN = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DRAWN = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 IMAGES, TOKENS = st.integers(0, 2), st.sampled_from([0, 1, 2, 17])
 CHANNELS = st.sampled_from([1, 7, 16, 24, 33, 64, 96])
 FEATURES = st.sampled_from([0, 1, 7, 16, 44, 65])

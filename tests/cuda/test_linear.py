@@ -24,7 +24,7 @@ FEATURES = st.sampled_from([1, 7, 8, 24, 44, 56, 64, 65, 80, 130, 136])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 KINDS = st.sampled_from(["tensor", "token", "image"])
 SEEDS = st.integers(0, 2**20)
-DRAWN = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DRAWN = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 TABLE = "    {129, 1 << 22, Tile::rows128_features128},\n    {65, 1 << 18, Tile::rows64_features128},\n"
 SMALL = ("tiles.h", TABLE, TABLE.replace("1 << 22", "4000").replace("1 << 18", "2000"))

@@ -90,7 +90,7 @@ def assert_same(library, *arguments):
     st.integers(0, 1),
     st.integers(0, 2**20),
 )
-@settings(max_examples=40, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 @example(1, 5, 192, 8, "token", True, True, True, 7, 0, 0)
 @example(1, 5, 2056, 8, "token", False, True, False, 7, 0, 0)
 def test_sums_and_codes_of_norms_are_the_references(

@@ -93,7 +93,7 @@ def choose_qparams(library, x, inv_smooth, bits):
 
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.integers(0, 1), SEEDS)
-@settings(max_examples=40, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 def test_codes_are_the_references(emulated, dtype, images, tokens, channels, bits, kind_of, smooth, offset, seed):
     random = draw(seed)
     scale, zero_point = qparams(kind_of, images, tokens, bits, random)
@@ -126,7 +126,7 @@ def same_ranges(ours, theirs):
 
 @DTYPES
 @given(st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), SEEDS)
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 @example(2, 5, 200, 8, True, 7)
 def test_the_range_of_a_token_is_the_references(emulated, dtype, images, tokens, channels, bits, smooth, seed):
     random = draw(seed)
@@ -145,7 +145,7 @@ def test_a_token_with_nan_has_no_range(emulated):
 
 
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)
-@settings(max_examples=40, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 def test_dequantized_codes_are_the_references(emulated, images, tokens, channels, kind_of, seed):
     random = draw(seed)
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)

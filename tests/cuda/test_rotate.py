@@ -85,7 +85,7 @@ def assert_coded(library, x, gelu, *arguments):
 
 @DTYPES
 @given(st.integers(1, 2), ROWS, CHANNELS, st.integers(0, 1), st.integers(0, 2**20))
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 @example(1, 5, 1536, 0, 0)
 @example(1, 5, 192, 0, 0)
 def test_rotated_rows_are_the_references(emulated, dtype, images, tokens, channels, offset, seed):
@@ -105,7 +105,7 @@ def test_rotated_rows_are_the_references(emulated, dtype, images, tokens, channe
     st.integers(0, 1),
     st.integers(0, 2**20),
 )
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=20, suppress_health_check=SUPPRESSED)
 @example(1, 5, 1536, 8, "token", True, True, 0, 0)
 @example(1, 5, 192, 8, "token", False, True, 0, 0)
 def test_rotated_codes_are_the_references(

@@ -74,6 +74,13 @@ def test_eight_bits_are_closer_than_four(quantized, small_vim, images):
         assert fine.weight.sqnr > coarse.weight.sqnr + 15
 
 
+def test_rotated_weights_are_compared_with_rotated_ones(quantized, small_vim, images):
+    """A rotation alone costs nothing: what is left is the error of 8 bits."""
+    graph = quantized(QuantConfig.minmax(8, rotation=True))
+    for layer in measure(graph, [images], against=original(graph, small_vim, images[:2])):
+        assert layer.weight.sqnr > 35
+
+
 def test_batches_do_not_matter(quantized, small_vim, images):
     graph = quantized(SMOOTH4)
     against = original(graph, small_vim, images[:2])

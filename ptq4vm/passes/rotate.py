@@ -43,11 +43,11 @@ def _balance(gm: GraphModule, linear: Node) -> None:
     if norm is None:
         return
     affine = [node for node in arguments(norm)[2 : 4 if norm.target is aten.layer_norm.default else 3] if node]
-    if not affine or not all(node.op == "get_attr" and only_user(node) for node in (weight, *affine)):
+    if not affine or not all(_is_read_once(gm, node) for node in (weight, *affine)):
         return
     matrix, *vectors = (attribute(gm, str(node.target)) for node in (weight, *affine))
     if all(vector.shape == matrix.shape[1:] for vector in vectors):
-        factor = power_of_two((_sizes(matrix) / _sizes(torch.stack(vectors))).sqrt())
+        factor = _power_of_two((_sizes(matrix) / _sizes(torch.stack(vectors))).sqrt())
         matrix.div_(factor)
         for vector in vectors:
             vector.mul_(factor)
@@ -58,16 +58,23 @@ def _norm_before(x: Node) -> Node | None:
     x = same_tokens(x)
     if only_user(x) is None:
         return None
-    if is_call(x, aten.mul.Tensor):
+    if is_call(x, aten.mul.Tensor) and x.args[0] is not x.args[1]:
         return next(filter(None, (_norm_before(factor) for factor in x.all_input_nodes)), None)
     return x if is_call(x, aten.rms_norm.default, aten.layer_norm.default) else None
+
+
+def _is_read_once(gm: GraphModule, parameter: Node) -> bool:
+    """Whether this is all of a parameter, which nothing else reads, not by another node either."""
+    if parameter.op != "get_attr":
+        return False
+    return sum(len(node.users) for node in gm.graph.find_nodes(op="get_attr", target=parameter.target)) == 1
 
 
 def _sizes(columns: Tensor) -> Tensor:
     return torch.linalg.vector_norm(columns, dim=0)
 
 
-def power_of_two(sizes: Tensor) -> Tensor:
+def _power_of_two(sizes: Tensor) -> Tensor:
     """The nearest, by ratio; 1 for what is not a size: 0, infinity, and 0 / 0."""
     return torch.where(sizes.isfinite() & (sizes > 0), sizes, 1.0).log2().round().exp2()
 

@@ -127,9 +127,38 @@ def test_channels_are_balanced_whatever_norm_and_weight_make_of_them(kind, gated
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+class Squared(Normed):
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.down(y * y)
+
+
+class Twice(Normed):
+    """One linear for two norms."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        self.other = scaled_norm(nn.LayerNorm)
+
+    def forward(self, x):
+        x = x + self.down(self.norm(x))
+        return x + self.down(self.other(x))
+
+
+class Tied(Normed):
+    """Its gate is a second name of the weight."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        self.gate.weight = self.down.weight
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        Squared(scaled_norm(nn.LayerNorm)),
+        Twice(scaled_norm(nn.LayerNorm)),
+        Tied(scaled_norm(nn.LayerNorm)),
         Normed(scaled_norm(nn.LayerNorm), shared=True),
         Normed(nn.LayerNorm(8, elementwise_affine=False)),
         Normed(nn.LayerNorm((5, 8))),
@@ -137,9 +166,12 @@ def test_channels_are_balanced_whatever_norm_and_weight_make_of_them(kind, gated
     ],
 )
 def test_where_the_norm_cannot_be_rescaled_nothing_is(model):
-    gm = canonical(model.eval(), normal(3, 5, 8))
-    insert_rotation(gm, find_linears(gm))
-    assert torch.equal(gm.get_parameter("down.weight"), model.down.weight)
+    x = normal(3, 5, 8)
+    gm = canonical(model.eval(), x)
+    weights = {name: value.clone() for name, value in gm.named_parameters()}
+    gm = finish(insert_rotation(gm, find_linears(gm)))
+    assert all(torch.equal(value, weights[name]) for name, value in gm.named_parameters())
+    assert torch.allclose(gm(x), model(x), atol=1e-5)
 
 
 def test_a_channel_that_is_nothing_stays():

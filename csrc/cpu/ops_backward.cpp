@@ -102,7 +102,6 @@ Eight selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Ten
           typed(dC, C), maybe(dD, D),         maybe(dz, z), maybe(dbias, bias)};
 }
 
-
 std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x, Tensor weight, Optional bias,
                                                           bool silu) {
   const ConvInputs c(x, weight, bias);

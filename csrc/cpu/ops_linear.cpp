@@ -8,9 +8,10 @@
 namespace ptq4vm {
 namespace {
 
+constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;  // of the second cache for a block of rows; of its rows
+
 // So many rows that their codes stay in the second cache while all weights pass; fewer, where threads would be idle.
 int64_t rows_in_block(const Linear& q) {
-  constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;
   const int64_t threads = torch::stable::get_num_threads(), others = q.directions * q.feature_blocks();
   const int64_t for_threads = threads > 1 ? divided_up(4 * threads, std::max<int64_t>(1, others)) : 1;
   const int64_t blocks = std::max(for_threads, divided_up(q.rows * q.weight.channels, BYTES));
@@ -19,7 +20,6 @@ int64_t rows_in_block(const Linear& q) {
 
 // So many that their results stay in the second cache until they are rotated; fewer, where threads would be idle.
 int64_t rows_to_rotate(const Linear& q) {
-  constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;
   const int64_t in_cache = BYTES / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, q.weight.features);
   const int64_t each = divided_up(q.rows, torch::stable::get_num_threads());
   return std::max<int64_t>(1, std::min(in_cache / MULTIPLE, divided_up(each, MULTIPLE))) * MULTIPLE;
@@ -73,13 +73,12 @@ Tensor tiled(const LinearInputs& i) {
   return tiles;
 }
 
-// What writes y, of the type that it has; `tiles` is the packed weight.
-Linear into(Tensor& y, const LinearInputs& i, const Tensor& tiles) {
+// All but where results go; `tiles` is the packed weight.
+Linear problem(const LinearInputs& i, const Tensor& tiles) {
   Linear q{};
   q.x = in<int8_t>(i.x), q.x_scale = in<float>(i.x_scale), q.zero_point = in<int32_t>(i.zero_point);
   q.weight = {tiles.const_data_ptr(), i.nibbles && !i.in_rows, in<int32_t>(i.sum), in<float>(i.scale),
               in<float>(i.bias),      i.channels,              i.features};
-  q.y = y.mutable_data_ptr(), q.y_type = float_type(y);
   // Then also sums with the bias are multiples of numbers that are not denormal.
   constexpr float LEAST = 0x1p-100f;
   q.normal = smallest(i.x_scale) * smallest(i.scale) > LEAST && (!i.bias || smallest(*i.bias) > LEAST);
@@ -99,15 +98,17 @@ Tensor results(const LinearInputs& i, ScalarType type) {
 Tensor run_as(const LinearInputs& i, ScalarType type) {
   const Tensor tiles = tiles_of(i);
   Tensor y = results(i, has_kernels(type) ? type : ScalarType::Float);
-  start(into(y, i, tiles));
+  Linear q = problem(i, tiles);
+  q.y = y.mutable_data_ptr(), q.y_type = float_type(y);
+  start(q);
   return y.scalar_type() == type ? y : torch::stable::to(y, type);
 }
 
 Tensor run_gelu(const LinearInputs& i, const Qparams& qparams) {
   const Tensor tiles = tiles_of(i);
   Tensor codes = results(i, ScalarType::Char);
-  Linear q = into(codes, i, tiles);
-  q.gelu = qparams, q.gelu_codes = out<int8_t>(codes), q.y = nullptr;
+  Linear q = problem(i, tiles);
+  q.gelu = qparams, q.gelu_codes = out<int8_t>(codes);
   start(q);
   return codes;
 }
@@ -116,8 +117,8 @@ Tensor run_gelu(const LinearInputs& i, const Qparams& qparams) {
 Tensor run_gelu_rotated(const LinearInputs& i, const Qparams& qparams) {
   const Tensor tiles = tiles_of(i);
   Tensor codes = results(i, ScalarType::Char);
-  Linear q = into(codes, i, tiles);
-  q.rows_in_block = rows_to_rotate(q);
+  Linear q = problem(i, tiles);
+  q.y_type = Float::f32, q.rows_in_block = rows_to_rotate(q);
   const RotationOf rotation(i.features);
   const RotateQuantize turn{nullptr, Float::f32, true, rotation.view(), out<int8_t>(codes), qparams, i.rows};
   const auto multiply = kernels().linear;

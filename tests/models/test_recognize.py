@@ -92,9 +92,14 @@ def test_what_is_missing_and_what_is_beyond_is_named(name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {"num_classes": 7, "in_chans": 1}) for name in FIRST),
         ("vim_tiny_patch16_224", {"num_classes": 100}),
         ("vim_tiny_patch16_224", {"in_chans": 4}),
+        *((name, {"num_classes": 7, "in_chans": 1}) for name in FIRST),
+        *(
+            pytest.param(name, {"num_classes": 7, "in_chans": 1}, marks=pytest.mark.slow)
+            for name in NAMES
+            if name not in FIRST
+        ),
     ],
 )
 def test_another_number_of_classes_or_channels_is_told(name, options):

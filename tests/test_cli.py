@@ -310,6 +310,14 @@ def test_benchmark_quantizes_a_model_given_by_name(run):
     assert code == 0 and "time / quantized" in out and "slowest" not in out
 
 
+@pytest.mark.parametrize(("problem", "found"), [(None, "native"), ("there is none", "Triton")])
+def test_doctor_says_who_serves_a_gpu(monkeypatch, problem, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(native, "cuda_problem", lambda: problem)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: key == "CUDA")
+    assert doctor._implementation("ptq4vm::quantize") == f"CUDA ({found})"
+
+
 def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
     code, out, err = run("doctor", "--json")
     result = json.loads(out)

@@ -123,6 +123,8 @@ def test_channels_are_balanced_whatever_norm_and_weight_make_of_them(kind, gated
         affine = torch.stack([value for name, value in gm.named_parameters() if name.startswith("norm.")])
         ratio = gm.get_parameter("down.weight").norm(dim=0) / affine.norm(dim=0)
         assert ratio.min() >= 0.5 and ratio.max() <= 2
+        moved = model.norm.weight / gm.get_parameter("norm.weight")
+        assert (torch.frexp(moved).mantissa == 0.5).all()  # powers of two
         found.append(dict(gm.named_parameters()))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

@@ -181,20 +181,7 @@ def linear(
     check_shape("weight_scale", weight_scale, features)
     codes = (reference.unpack_int4(weight, channels) if packed else weight).contiguous()
     weight_sum = codes.sum(-1, dtype=torch.int32)
-    return _run(x, x_scale, x_zero_point, codes, weight_sum, weight_scale, bias, dtype)
-
-
-def linear_packed(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    return _run(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, dtype)
+    return linear_packed(x, x_scale, x_zero_point, codes, weight_sum, weight_scale, bias, dtype)
 
 
 def linear_gelu_quantize(
@@ -216,10 +203,10 @@ def linear_gelu_quantize(
         raise ValueError(f"a GELU follows one linear, not {len(weight_scale)} stacked ones")
     check_shape("inv_smooth", inv_smooth, len(weight_scale))
     if rotated:
-        y = _run(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32)
+        y = linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32)
         return fused.rotate_quantize(y, True, inv_scale, zero_point, inv_smooth, bits)
     qparams = (*read_qparams(x, inv_scale, zero_point, None), optional_float32(inv_smooth), bits)
-    return _run(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.int8, qparams)
+    return linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.int8, qparams)
 
 
 def _check_weight(weight: Tensor, weight_scale: Tensor, channels: int) -> bool:
@@ -241,7 +228,7 @@ def _aligned(codes: Tensor) -> Tensor:
     return F.pad(codes, (0, spare)) if spare else codes.contiguous()
 
 
-def _run(
+def linear_packed(
     x: Tensor,
     x_scale: Tensor,
     x_zero_point: Tensor,
@@ -252,6 +239,7 @@ def _run(
     dtype: torch.dtype,
     qparams: tuple[Tensor | None, Tensor | None, int, Tensor | None, int] = (None, None, 1, None, 0),
 ) -> Tensor:
+    """y; with `qparams` (inverse scales, zero points, their number, inverse smoothing, bits) the codes of its GELU."""
     if x.dtype != torch.int8:
         raise ValueError(f"x must be int8 codes, not {x.dtype}")
     *lead, features = weight_scale.shape

@@ -70,8 +70,7 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best-mirror": with_(mirror=False),
     "best-learning": with_(learning=None),
     "best-fisher": learns(loss=Loss.COSINE),
-    "best-scales": learns(scale_rate=0.0),
-    "best-smooth_scales": learns(smooth_rate=0.0),
+    "best+smooth_scales": learns(smooth_rate=1e-2),
     "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
     "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
 }

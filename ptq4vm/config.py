@@ -116,7 +116,7 @@ class QuantConfig:
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     rotation: bool = False
-    """Rotate the inputs of linears that write to the residual stream; see `ptq4vm.passes.rotate`."""
+    """Rotate the inputs of linears that write to the residual stream, after smoothing; see `ptq4vm.passes.rotate`."""
     gptq: bool = False
     """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023). Learning comes
     after it and keeps the codes: scales that learned with other codes would not fit these."""
@@ -242,7 +242,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         "rotation": True,
         "gptq": True,
         "mirror": True,
-        "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
+        "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=0.0),
     },
 }
 """What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.

@@ -103,7 +103,7 @@ def linear_gelu_quantize(
 ) -> Tensor:
     """Codes of GELU (the exact one, with erf) of one linear, or of its rotation: what an MLP's second linear reads."""
     y = F.gelu(linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32))
-    return reference.quantize(reference.rotate(y) if rotated else y, inv_scale, zero_point, inv_smooth, bits)
+    return _codes(y, rotated, inv_scale, zero_point, inv_smooth, bits)
 
 
 def rotate_quantize(
@@ -111,7 +111,16 @@ def rotate_quantize(
 ) -> Tensor:
     """Codes of the rotated x (…, D), of its GELU (the exact one) where `gelu`: what a writer of the stream reads."""
     value = F.gelu(x.float()) if gelu else x.float()
-    return reference.quantize(reference.rotate(value), inv_scale, zero_point, inv_smooth, bits)
+    return _codes(value, True, inv_scale, zero_point, inv_smooth, bits)
+
+
+def _codes(
+    x: Tensor, rotated: bool, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    """Of x, or of its rotation. Smoothing comes first: a rotation spreads a large channel over all of them."""
+    if rotated:
+        x, inv_smooth = reference.rotate(x if inv_smooth is None else x * inv_smooth), None
+    return reference.quantize(x, inv_scale, zero_point, inv_smooth, bits)
 
 
 def norm_quantize(
@@ -131,8 +140,7 @@ def norm_quantize(
     total = x.float() if residual is None else x.float() + residual.float()
     shape = total.shape[-1:]
     normed = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    normed = reference.rotate(normed) if rotated else normed
-    codes = reference.quantize(normed, inv_scale, zero_point, inv_smooth, bits)
+    codes = _codes(normed, rotated, inv_scale, zero_point, inv_smooth, bits)
     return total.new_empty(0) if residual is None else total, codes
 
 

@@ -48,10 +48,10 @@ def prepared_from(
         LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites
     )
-    if config.rotation:
-        gm = finish(insert_rotation(gm, sites))
     if config.smoothing is not None:
         gm = finish(insert_smoothing(gm, sites))
+    if config.rotation:
+        gm = finish(insert_rotation(gm, sites))
     gm = insert_fake_quantizers(gm, config, sites)
     for linear in quantized_linears(gm, [linear.name for linear in linears]):
         linear.weight.name = linear.name

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4vm import ops
 from ptq4vm.config import QuantConfig, QuantSpec, matches
 from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
 from ptq4vm.graph import LinearSite, attribute, find_linears
@@ -109,6 +110,15 @@ class QuantizedLinear:
     weight: WeightFakeQuantize
     smooth: torch.nn.Parameter | None
     """log s (D,)"""
+    rotated: bool
+    """Whether x / s and W · s are rotated."""
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """What has come to its input (…, D) when s was 1, as it comes now."""
+        if self.smooth is None:
+            return x
+        inverse = self.smooth.detach().exp().reciprocal()
+        return ops.rotate(ops.rotate(x) * inverse) if self.rotated else x * inverse
 
 
 def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sequence[LinearSite]) -> GraphModule:
@@ -139,7 +149,7 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
         quantizers = [_module(prepared, arg) for arg in node.args[:2]]
         x, w = quantizers
         if isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize):
-            found.append(QuantizedLinear(names[len(found)], node, x, w, _smoothing(prepared, node)))
+            found.append(QuantizedLinear(names[len(found)], node, x, w, *_before(prepared, node)))
     assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
     return found
 
@@ -159,16 +169,17 @@ def _module(gm: GraphModule, node: object) -> object:
     return gm.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
 
 
-def _smoothing(gm: GraphModule, linear: Node) -> torch.nn.Parameter | None:
-    """x → mul(x, reciprocal(exp(log s))) → fake-quantizer → linear."""
-    observer = linear.args[0]
-    assert isinstance(observer, Node)
-    product = observer.args[0]
+def _before(gm: GraphModule, linear: Node) -> tuple[torch.nn.Parameter | None, bool]:
+    """log s and whether x is rotated: x → mul(x, reciprocal(exp(log s))) (→ rotate) → fake-quantizer → linear."""
+    observer: Any = linear.args[0]
+    value: Any = observer.args[0]
+    rotated = isinstance(value, Node) and value.target is ops.rotate.default
+    product = value.args[0] if rotated else value
     if not (isinstance(product, Node) and product.target is torch.ops.aten.mul.Tensor):
-        return None
+        return None, rotated
     inverse = product.args[1]
     if not (isinstance(inverse, Node) and inverse.target is torch.ops.aten.reciprocal.default):
-        return None
+        return None, rotated
     scale = inverse.args[0]
     assert isinstance(scale, Node) and isinstance(scale.args[0], Node)
-    return gm.get_parameter(str(scale.args[0].target))
+    return gm.get_parameter(str(scale.args[0].target)), rotated

@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.files import replace_file
 from ptq4vm.graph import attribute
+from ptq4vm.passes.patterns import source_of
 from ptq4vm.record import record_of
 
 Row = Mapping[str, Any]
@@ -68,7 +69,7 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
         codes, scale, _, weight = node.args[:4]
         name = str(weight.target).removesuffix(".weight_q")
         integers = attribute(quantized, weight.target)
-        input_scale, inv_smooth = _constant(quantized, scale), _constant(quantized, codes.args[3])
+        input_scale, inv_smooth = _constant(quantized, scale), _constant(quantized, source_of(codes).inv_smooth)
         smooth = None if inv_smooth is None else inv_smooth.reciprocal()
         rows.append(
             {

@@ -166,7 +166,7 @@ def test_the_ladder_adds_one_thing_at_a_rung():
             "rotation": True,
             "gptq": True,
             "mirror": True,
-            "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=1e-2),
+            "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=0.0),
         },
     ]
     for lower, upper, change in zip(rungs, rungs[1:], changes, strict=False):

@@ -53,21 +53,19 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
     const Grid grid(q.qparams, r);
     const float *weight = q.weight, *bias = q.bias, *inv_smooth = q.qparams.inv_smooth;
     int8_t* codes = q.codes + r * D;
-    const auto write = [=](int64_t d, f32xw y, int64_t count) {
-      if (inv_smooth) y *= load_lanes(inv_smooth + d, count);
-      store_codes(codes + d, y, grid, count);
-    };
-    const auto normed = [=](int64_t d) {
+    const auto write = [=](int64_t d, f32xw y, int64_t count) { store_codes(codes + d, y, grid, count); };
+    const auto smoothed = [=](int64_t d) {
       f32xw y = (load_lanes(row + d, D - d) - mean) * scale;
       if (weight) y *= load_lanes(weight + d, D - d);
       if (bias) y += load_lanes(bias + d, D - d);
+      if (inv_smooth) y *= load_lanes(inv_smooth + d, D - d);
       return y;
     };
     if (q.rotation) {
-      for (int64_t d = 0; d < D; d += WIDTH) store_lanes(turned.data() + d, normed(d), D - d);
+      for (int64_t d = 0; d < D; d += WIDTH) store_lanes(turned.data() + d, smoothed(d), D - d);
       rotate_row(*q.rotation, turned.data(), write);
     } else {
-      for (int64_t d = 0; d < D; d += WIDTH) write(d, normed(d), D - d);
+      for (int64_t d = 0; d < D; d += WIDTH) write(d, smoothed(d), D - d);
     }
   }
 }

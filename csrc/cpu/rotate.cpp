@@ -25,19 +25,19 @@ void code_rows(const RotateQuantize& q, int64_t begin, int64_t end) {
   const int64_t D = q.rotation.channels;
   Row own(D);
   float* row = own.data();
+  const float* inv_smooth = q.qparams.inv_smooth;
   for (int64_t r = begin; r < end; r++) {
     const T* x = static_cast<const T*>(q.x) + r * D;
     for (int64_t d = 0; d < D; d += WIDTH) {
-      const f32xw value = load_lanes(x + d, D - d);
-      store_lanes(row + d, GELU ? gelu(value) : value, D - d);
+      f32xw value = load_lanes(x + d, D - d);
+      if (GELU) value = gelu(value);
+      if (inv_smooth) value *= load_lanes(inv_smooth + d, D - d);
+      store_lanes(row + d, value, D - d);
     }
     const Grid grid(q.qparams, r);
-    const float* inv_smooth = q.qparams.inv_smooth;
     int8_t* codes = q.codes + r * D;
-    rotate_row(q.rotation, row, [=](int64_t d, f32xw value, int64_t count) {
-      if (inv_smooth) value *= load_lanes(inv_smooth + d, count);
-      store_codes(codes + d, value, grid, count);
-    });
+    rotate_row(q.rotation, row,
+               [=](int64_t d, f32xw value, int64_t count) { store_codes(codes + d, value, grid, count); });
   }
 }
 

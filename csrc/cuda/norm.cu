@@ -100,24 +100,25 @@ __global__ void __launch_bounds__(THREADS)
   int8_t* to = q.codes + row * q.channels;
   float* turned = own_shared<WARPS>(rotated_rows, rotation.channels);
   values.each([&](int64_t d, float(&value)[N]) {
-    float weight[N], bias[N];
+    float weight[N], bias[N], smooth[N];
     if (q.weight) load<N>(q.weight + d, weight);
     if (q.bias) load<N>(q.bias + d, bias);
+    if (inv_smooth) load<N>(inv_smooth + d, smooth);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       value[i] = (value[i] - mean) * scale;
       if (q.weight) value[i] *= weight[i];
       if (q.bias) value[i] += bias[i];
+      if (inv_smooth) value[i] = __fmul_rn(value[i], smooth[i]);
       if (ROTATED) turned[place(static_cast<int>(d) + i)] = value[i];
     }
-    if (!ROTATED) write_codes<N>(to + d, value, inv_smooth ? inv_smooth + d : nullptr, grid);
+    if (!ROTATED) write_codes<N>(to + d, value, nullptr, grid);
   });
   if (!ROTATED) return;
   Team<WARPS>::sync();
   constexpr int M = N == 1 ? 1 : NEIGHBOURS;
-  rotate_row<WARPS, M>(rotation, turned, [=](int d, const float(&value)[M]) {
-    write_codes<M>(to + d, value, inv_smooth ? inv_smooth + d : nullptr, grid);
-  });
+  rotate_row<WARPS, M>(rotation, turned,
+                       [=](int d, const float(&value)[M]) { write_codes<M>(to + d, value, nullptr, grid); });
 }
 
 template <class T, int WARPS, int N, int ITEMS>

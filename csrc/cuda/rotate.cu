@@ -8,14 +8,18 @@ namespace {
 
 constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
 
-// Into shared memory, N channels at once.
+// Into shared memory, N channels at once; smoothed where inv_smooth is not null.
 template <class T, int WARPS, int N>
-__device__ void fetch(const T* x, bool of_gelu, float* row, int channels) {
+__device__ void fetch(const T* x, bool of_gelu, const float* inv_smooth, float* row, int channels) {
   for (int d = Team<WARPS>::rank() * N; d < channels; d += Team<WARPS>::SIZE * N) {
-    float value[N];
+    float value[N], smooth[N];
     load<N>(x + d, value);
+    if (inv_smooth) load<N>(inv_smooth + d, smooth);
 #pragma unroll
-    for (int i = 0; i < N; i++) row[place(d + i)] = of_gelu ? gelu(value[i]) : value[i];
+    for (int i = 0; i < N; i++) {
+      if (of_gelu) value[i] = gelu(value[i]);
+      row[place(d + i)] = inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i];
+    }
   }
   Team<WARPS>::sync();
 }
@@ -27,7 +31,7 @@ __global__ void __launch_bounds__(THREADS) rotate_rows(const Rotate q, const __g
   const int64_t row = own_row<WARPS>(), first = row * of.channels;
   if (row >= q.rows) return;
   float* values = own_shared<WARPS>(rows, of.channels);
-  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, false, values, of.channels);
+  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, false, nullptr, values, of.channels);
   T* y = static_cast<T*>(q.y) + first;
   rotate_row<WARPS, N>(of, values, [=](int d, const float(&value)[N]) { store<N>(y + d, value); });
 }
@@ -40,13 +44,12 @@ __global__ void __launch_bounds__(THREADS)
   const int64_t row = own_row<WARPS>(), first = row * of.channels;
   if (row >= q.rows) return;
   float* values = own_shared<WARPS>(rows, of.channels);
-  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, q.gelu, values, of.channels);
-  const Grid grid(q.qparams, row);
   const float* inv_smooth = q.qparams.inv_smooth;
+  fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, q.gelu, inv_smooth, values, of.channels);
+  const Grid grid(q.qparams, row);
   int8_t* to = q.codes + first;
-  rotate_row<WARPS, N>(of, values, [=](int d, const float(&value)[N]) {
-    write_codes<N>(to + d, value, inv_smooth ? inv_smooth + d : nullptr, grid);
-  });
+  rotate_row<WARPS, N>(of, values,
+                       [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, grid); });
 }
 
 // run(std::integral_constant WARPS) → run with the warps that a row of so many channels gets.
@@ -80,7 +83,7 @@ void rotate_quantize(const RotateQuantize& q, Stream stream) {
       using T = decltype(type);
       constexpr int W = decltype(warps)::value;
       const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
-                           aligned<NEIGHBOURS>(q.codes) && aligned<NEIGHBOURS>(q.qparams.inv_smooth);
+                           aligned<NEIGHBOURS>(q.codes) && aligned<VECTOR>(q.qparams.inv_smooth);
       PTQ4VM_LAUNCH(vectors ? code_rows<T, W, true> : code_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
                     shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
     });

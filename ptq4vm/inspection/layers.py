@@ -22,6 +22,7 @@ from ptq4vm.config import QuantConfig, QuantSpec, Scheme
 from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
+from ptq4vm.passes.patterns import source_of
 from ptq4vm.pipeline import prepared_graph
 from ptq4vm.quantizer import QuantizedLinear, quantized_linears
 from ptq4vm.record import record_of
@@ -180,7 +181,9 @@ class _Site:
         x, inv_scale, _, inv_smooth, bits = codes.args
         assert isinstance(bits, int)
         self.bits = bits
-        self.inv_smooth = str(inv_smooth.target) if isinstance(inv_smooth, Node) else None
+        source = source_of(codes)
+        self.rotated = source.rotate is not None
+        self.inv_smooth = None if source.inv_smooth is None else str(source.inv_smooth.target)
         self.watched = (x, inv_scale, inv_smooth, codes, scale, zero_point, node)
 
 
@@ -207,13 +210,15 @@ def _check_finite(name: str, x: Tensor) -> None:
 
 
 def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fidelity:
-    """Of W · s (N, D) and its integers times their scales."""
+    """Of W · s (N, D), rotated where the input is, and its integers times their scales; weight is that for s = 1."""
     integers = attribute(quantized, site.weight)
     if integers.dtype == torch.uint8:
         integers = reference.unpack_int4(integers, weight.shape[1])
-    smoothed = weight if site.inv_smooth is None else weight / attribute(quantized, site.inv_smooth)
+    if site.inv_smooth is not None:
+        inverse = attribute(quantized, site.inv_smooth)
+        weight = ops.rotate(ops.rotate(weight) / inverse) if site.rotated else weight / inverse
     fidelity = Fidelity()
-    fidelity.add(smoothed, integers * attribute(quantized, site.weight_scale).unsqueeze(-1))
+    fidelity.add(weight, integers * attribute(quantized, site.weight_scale).unsqueeze(-1))
     return fidelity
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
+from ptq4vm import ops
 from ptq4vm.config import Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.files import replace_file
@@ -183,12 +184,25 @@ def _set_ranges(members: Sequence[QuantizedLinear], seen: Seen, config: QuantCon
             )
         if linear.smooth is not None:
             assert config.smoothing is not None
-            scale = smoothing_scale(x.abs().amax((0, 1)), weight_of(linear), config.smoothing)
+            scale = smoothing_scale(*_sizes(linear, x), config.smoothing)
             linear.smooth.data.copy_(scale.log())
-            x = x * linear.smooth.exp().reciprocal()
+            x = linear.smoothed(x)
         if not linear.input.dynamic:
             linear.input.set_qparams(*input_qparams(x, linear.input.spec, config.granularity, config.range_search))
         linear.weight.scale = weight_scale(weight_of(linear), linear.weight.spec, config.range_search)
+
+
+def _sizes(linear: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
+    """How large the channels of x and of W are: their maxima, which the steps grow with, but before a rotation their
+    root mean squares: Σ|x_d / s_d|² · Σ|W_d · s_d|², which both errors then grow with, is least for s = |x| / |W|."""
+    weight = weight_of(linear)
+    if linear.rotated:
+        return _root_mean_square(ops.rotate(x).flatten(0, 1)), _root_mean_square(ops.rotate(weight))
+    return x.abs().amax((0, 1)), weight.abs().amax(0)
+
+
+def _root_mean_square(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=0) / len(rows) ** 0.5
 
 
 @torch.no_grad()
@@ -197,9 +211,9 @@ def _round_weights(part: Part, members: Sequence[QuantizedLinear], seen: Seen, r
     for linear in members:
         weight, pieces = weight_of(linear), iter(seen[linear.input])
         moments = Moments(weight.shape[1], weight.device)
-        inverse = torch.ones(()) if linear.smooth is None else linear.smooth.exp().reciprocal()
-        linear.input.tap = lambda x, moments=moments, pieces=pieces, inverse=inverse: moments.add(
-            next(pieces) * inverse, x
+        smoothed = linear.smoothed
+        linear.input.tap = lambda x, moments=moments, pieces=pieces, smoothed=smoothed: moments.add(
+            smoothed(next(pieces)), x
         )
         _run(part, rounded, members, Mode.QUANTIZE)
         linear.input.tap = None

@@ -15,6 +15,7 @@ not to be saved. Patterns are found by operators and by where tokens come from, 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -28,6 +29,7 @@ from ptq4vm.passes.patterns import (
     FUSIONS,
     Fusion,
     Left,
+    Source,
     args,
     arguments,
     as_tokens,
@@ -39,6 +41,7 @@ from ptq4vm.passes.patterns import (
     read_quantizer,
     same_tokens,
     shaped_as,
+    source_of,
     swap,
 )
 
@@ -91,15 +94,15 @@ def _pack_linears(gm: GraphModule) -> GraphModule:
 
 def _fuse_gelus(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        rotate = _rotation(node)
-        gelu = same_tokens(args(node if rotate is None else rotate)[0])
+        source = source_of(node)
+        gelu = same_tokens(source.x)
         if not is_call(gelu, aten.gelu.default):
             continue
-        pattern = "linear + GELU + quantize" if rotate is None else "linear + GELU + rotate + quantize"
+        pattern = "linear + GELU + rotate + quantize" if source.rotate else "linear + GELU + quantize"
         try:
             read_quantizer(gm, node)
             linear = same_tokens(args(gelu)[0])
-            values = (linear, gelu) if rotate is None else (linear, gelu, rotate)
+            values = (linear, gelu, *source.between)
             if not is_call(linear, ops.linear.default) or any(only_user(value) is None for value in values):
                 raise Left("GELU's input is not an integer linear's, or what lies between has other readers")
             if arguments(gelu)[1] != "none":
@@ -111,7 +114,7 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
             continue
         insert = Insertion(gm, node)
         packed = pack_weights(insert, str(weight.target), [value], x)
-        inputs = (x, scale, zero_point, *packed, weight_scale, bias, rotate is not None, *args(node)[1:])
+        inputs = (x, scale, zero_point, *packed, weight_scale, bias, *_coding(node, source))
         swap(gm, node, insert.call(ops.linear_gelu_quantize.default, *inputs))
         note(gm, linear, pattern)
     return gm
@@ -122,11 +125,11 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
 
 def _fuse_norms(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        rotate = _rotation(node)
-        norm = same_tokens(args(node if rotate is None else rotate)[0])
+        source = source_of(node)
+        norm = same_tokens(source.x)
         if not is_call(norm, aten.rms_norm.default, aten.layer_norm.default) or only_user(norm) is None:
             continue
-        pattern = "norm + quantize" if rotate is None else "norm + rotate + quantize"
+        pattern = "norm + rotate + quantize" if source.rotate else "norm + quantize"
         try:
             quantize = read_quantizer(gm, node)
             rms = norm.target is aten.rms_norm.default
@@ -144,10 +147,9 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
         insert = Insertion(gm, norm if terms is None else x.next)
         value, residual = (x, None) if terms is None else terms
         inputs = (as_tokens(insert, value), None if residual is None else as_tokens(insert, residual))
-        insert.bring(weight, bias, *args(quantize.node)[1:4])
-        pair = insert.call(
-            ops.norm_quantize.default, *inputs, weight, bias, eps, rms, rotate is not None, *args(quantize.node)[1:]
-        )
+        coding = _coding(node, source)
+        insert.bring(weight, bias, *coding)
+        pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *coding)
         if terms is not None:
             pattern = f"residual + {pattern}"
             total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
@@ -159,29 +161,29 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
 
 def _fuse_rotations(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        rotate = _rotation(node)
-        if rotate is None:
+        source = source_of(node)
+        if source.rotate is None:
             continue
         pattern = "rotate + quantize"
         try:
             read_quantizer(gm, node)
         except Left as reason:
-            note(gm, rotate, pattern, str(reason))
+            note(gm, source.rotate, pattern, str(reason))
             continue
-        (x,) = args(rotate)
-        gelu = same_tokens(x)
+        gelu = same_tokens(source.x)
         exact = is_call(gelu, aten.gelu.default) and arguments(gelu)[1] == "none" and only_user(gelu) is not None
         insert = Insertion(gm, node)
-        source = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else x
-        swap(gm, node, insert.call(ops.rotate_quantize.default, source, exact, *args(node)[1:]))
-        note(gm, rotate, f"GELU + {pattern}" if exact else pattern)
+        x = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else source.x
+        _, *qparams = _coding(node, source)
+        swap(gm, node, insert.call(ops.rotate_quantize.default, x, exact, *qparams))
+        note(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
     return gm
 
 
-def _rotation(quantize: Node) -> Node | None:
-    """The rotation whose result a quantizer reads."""
-    value = args(quantize)[0]
-    return value if is_call(value, ops.rotate.default) else None
+def _coding(quantize: Node, source: Source) -> tuple[Any, ...]:
+    """The arguments of an operator that quantizes as this node does: whether it rotates, and how codes are made."""
+    _, inv_scale, zero_point, _, bits = args(quantize)
+    return source.rotate is not None, inv_scale, zero_point, source.inv_smooth, bits
 
 
 def _residual(x: Node) -> tuple[Node, Node] | None:

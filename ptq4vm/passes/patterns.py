@@ -92,6 +92,34 @@ def same_tokens(node: Node) -> Node:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a quantize node has codes of: x, or x · inv_smooth, or the rotation of one of these."""
+
+    x: Node
+    inv_smooth: Node | None
+    rotate: Node | None
+
+    @property
+    def between(self) -> tuple[Node, ...]:
+        """What lies between x and the quantize node, nearest to it first."""
+        if self.rotate is None:
+            return ()
+        return (self.rotate,) if self.inv_smooth is None else (self.rotate, args(self.rotate)[0])
+
+
+def source_of(quantize: Node) -> Source:
+    """Reads a quantize node of a lowered graph."""
+    x, inv_smooth = args(quantize)[0], args(quantize)[3]
+    if not is_call(x, ops.rotate.default):
+        return Source(x, inv_smooth, None)
+    (rotated,) = args(x)
+    factor = args(rotated)[1] if is_call(rotated, aten.mul.Tensor) else None
+    if isinstance(factor, Node) and str(factor.target).endswith(".inv_smooth"):
+        return Source(args(rotated)[0], factor, x)
+    return Source(rotated, None, x)
+
+
+@dataclass(frozen=True)
 class Quantizer:
     """A static quantize node's arguments."""
 

@@ -31,10 +31,9 @@ def insert_smoothing(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModul
     return gm
 
 
-def smoothing_scale(x_max: Tensor, weight: Tensor, alpha: float) -> Tensor:
-    """s_d = max|X_d|^α / max_n|W_nd|^(1-α) for x_max (D,) = max|X_d| and weight (N, D) (SmoothQuant eq. 4)."""
-    x_max = x_max.clamp(min=SMALLEST_ACTIVATION)
-    w_max = weight.abs().amax(0).clamp(min=SMALLEST_WEIGHT)
+def smoothing_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
+    """s_d = max|X_d|^α / max_n|W_nd|^(1-α) from these maxima, both (D,) (SmoothQuant eq. 4)."""
+    x_max, w_max = x_max.clamp(min=SMALLEST_ACTIVATION), w_max.clamp(min=SMALLEST_WEIGHT)
     return (x_max.pow(alpha) / w_max.pow(1 - alpha)).clamp(min=SMALLEST_SCALE)
 
 

@@ -76,11 +76,13 @@ def assert_rotated(library, x):
     assert torch.allclose(ours, reference.rotate(x), rtol=tolerance, atol=tolerance * x.shape[-1] ** 0.5)
 
 
-def assert_coded(library, x, gelu, *arguments):
+def assert_coded(library, x, gelu, inv_scale, zero_point, inv_smooth, bits):
+    arguments = (inv_scale, zero_point, inv_smooth, bits)
     codes = rotate_quantize(library, x, gelu, *arguments)
     assert_same_codes(codes, fused.rotate_quantize(x, gelu, *arguments))
     if not gelu:  # one arithmetic, with or without codes
-        assert torch.equal(codes, reference.quantize(rotate(library, x.float()), *arguments))
+        turned = rotate(library, x.float() if inv_smooth is None else x.float() * inv_smooth)
+        assert torch.equal(codes, reference.quantize(turned, inv_scale, zero_point, None, bits))
 
 
 @DTYPES
@@ -153,7 +155,8 @@ MISTAKES = [
     ("rotate.cuh", "q.matrix[j * size + k]", "q.matrix[(j + 1) % size * size + k]"),
     ("rotate.cuh", "v[i | half] = a - b", "v[i | half] = b - a"),
     ("rotate.cuh", "SIZE * shared_row(channels)", "SIZE * channels"),
-    ("rotate.cu", "of_gelu ? gelu(value[i])", "of_gelu ? silu(value[i])"),
+    ("rotate.cu", "value[i] = gelu(value[i])", "value[i] = silu(value[i])"),
+    ("rotate.cu", "load<N>(inv_smooth + d, smooth)", "load<N>(inv_smooth, smooth)"),
     ("rotate.cu", "{ store<N>(y + d, value)", "{ if (d) store<N>(y + d, value)"),
 ]
 

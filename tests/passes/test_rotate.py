@@ -10,6 +10,7 @@ from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import Pipeline, capture, find_linears, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
 from ptq4vm.passes.rotate import insert_rotation
+from ptq4vm.quantizer import quantized_linears
 
 
 class Mlp(nn.Module):
@@ -34,19 +35,6 @@ class Cubes(nn.Module):
 
     def forward(self, x):
         return x + self.down(x.pow(3))
-
-
-class Normed(nn.Module):
-    """A norm, gated or not, before what writes to the stream; with `shared`, the gate reads the norm too."""
-
-    def __init__(self, norm: nn.Module, gated: bool = True, shared: bool = False) -> None:
-        super().__init__()
-        self.norm, self.gate, self.down = norm, nn.Linear(8, 8), nn.Linear(8, 8)
-        self.gated, self.shared = gated, shared
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(y * self.gate(y if self.shared else x) if self.gated else y)
 
 
 class Added(nn.Module):
@@ -99,105 +87,58 @@ def test_what_writes_to_the_stream_is_rotated_and_nothing_else(small_vim, images
     assert rotated_names(Added().eval(), normal(3, 4, 8)) == set()
 
 
-def scaled_norm(kind: type[nn.Module]) -> nn.Module:
-    norm = kind(8)
-    nn.init.normal_(norm.weight)
-    return norm
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm])
-def test_channels_are_balanced_whatever_norm_and_weight_make_of_them(kind, gated):
+def test_smoothing_before_the_rotation_keeps_the_function():
     torch.manual_seed(0)
-    model, x = Normed(scaled_norm(kind), gated).eval(), normal(3, 5, 8)
-    want, factors = model(x), torch.tensor([1, 64, 1, 0.25, 1, 32, 1, 2])
-    found = []
-    for factor in (torch.ones(8), factors):
-        with torch.no_grad():
-            model.down.weight /= factor
-            for parameter in model.norm.parameters():
-                parameter *= factor
-        gm = canonical(model, x)
-        gm = finish(insert_rotation(gm, find_linears(gm)))
-        assert torch.allclose(gm(x), want, atol=1e-5)
-        affine = torch.stack([value for name, value in gm.named_parameters() if name.startswith("norm.")])
-        ratio = gm.get_parameter("down.weight").norm(dim=0) / affine.norm(dim=0)
-        assert ratio.min() >= 0.5 and ratio.max() <= 2
-        moved = model.norm.weight / gm.get_parameter("norm.weight")
-        assert (torch.frexp(moved).mantissa == 0.5).all()  # powers of two
-        found.append(dict(gm.named_parameters()))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    model, x = Mlp(80).eval(), normal(3, 5, 8)
+    prepared = prepare(model, (x,), QuantConfig(rotation=True))
+    linears = quantized_linears(prepared, ["up", "gate", "down"])
+    assert [linear.rotated for linear in linears] == [False, False, True]
+
+    def seen() -> torch.Tensor:
+        pieces: list[torch.Tensor] = []
+        linears[-1].input.tap = pieces.append
+        assert torch.allclose(prepared(x), model(x), atol=1e-5)
+        return pieces[0]
+
+    before = seen()
+    for linear in linears:
+        linear.smooth.data = normal(len(linear.smooth)) / 2
+    assert not torch.allclose(seen(), before, atol=0.1)
+    assert torch.allclose(seen(), linears[-1].smoothed(before), atol=1e-5)
 
 
-class Squared(Normed):
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(y * y)
+class Hidden(nn.Module):
+    """A channel of what writes to the stream times a factor, which its weight takes back."""
 
-
-class Twice(Normed):
-    """One linear for two norms."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__(norm)
-        self.other = scaled_norm(nn.LayerNorm)
+    def __init__(self, factors: torch.Tensor) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.factors, self.down = factors, nn.Linear(64, 64)
+        self.down.weight.data /= factors
 
     def forward(self, x):
-        x = x + self.down(self.norm(x))
-        return x + self.down(self.other(x))
+        return x + self.down(x * self.factors)
 
 
-class Tied(Normed):
-    """Its gate is a second name of the weight."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__(norm)
-        self.gate.weight = self.down.weight
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        Squared(scaled_norm(nn.LayerNorm)),
-        Twice(scaled_norm(nn.LayerNorm)),
-        Tied(scaled_norm(nn.LayerNorm)),
-        Normed(scaled_norm(nn.LayerNorm), shared=True),
-        Normed(nn.LayerNorm(8, elementwise_affine=False)),
-        Normed(nn.LayerNorm((5, 8))),
-        Normed(nn.Identity()),
-    ],
-)
-def test_where_the_norm_cannot_be_rescaled_nothing_is(model):
-    x = normal(3, 5, 8)
-    gm = canonical(model.eval(), x)
-    weights = {name: value.clone() for name, value in gm.named_parameters()}
-    gm = finish(insert_rotation(gm, find_linears(gm)))
-    assert all(torch.equal(value, weights[name]) for name, value in gm.named_parameters())
-    assert torch.allclose(gm(x), model(x), atol=1e-5)
-
-
-def test_a_channel_that_is_nothing_stays():
-    model, x = Normed(nn.LayerNorm(8)).eval(), normal(3, 5, 8)
+def error(model: nn.Module, x: torch.Tensor, **changes) -> float:
+    config = QuantConfig(weight_bits=4, activation_bits=4, **changes)
     with torch.no_grad():
-        model.down.weight[:, 2:4] = 0
-        model.norm.weight[3:5] = 0
-    gm = canonical(model, x)
-    gm = finish(insert_rotation(gm, find_linears(gm)))
-    assert torch.allclose(gm(x), model(x), atol=1e-5)
+        quantized = convert(calibrate(prepare(model.eval(), (x,), config), [x], progress=False))
+        return (quantized(x) - model(x)).square().mean().item()
+
+
+def test_channels_that_are_large_in_every_image_cost_a_rotation_nothing():
+    x, ones, factors = normal(64, 5, 64), torch.ones(64), torch.ones(64)
+    factors[::16] = 64
+    plain, hard = (error(Hidden(each), x, rotation=True) for each in (ones, factors))
+    assert hard == pytest.approx(plain, rel=0.02)
+    assert error(Hidden(factors), x, rotation=True, smoothing=None) > 4 * plain
 
 
 def test_a_long_tail_costs_far_less():
     torch.manual_seed(0)
-    model, x = Cubes().eval(), normal(64, 5, 64)
-    with torch.no_grad():
-        want = model(x)
-
-    def error(rotation: bool) -> float:
-        config = QuantConfig(weight_bits=8, activation_bits=4, rotation=rotation)
-        quantized = convert(calibrate(prepare(model, (x,), config), [x], progress=False))
-        return (quantized(x) - want).square().mean().item()
-
-    assert error(True) < error(False) / 2
+    model, x = Cubes(), normal(64, 5, 64)
+    assert error(model, x, rotation=True) < error(model, x) / 2
 
 
 def test_linears_left_in_floating_point_stay_as_they_are(small_vim, images):

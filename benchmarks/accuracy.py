@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py run --data-dir cifar10                      # the rows of docs/results.md: hours
     python benchmarks/accuracy.py run --data-dir cifar10 --recipes ptq4vm best --bits 4 --models vmamba_micro_32
     python benchmarks/accuracy.py table                                       # mean and spread over the seeds
+    python benchmarks/accuracy.py picture docs/accuracy.png                   # the same, to see
 
 Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
 so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. Names of recipes are those
@@ -36,6 +37,7 @@ import ptq4vm.models
 from ptq4vm.config import RECIPES, Granularity, Loss, QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
+from ptq4vm.files import replace_file
 from ptq4vm.models.hard import harden
 from ptq4vm.pipeline import canonical_graph, prepared_from
 from ptq4vm.record import record_of
@@ -291,6 +293,43 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return "\n\n".join(tables)
 
 
+DRAWN = ("minmax", "smoothquant", "pts", "pts+truncation", "ptq4vm_released", "ptq4vm", "best")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """W4A4 against the recipe: points lost above, divergence below; a column a version, a line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {(row["variant"], row["model"], row["recipe"]): row for row in summary(rows) if row["bits"] == 4}
+    models = sorted({model for _, model, _ in found})
+    figure, axes = pyplot.subplots(2, len(VARIANTS), figsize=(12, 7.5), sharex=True, sharey="row")
+    for column, variant in zip(axes.T, VARIANTS, strict=True):
+        for model in models:
+            line = [
+                (x, found[variant, model, recipe])
+                for x, recipe in enumerate(DRAWN)
+                if (variant, model, recipe) in found
+            ]
+            places = [x for x, _ in line]
+            loss, spread = [row["loss"] for _, row in line], [row["spread"] for _, row in line]
+            column[0].errorbar(places, loss, spread, marker="o", capsize=3, label=model)
+            column[1].plot(places, [row["divergence"] / 1e3 for _, row in line], marker="o", label=model)
+        column[0].set_title(f"W4A4, {variant}")
+        column[1].set_xticks(range(len(DRAWN)), DRAWN, rotation=30, ha="right")
+        for axis in column:
+            axis.set_yscale("log")
+            axis.grid(axis="y", alpha=0.3)
+    axes[0][0].legend()
+    axes[0][0].set_ylabel("points of top-1 lost")
+    axes[1][0].set_ylabel("KL divergence from FP32, nats")
+    figure.tight_layout()
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    pyplot.close(figure)
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -307,7 +346,9 @@ def parser() -> argparse.ArgumentParser:
     runner.add_argument("--share", default="0/1", help="i/n: every n-th model and version, beginning with the i-th")
     printer = commands.add_parser("table", help="mean and spread over the seeds")
     printer.add_argument("--markdown", action="store_true")
-    for command in (runner, printer):
+    drawer = commands.add_parser("picture", help="loss and divergence against the recipe, as PNG")
+    drawer.add_argument("path", type=Path)
+    for command in (runner, printer, drawer):
         command.add_argument("--output", type=Path, default=RESULTS)
     return parser
 
@@ -317,6 +358,8 @@ def main() -> None:
     if options.command == "run":
         run(options)
     rows = read(options.output)
+    if options.command == "picture":
+        return draw(rows, options.path)
     print(markdown(rows) if options.command == "table" and options.markdown else table(summary(rows), COLUMNS))
 
 

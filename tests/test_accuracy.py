@@ -90,6 +90,17 @@ def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
     ]
 
 
+def test_the_picture_shows_what_there_is(tmp_path):
+    rows = [
+        row(recipe=recipe, seed=seed, variant=variant)
+        for recipe in ("pts", "best")
+        for seed in range(3)
+        for variant in ("plain", "hard")
+    ]
+    accuracy.draw([*rows, row(bits=8)], tmp_path / "new" / "picture.png")
+    assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_a_run_writes_rows_and_does_none_twice(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn")

@@ -112,7 +112,8 @@ class QuantConfig:
     activation_bits: int = 8
     granularity: Granularity = Granularity.PER_TOKEN
     smoothing: float | None = 0.5
-    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel; None for no smoothing."""
+    """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel, of root mean squares before a rotation; None for no
+    smoothing."""
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     rotation: bool = False

@@ -192,6 +192,7 @@ COLUMNS = {
     "variant": "version",
     "bits": "bits",
     "recipe": "recipe",
+    "epochs": "epochs",
     "seeds": "seeds",
     "top1": "top-1 %",
     "loss": "loss",
@@ -215,7 +216,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     result = [
         {
-            **{key: found[0][key] for key in ("model", "variant", "bits", "recipe")},
+            **{key: found[0][key] for key in ("model", "variant", "bits", "recipe", "epochs")},
             "seeds": len(found),
             "top1": round(mean(found, "top1"), 2),
             "loss": round(mean(found, "loss"), 2),
@@ -235,8 +236,9 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def place_of(recipe: str) -> tuple[int, str]:
     """What recipes are sorted by: as they are listed here, then those that are gone."""
-    known = (*RECIPES, *ABLATIONS, recipe)
-    return known.index(recipe), recipe
+    name = recipe.split(",")[0]
+    known = (*RECIPES, *ABLATIONS, name)
+    return known.index(name), recipe
 
 
 def cell(row: dict[str, Any]) -> str:
@@ -244,6 +246,12 @@ def cell(row: dict[str, Any]) -> str:
     spread = f" ± {row['spread']:.2f}" if row["seeds"] > 1 else ""
     mark = {1: "¹", 2: "²"}.get(row["seeds"], "")
     return f"**{row['loss']:.2f}{spread}** · {row['agreement']:.1f} · {row['divergence']:.1f}{mark}"
+
+
+def label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The recipe, and how long it learned where that differs among the rows."""
+    several = len({other["epochs"] for other in rows if other["recipe"] == row["recipe"]}) > 1
+    return f"{row['recipe']}, {row['epochs']} epochs" if several else row["recipe"]
 
 
 def sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -284,7 +292,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Loss ± spread · agreement · KL · 1000, by version and bits, and what a stage of `best` is worth."""
     models = list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: row["model"])))
     tables = [
-        pivot(heading, models, {(row["recipe"], row["model"]): cell(row) for row in summary(those)})
+        pivot(heading, models, {(label(row, those), row["model"]): cell(row) for row in summary(those)})
         for heading, those in sections(rows)
     ]
     for heading, those in sections(rows):
@@ -303,7 +311,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {(row["variant"], row["model"], row["recipe"]): row for row in summary(rows) if row["bits"] == 4}
+    shortest = sorted(summary(rows), key=lambda row: -(row["epochs"] or 0))  # the last one of a key stays
+    found = {(row["variant"], row["model"], row["recipe"]): row for row in shortest if row["bits"] == 4}
     models = sorted({model for _, model, _ in found})
     figure, axes = pyplot.subplots(2, len(VARIANTS), figsize=(12, 7.5), sharex=True, sharey="row")
     for column, variant in zip(axes.T, VARIANTS, strict=True):

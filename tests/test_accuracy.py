@@ -78,6 +78,15 @@ def test_the_table_has_means_and_half_the_range_over_the_seeds():
     ]
 
 
+def test_rows_that_learned_for_other_times_are_told_apart():
+    rows = [row(recipe="ptq4vm", epochs=epochs, loss=float(epochs)) for epochs in (100, 20)]
+    assert accuracy.markdown([*rows, row()]).splitlines()[2:] == [
+        "| `pts` | **1.00** · 1.0 · 1000.0¹ |",
+        "| `ptq4vm, 100 epochs` | **100.00** · 1.0 · 1000.0¹ |",
+        "| `ptq4vm, 20 epochs` | **20.00** · 1.0 · 1000.0¹ |",
+    ]
+
+
 def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
     best = [row(recipe="best", seed=seed, divergence=0.01 * seed) for seed in range(3)]
     less = [row(recipe="best-gptq", seed=seed, divergence=0.01 * seed + 0.001 * (seed + 1)) for seed in range(3)]

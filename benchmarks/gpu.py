@@ -135,23 +135,24 @@ def measure(row: Row, setup: Setup, seconds: float) -> dict[str, Any]:
     first = compare(graphs, here, warmup=1, repeats=1)
     rounds = round(seconds / max(1e-6, sum(timing.median for timing in first)))
     timings = compare(graphs, here, warmup=2, repeats=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
+    base = len(made[timings[0].name].calls)
     return {
         "suite": row.suite,
         "name": row.name,
         "batch": row.batch,
-        "candidates": {timing.name: figures(timing, made[timing.name]) for timing in timings},
+        "candidates": {timing.name: figures(timing, made[timing.name], base) for timing in timings},
         "failed": failed,
     }
 
 
-def figures(timing: Timing, candidate: Candidate) -> dict[str, Any]:
-    """Microseconds of one call, the spread from first to third quartile, and the ratio to the first candidate."""
-    each = 1e6 / len(candidate.calls)
+def figures(timing: Timing, candidate: Candidate, base: int) -> dict[str, Any]:
+    """Microseconds of one call, spreads between quartiles, the ratio to one of the first candidate's `base` calls."""
+    each, ratio = 1e6 / len(candidate.calls), base / len(candidate.calls)
     return {
         "us": timing.median * each,
         "spread": timing.spread * each,
-        "ratio": timing.ratio,
-        "ratio_spread": timing.ratio_spread,
+        "ratio": timing.ratio * ratio,
+        "ratio_spread": timing.ratio_spread * ratio,
         "bound": None if candidate.bound is None else 1e6 * candidate.bound,
         "rounds": timing.repeats,
     }

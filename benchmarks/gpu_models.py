@@ -11,13 +11,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-import timm
 import torch
 from gpu_rows import BATCHES, Candidate, Row, Setup
 from torch import Tensor, nn
 
 import ptq4vm
-import ptq4vm.models
 from ptq4vm import ops
 from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.pieces import Pieces, halve_branch
@@ -47,20 +45,26 @@ QUANTIZED = {
     "W4A4 per token": QuantConfig(range_search=RangeSearch.MINMAX, weight_bits=4, activation_bits=4),
 }
 EAGER, MAMBA = "fp16", "fp16, mamba-ssm"
+MAMBA_PACKAGES = "mamba_ssm", "causal_conv1d"
 COMPILED = {"compiled bf16": torch.bfloat16, "compiled fp16": torch.float16}
 
 
 def can_quantize() -> bool:
-    return find_spec("torchao") is not None
+    return not absent("torchao", "timm")
+
+
+def absent(*packages: str) -> list[str]:
+    return [package for package in packages if find_spec(package) is None]
 
 
 def missing() -> list[str]:
     """What cannot be compared here, and why."""
     said = []
     if not can_quantize():
-        said.append("torchao is not installed: no model can be quantized, only linears and operators are timed")
-    if find_spec("mamba_ssm") is None or find_spec("causal_conv1d") is None:
-        said.append("mamba-ssm and causal-conv1d are not installed: fp16 runs with our scan and convolution alone")
+        packages = " and ".join(absent("torchao", "timm"))
+        said.append(f"no {packages}: no model can be quantized, linears and operators alone are timed")
+    if absent(*MAMBA_PACKAGES):
+        said.append(f"no {' and '.join(absent(*MAMBA_PACKAGES))}: fp16 runs with our scan and convolution alone")
     return said
 
 
@@ -71,6 +75,10 @@ def taken_apart(model: str, setup: Setup) -> tuple[Pieces, dict[int, Any], tuple
     """
     key = model, "pieces"
     if key not in setup.pieces:
+        import timm
+
+        import ptq4vm.models  # noqa: F401  (adds ours to timm's registry)
+
         torch.manual_seed(0)
         made = timm.create_model(model, **SMOKE.get(model, {})).eval()
         shape = tuple(timm.data.resolve_model_data_config(made)["input_size"])
@@ -109,7 +117,7 @@ def compiled(block: nn.Module) -> nn.Module:
 
 
 def names_of(whole: bool) -> list[str]:
-    mamba = [MAMBA] if find_spec("mamba_ssm") and find_spec("causal_conv1d") else []
+    mamba = [] if absent(*MAMBA_PACKAGES) else [MAMBA]
     floats = list(COMPILED)[:1] if whole else list(COMPILED)
     return [EAGER, *mamba, *floats, *QUANTIZED]
 

@@ -132,11 +132,11 @@ def _rate(gpu: GPU, bits: int) -> float:
 
 
 def _bytes(values: Any) -> dict[Any, int]:
-    """Of each memory once: what its tensors hold, but not more than there is."""
+    """Of each memory: what different views of it hold, but not more than there is."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+    views = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x for x in tensors}
     sizes: dict[Any, int] = {}
-    for value in tree_leaves(values):
-        if isinstance(value, Tensor):
-            memory = value.untyped_storage()
-            mine = sizes.get(memory._cdata, 0) + value.numel() * value.element_size()
-            sizes[memory._cdata] = min(mine, memory.nbytes())
+    for (memory, *_), x in views.items():
+        size = sizes.get(memory, 0) + x.numel() * x.element_size()
+        sizes[memory] = min(size, x.untyped_storage().nbytes())
     return sizes

@@ -6,6 +6,9 @@ import pytest
 import torch
 from strategies import normal
 
+pytest.importorskip("torchao", reason="models are quantized with torchao")
+pytest.importorskip("timm", reason="models are made with timm")
+
 import ptq4vm
 from ptq4vm.backend import ptq4vm_backend
 from ptq4vm.benchmark.graphs import copied, recorded
@@ -20,14 +23,6 @@ CONFIGS = {
     "per tensor": QuantConfig(granularity=Granularity.PER_TENSOR),
     "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=RangeSearch.MINMAX),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def needs_torchao():
-    pytest.importorskip("torchao")
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

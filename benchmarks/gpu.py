@@ -251,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = (gpu_models.SMOKE if options.smoke else gpu_models.MODELS) if gpu_models.can_quantize() else ()
     if on_gpu and setup.gpu is None:
         missing.append(f"there are no bounds: ptq4vm/benchmark/bounds.py does not know {name}")
-    if on_gpu and native.cuda_problem() is not None:
-        missing.append(f"there are no native kernels for GPUs: {native.cuda_problem()}")
+    if on_gpu and not native.serves(options.device):
+        missing.append(f"no native kernels serve this GPU: {native.cuda_problem() or native.cuda_architectures()}")
     facts = {
         "gpu": name,
         "code": f"{code()}{'-smoke' if options.smoke else ''}",

@@ -172,7 +172,7 @@ def weights(features: int, channels: int, bits: int, device: torch.device) -> tu
 
     half = 2 ** (bits - 1)
     codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)
-    if device.type == "cuda" and native.cuda_problem() is None:
+    if device.type == "cuda" and native.serves(device):
         nibbles = bits == 4 and torch.cuda.get_device_capability(device)[0] == 8 and features >= NIBBLE_FEATURES
         packed = fused.pad_weight(codes, 4 if nibbles else 8)
     else:

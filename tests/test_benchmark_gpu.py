@@ -1,5 +1,6 @@
 """benchmarks/gpu.py, on a CPU: what it measures, keeps, leaves out and prints."""
 
+import functools
 import importlib.util
 import json
 import sys
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_native import draw, relative, scan_inputs
+from torch._dynamo.testing import CompileCounter
 
 from ptq4vm import ops, reference
 
@@ -208,6 +210,18 @@ def test_the_kernels_of_mamba_ssm_are_called_with_channels_before_tokens(optiona
         conv = (inputs[0], torch.randn(5, 4, generator=random), None, optional)
         assert torch.equal(gpu_models.mamba_conv1d(*conv), reference.causal_conv1d(*conv))
     assert set(gpu_models.WITH_MAMBA) == {ops.selective_scan.default, ops.causal_conv1d.default}
+
+
+def test_blocks_that_are_alike_are_compiled_once(monkeypatch):
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch._dynamo.reset()
+    monkeypatch.setitem(gpu_models.SMOKE, "vim_nano_patch4_32", {"depth": 3, "embed_dim": 16})
+    setup = gpu_rows.Setup(torch.device("cpu"), None, smoke=True)
+    (name,) = (name for name in gpu_models.names_of(whole=True) if name in gpu_models.COMPILED)
+    candidate = gpu_models.model_row("vim_nano_patch4_32", 32, 0).candidates(setup)[name]()
+    assert candidate.recorded(setup.device)() is None and counter.frame_count == 1
+    torch._dynamo.reset()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,13 +1,21 @@
 """Every operator on a GPU: the reference's integers, its floats but for rounding. operator_laws.py has the laws."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from gpu_operators import OnDevice, OnStream, drawn, in_triton
+from gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_laws import LAWS, laws_of, name_of
+from operator_laws import LAWS, laws_of, name_of, tolerance
+from test_native import relative
+from test_native_producers import assert_same_codes
 
-from ptq4vm import doctor, ops, reference, triton_kernels
+from ptq4vm import doctor, fused, ops, reference, triton_kernels
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+import gpu_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -45,6 +53,35 @@ def test_operators_run_on_the_current_stream(streams, name, data):
 def test_operators_run_where_their_tensors_are(second_device, name, data):
     LAWS[name].check(OnDevice(second_device), **data.draw(LAWS[name].arguments()))
     assert second_device.type == "cpu" or torch.cuda.current_device() == 0
+
+
+CASES = gpu_rows.operator_cases(1, smoke=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_operator_has_the_references_results_at_a_models_size(device, name):
+    torch.manual_seed(SEED)
+    operator, _, make = gpu_rows.operator_cases(3, smoke=device.type == "cpu")[name]
+    arguments, called = make(), operator.__name__
+    found = getattr(OnDevice(device), called)(*arguments)
+    want = getattr(fused, called, getattr(reference, called, None))(*arguments)
+    for ours, theirs in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (found, want)), strict=True):
+        assert ours.dtype is theirs.dtype
+        if ours.dtype is torch.int8:
+            assert_same_codes(ours, theirs)
+        else:
+            assert relative(ours, theirs.double()) <= tolerance(ours.dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name, tokens, channels, features", gpu_rows.LINEARS)
+def test_a_linear_has_the_references_results_at_a_models_size(device, name, tokens, channels, features, bits):
+    torch.manual_seed(SEED)
+    codes = gpu_rows.activations((1 if device.type == "cpu" else 3, tokens, channels), bits, tokens)
+    weight = gpu_rows.weights(features, channels, bits, device)
+    for dtype in (torch.bfloat16, torch.float32):
+        arguments = (*codes, *weight, torch.randn(features), dtype)
+        assert torch.equal(OnDevice(device).linear_packed(*arguments), fused.linear_packed(*arguments))
 
 
 def test_every_operator_has_a_law(device):

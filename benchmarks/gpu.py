@@ -38,7 +38,7 @@ from ptq4vm.report import table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
-SECONDS = 1.5
+SECONDS = 1.0
 """A row is measured for so long, not counting how it is made."""
 
 ROUNDS = 5, 100

@@ -25,6 +25,9 @@ from ptq4vm.benchmark.graphs import recorded
 Call = Callable[[], Any]
 
 BATCHES = (32, 256)
+MOST = 512
+"""Inputs of a single operator that are kept, where so many fit into the cache."""
+
 CALLS = 20
 """How often a graph runs a single operator at least, so that starting the graph does not count."""
 
@@ -83,7 +86,7 @@ def rotated(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], bou
     with torch.device(setup.device):
         first = make()
     size = sum(value.nbytes for value in tree_leaves(first) if isinstance(value, Tensor))
-    sets = min(64, max(1, math.ceil(2 * setup.cache / max(1, size)))) if setup.cache else 1
+    sets = min(MOST, max(1, math.ceil(2 * setup.cache / max(1, size)))) if setup.cache else 1
     with torch.device(setup.device):
         inputs = [first, *(make() for _ in range(sets - 1))]
     times = math.ceil(CALLS / sets) if setup.cache else 1

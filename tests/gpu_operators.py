@@ -112,13 +112,15 @@ class OnStream:
 
         def run(*arguments: Any) -> Any:
             there = [moved(argument, self.device) for argument in arguments]
-            call(*there)  # loads the kernels, for which a GPU may wait
+            torch.cuda.synchronize(self.device)
+            with torch.cuda.stream(self.stream):
+                call(*there)  # loads the kernels and finds memory, for which a GPU may wait
             torch.cuda.synchronize(self.device)
             torch.cuda._sleep(self.CYCLES)
             busy = torch.cuda.Event()
             busy.record()
             with torch.cuda.stream(self.stream):
-                here = tree_map(lambda y: y.to("cpu", non_blocking=False), call(*there))
+                here = tree_map(Tensor.cpu, call(*there))
             assert not busy.query(), f"{name} waited for another stream"
             torch.cuda.synchronize(self.device)
             return here

@@ -1,5 +1,6 @@
 """Models taken apart and put together again, and calls that are recorded."""
 
+import contextlib
 import copy
 from collections import Counter
 
@@ -9,7 +10,7 @@ from public_models import NANO, SHORT, create
 from strategies import normal
 
 import ptq4vm
-from ptq4vm.benchmark.graphs import copied, recorded
+from ptq4vm.benchmark.graphs import WARMUP, Recorded, copied, recorded
 from ptq4vm.benchmark.pieces import Pieces, halve_branch
 from ptq4vm.config import QuantConfig
 
@@ -95,3 +96,45 @@ def test_a_recorded_call_takes_new_inputs_and_runs_again_without():
     assert torch.equal(again(torch.zeros(2), torch.zeros(2)), torch.zeros(2)) and all(seen)
     result = copied((torch.ones(2), [torch.zeros(1)], 3))
     assert torch.equal(result[0], torch.ones(2)) and result[2] == 3
+
+
+class Streams:
+    """Of a GPU that does everything at once, and remembers what was done in which order."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.done = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: self.record())
+
+    def wait_stream(self, other) -> None:
+        self.done.append("wait")
+
+    def replay(self) -> None:
+        self.done.append("replay")
+
+    @contextlib.contextmanager
+    def record(self):
+        self.done.append("record")
+        yield
+
+
+def test_a_graph_is_recorded_after_warming_up_and_reads_its_own_inputs(monkeypatch):
+    streams, given = Streams(monkeypatch), torch.ones(3)
+
+    def call(x):
+        streams.done.append(x)
+        return x + 1
+
+    again = Recorded(call, given)
+    (own,) = again._inputs
+    assert own is not given
+    expected = ["wait", *[own] * WARMUP, "wait", "record", own]
+    assert len(streams.done) == len(expected) and all(a is b for a, b in zip(streams.done, expected, strict=True))
+    again(torch.full((3,), 5.0))
+    assert torch.equal(own, torch.full((3,), 5.0)) and torch.equal(given, torch.ones(3))
+    again()
+    assert streams.done[len(expected) :] == ["replay", "replay"] and torch.equal(own, torch.full((3,), 5.0))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import ptq4vm
 from ptq4vm import ops
 from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.pieces import Pieces, halve_branch
+from ptq4vm.benchmark.pieces import Pieces, write_branch
 from ptq4vm.benchmark.plain import replace_ops
 from ptq4vm.config import Granularity, QuantConfig, RangeSearch
 from ptq4vm.graph import capture
@@ -88,21 +88,27 @@ def taken_apart(model: str, setup: Setup) -> tuple[Pieces, dict[int, Any], tuple
 
 
 def quantized_block(model: str, name: str, place: int, setup: Setup) -> Any:
-    """The fused block at a place, with activations in bfloat16."""
+    """The fused block at a place, with activations in bfloat16 but for what it adds to the stream."""
     key = model, name, place
     if key not in setup.pieces:
         pieces, streams, _ = taken_apart(model, setup)
         prepared = ptq4vm.prepare(pieces.pieces[place], streams[place], QUANTIZED[name])
         lowered = ptq4vm.convert(ptq4vm.calibrate(prepared, [streams[place]], progress=False))
-        setup.pieces[key] = halve_branch(ptq4vm.fuse(lowered.to(setup.device), activations=torch.bfloat16))
+        setup.pieces[key] = ptq4vm.fuse(lowered.to(setup.device), activations=torch.bfloat16)
     return setup.pieces[key]
+
+
+def fused_block(model: str, name: str, place: int, setup: Setup, *, ends: bool = False) -> Any:
+    """A copy; what it adds is bfloat16 too unless it `ends` a stage."""
+    made = copy.deepcopy(quantized_block(model, name, place, setup))
+    return write_branch(made, torch.float32 if ends else torch.bfloat16)
 
 
 def block_of(name: str, model: str, setup: Setup) -> Callable[[int, int], nn.Module]:
     """What makes the block at a place, given the place of the one that is alike."""
     pieces, _, _ = taken_apart(model, setup)
     if name in QUANTIZED:
-        return lambda place, first: copy.deepcopy(quantized_block(model, name, first, setup))
+        return lambda place, first: fused_block(model, name, first, setup, ends=pieces.ends(place))
     if name == MAMBA:
         return lambda place, first: copy.deepcopy(mamba_block(model, first, setup))
     if name in COMPILED:
@@ -154,7 +160,7 @@ def block_row(model: str, batch: int, place: int) -> Row:
                 if name in QUANTIZED:
                     stream[1] = stream[1].float()
                     if setup.gpu is not None:
-                        bound += bounds.graph(setup.gpu, quantized_block(model, name, place, setup), *stream)
+                        bound += bounds.graph(setup.gpu, fused_block(model, name, place, setup), *stream)
                 calls.append(functools.partial(block(place, place).eval().to(setup.device), *stream))
             return Candidate([lambda: [call() for call in calls]], bound or None)
 
@@ -174,7 +180,7 @@ def bound_of(model: str, name: str, images: Tensor, setup: Setup) -> float:
     assert setup.gpu is not None
     total = 0.0
     for place in pieces.blocks:
-        shape, block = (len(images), *streams[place][0].shape[1:]), quantized_block(model, name, place, setup)
+        shape, block = (len(images), *streams[place][0].shape[1:]), fused_block(model, name, place, setup)
         hidden, residual = (images.new_empty(shape, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
         total += pieces.count(place) * bounds.graph(setup.gpu, block, hidden, residual)
     return total

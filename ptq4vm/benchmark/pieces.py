@@ -145,6 +145,10 @@ class Pieces:
         """How many blocks are alike."""
         return self._first.count(block)
 
+    def ends(self, place: int) -> bool:
+        """Whether what follows a block is none: it reads the stream as it is, in no norm that is fused with the sum."""
+        return isinstance(self.pieces[place + 1], _FLOAT)
+
     def streams(self, images: Tensor) -> dict[int, Stream]:
         """What each of `blocks` is given for some images."""
         found: dict[int, Stream] = {}
@@ -175,15 +179,15 @@ _FLOAT = (_Zeros, _Head, _MapHead)
 """Pieces that are not quantized."""
 
 
-def halve_branch(fused: GraphModule) -> GraphModule:
-    """What a fused block adds to the stream as bfloat16, as between the blocks of a whole model; in place."""
+def write_branch(fused: GraphModule, dtype: torch.dtype) -> GraphModule:
+    """Gives what a fused block adds to the stream the type that it has in a whole model; in place."""
     output = next(node for node in reversed(fused.graph.nodes) if node.op == "output")
     for node in fused.graph.find_nodes(op="call_function", target=ops.linear_packed.default):
         readers = list(node.users)
         while len(readers) == 1 and readers[0] is not output and "flatten" in str(readers[0].target):
             readers = list(readers[0].users)
         if readers == [output]:
-            node.args = (*node.args[:-1], torch.bfloat16)
+            node.args = (*node.args[:-1], dtype)
     return finish(fused)
 
 

@@ -62,10 +62,12 @@ def close(ours, theirs, limit=0.02):
 
 
 BOTH = pytest.mark.parametrize("family", ["vim", "vmamba"])
+EVERY = pytest.mark.parametrize(
+    ("family", "config"), [*(("vim", config) for config in CONFIGS), ("vmamba", "W8A8"), ("vmamba", "W4A4, rotated")]
+)
 
 
-@BOTH
-@pytest.mark.parametrize("config", CONFIGS)
+@EVERY
 @torch.inference_mode()
 def test_a_model_that_is_moved_computes_the_same(device, models, family, config):
     quantized, images = models(family, config)
@@ -103,8 +105,7 @@ def test_a_model_is_compiled_where_it_is(device, models, family, options):
             assert close(compiled(images[:count].to(device)), quantized(images[:count]))
 
 
-@BOTH
-@pytest.mark.parametrize("config", CONFIGS)
+@EVERY
 @torch.inference_mode()
 def test_a_recorded_model_takes_new_images(device, models, family, config):
     """A fused model starts nothing that a CUDA graph cannot hold, and reads its inputs anew."""

@@ -4,13 +4,15 @@ JOBS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin
 SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
+CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+MINUTES ?= 6
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-matrix lint venv cuda clean
+.PHONY: help demo test test-all test-matrix lint venv cuda gpu clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +47,23 @@ venv: $(VENV)/.installed  ## .venv with the package and its development tools
 cuda: venv  ## the kernels of GPUs too (needs nvcc, and no GPU)
 	test -n "$$PTQ4VM_CUTLASS_DIR" || $(RUN)/python $(PIP_INSTALL) --no-deps nvidia-cutlass==4.2.0.0
 	PTQ4VM_CUDA=1 $(RUN)/python $(PIP_INSTALL) --no-deps --force-reinstall -e .
+
+# OFFLINE=1 takes PYTHON as it is, with torch, scikit-build-core and the rest installed, and needs no network.
+GPU_PYTHON := $(if $(OFFLINE),$(PYTHON),$(RUN)/python)
+
+gpu: ptq4vm/_C_cuda.so  ## on a machine with a GPU: build, test and time there (MINUTES=6, OFFLINE=1)
+	@status=0; \
+	$(GPU_PYTHON) -m pytest tests/gpu -m gpu -rs || status=$$?; \
+	$(GPU_PYTHON) benchmarks/gpu.py --minutes $(MINUTES) || status=$$?; \
+	exit $$status
+
+ptq4vm/_C_cuda.so: $(CUDA_SOURCES)
+ifdef OFFLINE
+	PTQ4VM_CUDA=1 $(PYTHON) $(PIP_INSTALL) --no-deps --no-build-isolation -e .
+else
+	$(MAKE) cuda
+endif
+	@touch $@
 
 # $(1) directory, $(2) arguments of pip, $(3) version of torch, which comes first: the kernels are built with its headers
 define install

@@ -245,8 +245,10 @@ def producers(rounds: int) -> None:
             print(f"| {name}, {kind} | {1000 * found['fused']:.0f} | {1000 * found['plain']:.0f} | {ratio:.1f} |")
 
 
-def directional(directions: int, side: int, tokens: int, channels: int, rank: int, states: int) -> tuple[tuple, tuple]:
-    """One image; alternate directions are reversed, and on a map of this side the second half goes down the columns."""
+def directional(
+    directions: int, side: int, tokens: int, channels: int, rank: int, states: int, images: int = 1
+) -> tuple[tuple, tuple]:
+    """Alternate directions are reversed, and on a map of this side the second half goes down the columns."""
     ways = torch.arange(tokens).repeat(directions, 1)
     if side:
         ways[directions // 2 :] = torch.arange(tokens).view(side, side).t().flatten()
@@ -254,8 +256,8 @@ def directional(directions: int, side: int, tokens: int, channels: int, rank: in
     weight = torch.randint(-127, 128, (directions, channels, rank), dtype=torch.int8)
     scale, zero_point = torch.full((directions, tokens), 0.03), torch.zeros(directions, tokens, dtype=torch.int32)
     inputs = (
-        torch.randn(1 if side else directions, 1, tokens, channels),
-        torch.randn(directions, 1, tokens, rank + 2 * states),
+        torch.randn(1 if side else directions, images, tokens, channels),
+        torch.randn(directions, images, tokens, rank + 2 * states),
         1 / scale,
         scale,
         zero_point,
@@ -267,7 +269,7 @@ def directional(directions: int, side: int, tokens: int, channels: int, rank: in
         torch.rand(directions, channels) * 5 - 7,
         -torch.arange(1.0, states + 1).expand(directions, channels, states),
         torch.ones(directions, channels),
-        None if side else torch.randn(1, tokens, 2 * channels)[..., channels:],
+        None if side else torch.randn(images, tokens, 2 * channels)[..., channels:],
         ways.int(),
     )
     return inputs, (torch.full((tokens,), 20.0), zero_point[0], None, 8)

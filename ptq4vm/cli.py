@@ -233,7 +233,13 @@ def doctor(args: argparse.Namespace) -> Outcome:
     lines += [f"CUDA: {'available' if result['cuda'] else 'not available'}"]
     problem, cuda_problem = result["native"]["problem"], result["native"]["cuda_problem"]
     lines += [f"native kernels: {'none, ' + problem if problem else result['native']['isa']}"]
-    lines += [f"native kernels for GPUs: {'none, ' + cuda_problem if cuda_problem else 'loaded'}"]
+    built = ", ".join(result["native"]["cuda_architectures"])
+    lines += [f"native kernels for GPUs: {'none, ' + cuda_problem if cuda_problem else 'for ' + built}"]
+    lines += [
+        f"GPU {i}: {gpu['name']}, compute capability {gpu['capability']}"
+        + ("" if gpu["native"] else ", not served by native kernels")
+        for i, gpu in enumerate(result["gpus"])
+    ]
     lines += [f"{name}: {implementation}" for name, implementation in result["operators"].items()]
     lines += [f"self-check against int64: {verdict}"]
     return Outcome(result=result, text="\n".join(lines), code=1 if wrong else 0)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ptq4vm import __version__, native, ops, reference
+from ptq4vm import __version__, native, ops, reference, triton_kernels
 from ptq4vm.benchmark import machine
 
 PACKAGES = ("torch", "torchao", "timm", "safetensors")
+REFERENCE = "PyTorch reference"
 
 
 def diagnose() -> dict[str, Any]:
@@ -24,8 +25,14 @@ def diagnose() -> dict[str, Any]:
             **{package: _version(package) for package in PACKAGES},
         },
         "machine": machine(),
-        "native": {"isa": native.isa(), "problem": native.problem(), "cuda_problem": native.cuda_problem()},
+        "native": {
+            "isa": native.isa(),
+            "problem": native.problem(),
+            "cuda_problem": native.cuda_problem(),
+            "cuda_architectures": native.cuda_architectures(),
+        },
         "cuda": torch.cuda.is_available(),
+        "gpus": [_gpu(device) for device in _gpus()],
         "operators": {name: _implementation(name) for name in names},
     }
 
@@ -56,13 +63,35 @@ def _is_exact(bits: int, random: torch.Generator, device: str) -> bool:
     return torch.equal(x_q.cpu().long(), codes) and torch.equal(y, (centred @ weight.t()) * scale[:, None] * 0.5)
 
 
+def _gpus() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+
+
+def _gpu(device: int) -> dict[str, Any]:
+    """Its name and compute capability, and whether the native library has code for it."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    return {"name": torch.cuda.get_device_name(device), "capability": capability, "native": native.serves(device)}
+
+
 def _implementation(operator: str) -> str:
     """That of tensors on the devices that are here."""
-    kinds = {"CPU": native.isa()}
-    if torch.cuda.is_available():
-        kinds["CUDA"] = "native" if native.cuda_problem() is None else "Triton"
-    found = [key for key in kinds if torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)]
-    return " and ".join(f"{key} ({kinds[key]})" for key in found) or "PyTorch reference"
+    found = [f"CPU ({native.isa()})"] if _has_kernel(operator, "CPU") else []
+    on_gpus = {_implementation_on_gpu(operator, device) for device in _gpus()}
+    if on_gpus - {REFERENCE}:
+        found.append(f"CUDA ({', '.join(sorted(on_gpus))})")
+    return " and ".join(found) or REFERENCE
+
+
+def _implementation_on_gpu(operator: str, device: int) -> str:
+    if not _has_kernel(operator, "CUDA"):
+        return REFERENCE
+    if native.serves(device):
+        return "native"
+    return "Triton" if triton_kernels.serves(operator.removeprefix("ptq4vm::"), device) else REFERENCE
+
+
+def _has_kernel(operator: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -41,6 +42,41 @@ def _load(library: Path, missing: str) -> str | None:
     except OSError as error:
         return f"{library.name} does not load: {error}"
     return None
+
+
+def cuda_architectures() -> tuple[str, ...]:
+    """What the library for GPUs was built for, as TORCH_CUDA_ARCH_LIST named it; nothing without one."""
+    return () if cuda_problem() else tuple(torch.ops.ptq4vm._cuda_architectures().split())
+
+
+def serves(device: torch.device | int) -> bool:
+    """Whether the library for GPUs has code for this one. Initializes CUDA where there is a library."""
+    return cuda_problem() is None and has_code_for(torch.cuda.get_device_capability(device))
+
+
+def has_code_for(capability: tuple[int, int]) -> bool:
+    """Code for x.y runs on x.z from z = y on, with an "a" on x.y alone; PTX also on every x that is larger."""
+    for architecture in cuda_architectures():
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", architecture)
+        assert match, architecture
+        own = int(match[1]), int(match[2])
+        later = capability > own and match[3] != "a"
+        if capability == own or (later and (capability[0] == own[0] or (match[4] and not match[3]))):
+            return True
+    return False
+
+
+@functools.cache
+def warn_of_gpu(capability: tuple[int, int]) -> None:
+    """Says once who serves GPUs that the library has no code for, and the way out."""
+    number = ".".join(map(str, capability))
+    warnings.warn(
+        f"the native kernels for GPUs were built for compute capability {', '.join(cuda_architectures())}, and a GPU "
+        f"here has {number}: kernels in Triton and the slow PyTorch reference operators serve it. Install ptq4vm "
+        f"again with PTQ4VM_CUDA=1 and {number} in TORCH_CUDA_ARCH_LIST",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def isa() -> str:

@@ -5,6 +5,8 @@ A native kernel registers for its device and takes precedence. Every op returns 
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ _library = torch.library.Library("ptq4vm", "FRAGMENT" if _NATIVE else "DEF")
 
 SCHEMAS: list[str] = []
 
+_on_gpus: dict[str, Callable[..., Any]] = {}
+"""Each operator where there is no native kernel: in Triton, or the reference."""
+
 
 def _define(schema: str, default: Any, fake: Any) -> None:
     name = schema.split("(", 1)[0]
@@ -28,8 +33,9 @@ def _define(schema: str, default: Any, fake: Any) -> None:
     if not _NATIVE:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, default, "CompositeExplicitAutograd")
-    if name in triton_kernels.MODULES and triton_kernels.problem() is None:
-        _library.impl(name, triton_kernels.operator(name, default), "CUDA")
+    _on_gpus[name] = triton_kernels.operator(name, default)
+    if native.cuda_problem() is not None and _on_gpus[name] is not default:
+        _library.impl(name, _on_gpus[name], "CUDA")
     torch.library.register_fake(f"ptq4vm::{name}", fake, lib=_library)
 
 
@@ -366,6 +372,34 @@ _define(
     fused.directional_scan_quantize,
     lambda u, *rest: u.new_empty(u.shape[1:], dtype=torch.int8),
 )
+
+
+
+def _serve_other_gpus() -> None:
+    """Tensors on GPUs that the library has no code for go elsewhere; nothing changes where there are no such GPUs."""
+    if all(native.serves(device) for device in range(torch.cuda.device_count())):
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a kernel is replaced
+        for name, elsewhere in _on_gpus.items():
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"ptq4vm::{name}", "CUDA"):
+                kernel = torch.library.get_kernel(f"ptq4vm::{name}", "CUDA")
+                _library.impl(name, _by_gpu(kernel, elsewhere), "CUDA", with_keyset=True, allow_override=True)
+
+
+def _by_gpu(kernel: Any, elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(keys: Any, x: Tensor, *arguments: Any) -> Any:
+        if native.serves(x.device):
+            return kernel.call_boxed(keys, x, *arguments)
+        native.warn_of_gpu(torch.cuda.get_device_capability(x.device))
+        return elsewhere(x, *arguments)
+
+    return operator
+
+
+if native.cuda_problem() is None:
+    torch.cuda._lazy_call(_serve_other_gpus)  # when CUDA starts, before there are tensors on a GPU
+
 
 quantize = torch.ops.ptq4vm.quantize
 choose_qparams = torch.ops.ptq4vm.choose_qparams

@@ -1,6 +1,7 @@
 import copy
 import os
 import warnings
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from strategies import normal
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vm.api import calibrate, prepare
 from ptq4vm.config import QuantConfig
-from ptq4vm.models import Vim
+
+# torchao and timm, which the rest of the package needs, are imported where they are used: tests/gpu runs without them
+if TYPE_CHECKING:
+    from ptq4vm.models import Vim
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
@@ -19,8 +22,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")
-def small_vim() -> Vim:
+def small_vim() -> "Vim":
     """17 tokens, two blocks of six linears. Tokens differ in size and a few channels are outliers. Do not change it."""
+    from ptq4vm.models import Vim
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Vim(img_size=16, patch_size=4, embed_dim=32, depth=2, state=4, num_classes=10)
@@ -47,7 +52,7 @@ def images() -> Tensor:
 class Roads:
     """`small_vim` prepared and calibrated, made once for each config and copied for each caller."""
 
-    def __init__(self, model: Vim, images: Tensor) -> None:
+    def __init__(self, model: "Vim", images: Tensor) -> None:
         self.model, self.images = model, images
         self._made: dict[tuple[QuantConfig, bool], GraphModule] = {}
 
@@ -58,6 +63,8 @@ class Roads:
         return self._copy(config, True)
 
     def _copy(self, config: QuantConfig, calibrated: bool) -> GraphModule:
+        from ptq4vm.api import calibrate, prepare
+
         key = config, calibrated
         if key not in self._made:
             if calibrated:
@@ -72,5 +79,5 @@ class Roads:
 
 
 @pytest.fixture(scope="session")
-def roads(small_vim: Vim, images: Tensor) -> Roads:
+def roads(small_vim: "Vim", images: Tensor) -> Roads:
     return Roads(small_vim, images)

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import time
@@ -91,6 +92,33 @@ def test_real_time_passes_without_gradients():
 
     (timing,) = compare({"model": model}, torch.zeros(2, 1), warmup=1, repeats=2)
     assert timing.median > 0 and json.loads(json.dumps(timing.to_dict()))["name"] == "model"
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
+    """It waits until what it is to do is there, then events stand around that."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            done.append(self)
+
+        def synchronize(self) -> None:
+            done.append("wait")
+
+        def elapsed_time(self, end) -> float:
+            assert (done[1], done[3], done[4]) == (self, end, "wait")
+            return 8.0
+
+    for name in ("synchronize", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    (timing,) = compare({"model": lambda images: done.append("model")}, torch.zeros(2, 1), warmup=0, repeats=1)
+    assert (timing.median, timing.clock) == (0.008, "wall") and (done[0], done[2]) == ("busy", "model")
 
 
 @pytest.mark.parametrize(

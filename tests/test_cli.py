@@ -310,12 +310,25 @@ def test_benchmark_quantizes_a_model_given_by_name(run):
     assert code == 0 and "time / quantized" in out and "slowest" not in out
 
 
-@pytest.mark.parametrize(("problem", "found"), [(None, "native"), ("there is none", "Triton")])
-def test_doctor_says_who_serves_a_gpu(monkeypatch, problem, found):
+def test_doctor_says_who_serves_a_gpu(run, monkeypatch):
+    def found() -> str:
+        code, out, _ = run("doctor")
+        assert code == 0
+        return out
+
+    monkeypatch.setattr(native, "cuda_problem", lambda: "there is none")
+    assert "native kernels for GPUs: none, there is none" in found()
+    monkeypatch.setattr(native, "cuda_problem", lambda: None)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: ("8.0", "9.0a"))
+    monkeypatch.setattr(doctor, "wrong_bits", lambda: [])  # there are no GPUs to ask
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(native, "cuda_problem", lambda: problem)
-    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda operator, key: key == "CUDA")
-    assert doctor._implementation("ptq4vm::quantize") == f"CUDA ({found})"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 6), (12, 0))[device])
+    out = found()
+    assert "native kernels for GPUs: for 8.0, 9.0a\n" in out
+    assert "GPU 0: GPU of 0, compute capability 8.6\n" in out
+    assert "GPU 1: GPU of 1, compute capability 12.0, not served by native kernels\n" in out
 
 
 def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):

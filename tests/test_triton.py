@@ -43,31 +43,29 @@ def test_every_kernel_is_an_operator():
 
 @pytest.fixture
 def ready(monkeypatch):
-    """As if PyTorch had CUDA and Triton were there, and no native kernels for GPUs."""
+    """As if PyTorch had CUDA and Triton were there."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(triton_kernels, "find_spec", lambda name: object())
-    monkeypatch.setattr(native, "cuda_problem", lambda: "there is no library")
     monkeypatch.delenv("PTQ4VM_ISA", raising=False)
     triton_kernels.problem.cache_clear()
     yield
     triton_kernels.problem.cache_clear()
 
 
-def test_kernels_serve_where_there_are_no_others(ready):
+def test_kernels_serve_where_they_can(ready):
     assert triton_kernels.problem() is None
 
 
-@pytest.mark.parametrize("reason", ["no CUDA", "Triton is not", "PTQ4VM_ISA=reference", "native library"])
+@pytest.mark.parametrize("reason", ["no CUDA", "Triton is not", "PTQ4VM_ISA=reference"])
 def test_kernels_do_not_serve_otherwise(ready, monkeypatch, reason):
     if reason == "no CUDA":
         monkeypatch.setattr(torch.version, "cuda", None)
     elif reason == "Triton is not":
         monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
-    elif reason == "native library":
-        monkeypatch.setattr(native, "cuda_problem", lambda: None)
     else:
         monkeypatch.setenv("PTQ4VM_ISA", "reference")
     assert reason in triton_kernels.problem()
+    assert triton_kernels.operator("quantize", otherwise := object()) is otherwise
 
 
 def test_operators_are_registered_where_they_serve():
@@ -77,7 +75,7 @@ def test_operators_are_registered_where_they_serve():
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "reference"), ((8, 0), "kernel"), ((12, 0), "kernel")])
-def test_an_old_gpu_takes_the_reference(monkeypatch, capability, expected):
+def test_an_old_gpu_takes_the_reference(ready, monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(triton_kernels, "run", lambda name, *arguments: ("kernel", name, *arguments))
     operator = triton_kernels.operator("quantize", lambda *arguments: ("reference", "quantize", *arguments))

@@ -189,8 +189,8 @@ RTX 3090 (455) and an A100 (600), not a measurement."""
 
 
 def _capability(device: torch.device) -> int | None:
-    """Compute capability, as 10 · major + minor; None of a CPU, and without native kernels for GPUs."""
-    if device.type != "cuda" or native.cuda_problem() is not None:
+    """Compute capability, as 10 · major + minor; None of a CPU, and of a GPU without native kernels."""
+    if device.type != "cuda" or not native.serves(device):
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

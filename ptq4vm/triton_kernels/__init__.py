@@ -1,4 +1,4 @@
-"""Kernels in Triton, for NVIDIA GPUs that the native CUDA library was not built for.
+"""Kernels in Triton, for NVIDIA GPUs that no native library was built for.
 
 They equal the reference as all kernels do: codes and accumulators always, fused operators but for rounding ties. An
 operator without one here (the scans, which have no form in Triton, the rotations, all gradients) runs the reference on
@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from ptq4vm import native
 
 MODULES = {
     "quantize": "quantize",
@@ -37,22 +35,26 @@ OLDEST = (8, 0)
 
 @functools.cache
 def problem() -> str | None:
-    """Why CUDA tensors do not come here, or None. Does not initialize CUDA."""
+    """Why there are no kernels in Triton, or None. Does not initialize CUDA."""
     if os.environ.get("PTQ4VM_ISA") == "reference":
         return "PTQ4VM_ISA=reference asks for none"
     if torch.version.cuda is None:
         return "this torch has no CUDA"
-    if native.cuda_problem() is None:
-        return "the native library has kernels for GPUs"
     return "Triton is not installed" if find_spec("triton") is None else None
 
 
+def serves(name: str, device: torch.device | int) -> bool:
+    """Whether an operator has a kernel for this GPU."""
+    return name in MODULES and problem() is None and torch.cuda.get_device_capability(device) >= OLDEST
+
+
 def operator(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator of CUDA tensors, and `otherwise` on GPUs that are too old."""
+    """The operator of CUDA tensors; `otherwise` itself where it has no kernel."""
+    if name not in MODULES or problem() is not None:
+        return otherwise
 
     def operator(x: Tensor, *arguments: Any) -> Any:
-        too_old = torch.cuda.get_device_capability(x.device) < OLDEST
-        return otherwise(x, *arguments) if too_old else run(name, x, *arguments)
+        return run(name, x, *arguments) if serves(name, x.device) else otherwise(x, *arguments)
 
     return operator
 

@@ -6,22 +6,19 @@ import torch.nn.functional as F
 from cuda_glue import NAMESPACE, Emulated
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_native import draw, qparams, relative, scan_inputs
+from operator_laws import laws_of, name_of
+from test_native import draw
 from test_native_linear import inputs as linear_inputs
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
-from test_native_scan import HALF, directional_inputs, exact_directional, part
+from test_native_scan import directional_inputs
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
 
 pytestmark = pytest.mark.slow
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 DRAWN = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
-IMAGES, TOKENS = st.integers(0, 2), st.sampled_from([0, 1, 2, 17])
-CHANNELS = st.sampled_from([1, 7, 16, 24, 33, 64, 96])
-FEATURES = st.sampled_from([0, 1, 7, 16, 44, 65])
-KINDS = st.sampled_from(["tensor", "token", "image"])
-SEEDS = st.integers(0, 2**20)
+WITHOUT_KERNELS = {name for name in map(name_of, ops.SCHEMAS) if "backward" in name} | {"fake_quantize"}
+KERNELS = laws_of(set(map(name_of, ops.SCHEMAS)) - WITHOUT_KERNELS)
+LINEARS = [name for name, law in KERNELS.items() if any("linear" in operator for operator in law.operators)]
 
 
 @pytest.fixture(scope="session")
@@ -33,248 +30,26 @@ def gpu(compiled):
     torch.use_deterministic_algorithms(False)
 
 
-def tolerance(dtype):
-    return {torch.float32: 1e-5, torch.bfloat16: HALF, torch.float16: 2**-10}[dtype]
-
-
 def test_every_operator_but_gradients_has_a_kernel(gpu):
-    names = [schema.split("(", 1)[0] for schema in ops.SCHEMAS]
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    missing = {name for name in names if not has(f"{NAMESPACE}::{name}", "CPU")}
-    assert missing == {name for name in names if "backward" in name} | {"fake_quantize"}
+    missing = {name for name in map(name_of, ops.SCHEMAS) if not has(f"{NAMESPACE}::{name}", "CPU")}
+    assert missing == WITHOUT_KERNELS
 
 
-# --- producers ---
+@pytest.mark.parametrize("name", [name for name in KERNELS if name not in LINEARS])
+@given(st.data())
+@settings(DRAWN, max_examples=60)
+def test_a_law_holds(gpu, name, data):
+    KERNELS[name].check(gpu, **data.draw(KERNELS[name].arguments()))
 
 
-@DTYPES
-@given(IMAGES, TOKENS, CHANNELS, st.integers(2, 8), KINDS, st.booleans(), st.booleans(), SEEDS)
+@pytest.mark.parametrize("capability", [80, 89, 90, 120])
+@pytest.mark.parametrize("name", LINEARS)
+@given(st.data())
 @DRAWN
-def test_codes_and_what_they_stand_for(gpu, dtype, images, tokens, channels, bits, kind, smooth, strided, seed):
-    random = draw(seed)
-    x = (torch.randn(images, tokens, channels, generator=random) * 40).to(dtype)
-    scale, zero_point = qparams(kind, images, tokens, bits, random)
-    inv_smooth = torch.rand(channels, generator=random) if smooth else None
-    ours = gpu.quantize(rows_of_more(x, strided), 1 / scale, zero_point, inv_smooth, bits)
-    assert torch.equal(ours, reference.quantize(x, 1 / scale, zero_point, inv_smooth, bits))
-    assert torch.equal(gpu.dequantize(ours, scale, zero_point), reference.dequantize(ours, scale, zero_point))
-    chosen = gpu.choose_qparams(rows_of_more(x, strided), inv_smooth, bits)
-    assert all(map(torch.equal, chosen, reference.choose_qparams(x, inv_smooth, bits)))
-
-
-@DTYPES
-@given(IMAGES, TOKENS, CHANNELS, st.booleans(), st.booleans(), SEEDS)
-@DRAWN
-def test_rotations(gpu, dtype, images, tokens, channels, gelu, strided, seed):
-    random = draw(seed)
-    x = torch.randn(images, tokens, channels, generator=random).to(dtype)
-    y = gpu.rotate(rows_of_more(x, strided))
-    assert y.dtype is dtype
-    limit = tolerance(dtype)
-    assert torch.allclose(y, reference.rotate(x), rtol=limit, atol=limit * channels**0.5)
-    scale, zero_point = qparams("token", images, tokens, 8, random)
-    arguments = (gelu, 20 / scale, zero_point, None, 8)
-    assert_same_codes(gpu.rotate_quantize(rows_of_more(x, strided), *arguments), fused.rotate_quantize(x, *arguments))
-
-
-@DTYPES
-@given(IMAGES, TOKENS, CHANNELS, st.integers(2, 8), KINDS, *[st.booleans()] * 3, st.integers(0, 7), SEEDS)
-@DRAWN
-def test_norms(gpu, dtype, images, tokens, channels, bits, kind, rms, add, rotated, optional, seed):
-    random = draw(seed)
-    scale, zero_point = qparams(kind, images, tokens, bits, random)
-    scale = scale * 2 ** (8 - bits) / 20
-
-    def normal(*shape):
-        return torch.randn(shape, generator=random)
-
-    x = normal(images, tokens, channels).to(dtype)
-    residual = rows_of_more(normal(images, tokens, channels), True) if add else None
-    weight = normal(channels) if optional & 1 else None
-    bias = normal(channels) if optional & 2 and not rms else None
-    inv_smooth = torch.rand(channels, generator=random) if optional & 4 else None
-    arguments = (x, residual, weight, bias, 1e-5, rms, rotated, 1 / scale, zero_point, inv_smooth, bits)
-    total, codes = gpu.norm_quantize(*arguments)
-    want, want_codes = fused.norm_quantize(*arguments)
-    assert torch.equal(total, want) and total.dtype is torch.float32
-    assert_same_codes(codes, want_codes)
-
-
-@DTYPES
-@given(
-    st.integers(1, 3),
-    IMAGES,
-    TOKENS,
-    CHANNELS,
-    st.sampled_from([1, 3, 4]),
-    *[st.booleans()] * 3,
-    st.integers(4, 8),
-    SEEDS,
-)
-@DRAWN
-def test_causal_convolutions(gpu, dtype, K, images, tokens, channels, taps, bias, per_token, strided, bits, seed):
-    random = draw(seed)
-    x = torch.randn(images, tokens, channels, generator=random).to(dtype)
-    weight = torch.randn(K, channels, taps, generator=random)
-    bias = torch.randn(K, channels, generator=random) if bias else None
-    order = torch.stack([torch.randperm(tokens, generator=random) for _ in range(K)])
-    scale, zero_point = directional_qparams(K, tokens, per_token, bits, random)
-    inv_smooth = torch.rand(K, channels, generator=random) + 0.5 if per_token else None
-    rest = (weight, bias, order, 100 / scale, zero_point, inv_smooth, bits)
-    (u, codes), (want, want_codes) = (
-        gpu.conv1d_quantize(rows_of_more(x, strided), *rest),
-        fused.conv1d_quantize(x, *rest),
-    )
-    assert u.dtype is dtype and relative(u.float(), want.double()) <= tolerance(dtype)
-    assert_same_codes(codes, want_codes)
-    plain = (weight[0], None if bias is None else bias[0], strided)
-    y = gpu.causal_conv1d(rows_of_more(x, strided), *plain)
-    assert y.dtype is dtype and relative(y.float(), reference.causal_conv1d(x.double(), *plain)) <= tolerance(dtype)
-
-
-@DTYPES
-@given(
-    st.integers(1, 3), IMAGES, *[st.integers(1, 5)] * 2, CHANNELS, *[st.sampled_from([1, 3])] * 2, st.booleans(), SEEDS
-)
-@DRAWN
-def test_convolutions_of_maps(gpu, dtype, K, images, height, width, channels, rows, columns, strided, seed):
-    random = draw(seed)
-    x = torch.randn(images, height * width, channels, generator=random).to(dtype)
-    weight, bias = torch.randn(channels, rows, columns, generator=random), torch.randn(channels, generator=random)
-    scale, zero_point = directional_qparams(K, height * width, strided, 8, random)
-    rest = (weight, bias, height, width, 100 / scale, zero_point, None, 8)
-    (u, codes), (want, want_codes) = (
-        gpu.conv2d_quantize(rows_of_more(x, strided), *rest),
-        fused.conv2d_quantize(x, *rest),
-    )
-    assert u.dtype is dtype and relative(u.float(), want.double()) <= tolerance(dtype)
-    assert_same_codes(codes, want_codes)
-
-
-# --- scans ---
-
-
-@DTYPES
-@given(IMAGES, TOKENS, CHANNELS, st.sampled_from([1, 3, 16]), st.booleans(), SEEDS)
-@DRAWN
-def test_scans(gpu, dtype, images, tokens, channels, states, optional, seed):
-    random = draw(seed)
-    u, delta, A, B, C, D, z, bias = scan_inputs(images, tokens, channels, states, optional, random)
-    u, delta, B, C, z = (None if x is None else part(x, dtype, random) for x in (u, delta, B, C, z))
-    inputs = (u, delta, A, B, C, D, z, bias)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), True)
-    ours = gpu.selective_scan(*inputs, True)
-    assert ours.dtype is dtype and ours.is_contiguous() and relative(ours.float(), exact) <= tolerance(dtype)
-
-
-SIZES = (
-    st.integers(1, 4), st.booleans(), IMAGES, st.sampled_from([1, 2, 17, 300]), CHANNELS,
-    st.sampled_from([1, 3, 24, 70]), st.sampled_from([1, 3, 16]), st.booleans(), st.sampled_from([4, 8]),
-    st.integers(0, 3),
-)  # fmt: skip
-
-
-@DTYPES
-@given(st.tuples(*SIZES), st.booleans(), SEEDS)
-@DRAWN
-def test_directional_scans(gpu, dtype, sizes, merge, seed):
-    random = draw(seed)
-    inputs = directional_inputs(random, *sizes, dtype)
-    ours = gpu.directional_scan(*inputs, merge, 0.5)
-    assert ours.dtype is dtype and relative(ours.float(), exact_directional(inputs, merge, 0.5)) <= tolerance(dtype)
-    tokens, channels = inputs[0].shape[2:]
-    zero_point = torch.randint(-2, 2, (tokens,), generator=random, dtype=torch.int32)
-    smooth = torch.rand(channels, generator=random) if merge else None
-    codes_of = (torch.rand(tokens, generator=random) * 30, zero_point, smooth, 8)
-    y = gpu.directional_scan(inputs[0].float(), *inputs[1:], True, 0.5)
-    assert torch.equal(gpu.directional_scan_quantize(*inputs, 0.5, *codes_of), reference.quantize(y, *codes_of))
-
-
-# --- linears ---
-
-CAPABILITIES = pytest.mark.parametrize("capability", [80, 89, 90, 120])
-
-
-def in_rows(arguments, bits):
-    """The weight as a model that was fused on a GPU has it."""
-    x, scale, zero_point, packed, *rest = arguments
-    codes = fused.unpack_weight(packed, rest[1].shape[-1], x.shape[-1])
-    return x, scale, zero_point, fused.pad_weight(codes, bits), *rest
-
-
-@CAPABILITIES
-@given(
-    st.sampled_from([None, None, 1, 3]), IMAGES, TOKENS, CHANNELS, FEATURES, st.sampled_from([4, 8]), KINDS,
-    st.booleans(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), SEEDS,
-)  # fmt: skip
-@DRAWN
-def test_linears_in_every_layout(
-    gpu, capability, stack, images, tokens, channels, features, bits, kind, bias, dtype, seed
-):
-    arguments = linear_inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
-    want = fused.linear_packed(*arguments, dtype)
+def test_a_law_of_linears_holds_on_every_gpu(gpu, name, capability, data):
     with gpu.on(capability):
-        for layout in (arguments, in_rows(arguments, bits), in_rows(arguments, 8)):
-            assert torch.equal(gpu.linear_packed(*layout, dtype), want)
-            x, *rest = layout
-            x = torch.cat((x[..., :1], x), -1)[..., 1:]  # neither contiguous nor aligned
-            assert torch.equal(gpu.linear_packed(x, *rest, dtype), want)
-
-
-@CAPABILITIES
-def test_weights_of_four_bits_take_inputs_of_eight(gpu, capability):
-    """But in rows of nibbles, which say that the inputs have four bits too."""
-    random = draw(0)
-    _, *rest = arguments = linear_inputs(None, 2, 17, 33, 44, 4, "token", True, random)
-    x = torch.randint(-128, 128, (2, 17, 33), generator=random, dtype=torch.int8)
-    want = fused.linear_packed(x, *rest, torch.float32)
-    with gpu.on(capability):
-        for _, *layout in (arguments, in_rows(arguments, 8)):
-            assert torch.equal(gpu.linear_packed(x, *layout, torch.float32), want)
-
-
-@CAPABILITIES
-@given(IMAGES, TOKENS, CHANNELS, FEATURES, st.sampled_from([4, 8]), KINDS, st.booleans(), SEEDS)
-@DRAWN
-def test_plain_weights(gpu, capability, images, tokens, channels, features, bits, kind, bias, seed):
-    x, scale, zero_point, packed, _, *rest = linear_inputs(
-        None, images, tokens, channels, features, bits, kind, bias, draw(seed)
-    )
-    codes = fused.unpack_weight(packed, features, channels)
-    weight = reference.pack_int4(codes) if bits == 4 else codes.t().contiguous().t()
-    arguments = (x, scale, zero_point, weight, *rest, torch.float32)
-    with gpu.on(capability):
-        assert torch.equal(gpu.linear(*arguments), reference.linear(*arguments))
-
-
-@CAPABILITIES
-@given(
-    IMAGES,
-    TOKENS,
-    CHANNELS,
-    FEATURES,
-    st.sampled_from([4, 8]),
-    KINDS,
-    st.booleans(),
-    st.booleans(),
-    st.integers(2, 8),
-    SEEDS,
-)
-@DRAWN
-def test_codes_of_gelus(
-    gpu, capability, images, tokens, channels, features, bits, kind, smooth, rotated, new_bits, seed
-):
-    random = draw(seed)
-    arguments = linear_inputs(None, images, tokens, channels, features, bits, "token", True, random)
-    x, scale, *rest = arguments
-    arguments = x, scale / channels / 2**bits, *rest
-    new_scale, zero_point = qparams(kind, images, tokens, new_bits, random)
-    inv_smooth = torch.rand(features, generator=random) if smooth else None
-    new = (rotated, 1 / new_scale, zero_point, inv_smooth, new_bits)
-    want = fused.linear_gelu_quantize(*arguments, *new)
-    with gpu.on(capability):
-        for layout in (arguments, in_rows(arguments, bits)):
-            assert_same_codes(gpu.linear_gelu_quantize(*layout, *new), want)
+        KERNELS[name].check(gpu, **data.draw(KERNELS[name].arguments()))
 
 
 # --- bad input ---

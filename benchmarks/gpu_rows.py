@@ -1,0 +1,330 @@
+"""What benchmarks/gpu.py times: linears, fused operators, blocks and whole models, each against what else there is.
+
+A row gives candidates that compute the same from inputs of its own making; the first one is what ratios are to.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import kernels
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ptq4vm import fused, native, ops, reference
+from ptq4vm.benchmark import bounds
+from ptq4vm.benchmark.bounds import GPU
+from ptq4vm.benchmark.graphs import recorded
+
+Call = Callable[[], Any]
+
+BATCHES = (32, 256)
+MOST = 512
+"""Inputs of a single operator that are kept, where so many fit into the cache."""
+
+CALLS = 20
+"""How often a graph runs a single operator at least, so that starting the graph does not count."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where to measure, what is known of it, and how small everything is to be."""
+
+    device: torch.device
+    gpu: GPU | None
+    smoke: bool = False
+    pieces: dict[Any, Any] = field(default_factory=dict)
+    """Quantized blocks, kept for other batches."""
+
+    @property
+    def cache(self) -> int:
+        """Bytes; a CPU's are not looked at, as there is one set of inputs there."""
+        return torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Calls that run one after another, on other memory each, so that no cache holds what they read."""
+
+    calls: list[Call]
+    bound: float | None = None
+    """Seconds of one call."""
+
+    def recorded(self, device: torch.device) -> Call:
+        """All of them, as one CUDA graph on a GPU."""
+
+        def run(_: Tensor) -> None:
+            for call in self.calls:
+                call()
+
+        return recorded(run, torch.zeros(1, device=device))
+
+
+@dataclass(frozen=True)
+class Row:
+    suite: str
+    name: str
+    batch: int
+    importance: int
+    """Rows with larger numbers are dropped first."""
+    candidates: Callable[[Setup], dict[str, Callable[[], Candidate]]]
+    """Each is made when it is its turn, so that one that fails leaves the others."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.suite}, {self.name}, batch {self.batch}"
+
+
+def rotated(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], bound: float | None) -> Candidate:
+    """`call` on as many inputs of `make` as do not fit twice into the cache."""
+    with torch.device(setup.device):
+        first = make()
+    size = sum(value.nbytes for value in tree_leaves(first) if isinstance(value, Tensor))
+    sets = min(MOST, max(1, math.ceil(2 * setup.cache / max(1, size)))) if setup.cache else 1
+    with torch.device(setup.device):
+        inputs = [first, *(make() for _ in range(sets - 1))]
+    times = math.ceil(CALLS / sets) if setup.cache else 1
+    calls = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
+    return Candidate(calls, bound)
+
+
+# --- linears ---
+
+VIM, MAPS = 197, 196
+LINEARS = (
+    *(
+        (f"Vim-{size} {name}", VIM, *shape)
+        for size, D, R in (("Ti", 192, 12), ("S", 384, 24), ("B", 768, 48))
+        for name, shape in (
+            ("in_proj", (D, 4 * D)), ("x_proj", (2 * D, R + 32)), ("dt_proj", (R, 2 * D)), ("out_proj", (2 * D, D)),
+        )
+    ),
+    ("VMamba-T s0 fc1", 3136, 96, 384),
+    ("VMamba-T s0 fc2", 3136, 384, 96),
+    ("VMamba-T s2 in/out_proj", MAPS, 384, 384),
+    ("VMamba-T s2 fc1", MAPS, 384, 1536),
+    ("VMamba-T s2 fc2", MAPS, 1536, 384),
+    ("VMamba-B s2 in/out_proj", MAPS, 512, 512),
+    ("VMamba-B s2 fc1", MAPS, 512, 2048),
+    ("VMamba-B s2 fc2", MAPS, 2048, 512),
+)  # fmt: skip
+"""Name, tokens, channels in and out."""
+
+
+def linear_row(name: str, tokens: int, channels: int, features: int, batch: int) -> Row:
+    def candidates(setup: Setup) -> dict[str, Callable[[], Candidate]]:
+        images = 2 if setup.smoke else batch
+        x_shape = (images, 17 if setup.smoke else tokens, channels)
+        rows = images * x_shape[1]
+
+        def bound(bits: int) -> float | None:
+            return bounds.linear(setup.gpu, rows, channels, features, bits) if setup.gpu else None
+
+        def floats(dtype: torch.dtype) -> Candidate:
+            make = lambda: (torch.randn(x_shape, dtype=dtype), torch.randn(features, channels, dtype=dtype))  # noqa: E731
+            return rotated(setup, make, F.linear, bound(16))
+
+        def codes(bits: int, scales: int) -> tuple[Any, ...]:
+            return (*activations(x_shape, bits, scales), *weights(features, channels, bits, setup.device))
+
+        def packed(bits: int, scales: int) -> Candidate:
+            call = lambda *arguments: ops.linear_packed(*arguments, None, torch.bfloat16)  # noqa: E731
+            return rotated(setup, lambda: codes(bits, scales), call, bound(bits))
+
+        def unfused(x: Tensor, _: Tensor, scale: Tensor, zero: Tensor, *weight: Tensor) -> Tensor:
+            x_q = ops.quantize(x, scale.reciprocal(), zero, None, 8)
+            return ops.linear_packed(x_q, scale, zero, *weight, None, torch.bfloat16)
+
+        def dynamic(x: Tensor, _: Tensor, __: Tensor, ___: Tensor, *weight: Tensor) -> Tensor:
+            scale, zero = ops.choose_qparams(x, None, 8)
+            x_q = ops.quantize(x, scale.reciprocal(), zero, None, 8)
+            return ops.linear_packed(x_q, scale, zero, *weight, None, torch.bfloat16)
+
+        def with_floats() -> tuple[Any, ...]:
+            return (torch.randn(x_shape, dtype=torch.bfloat16), *codes(8, x_shape[1]))
+
+        return {
+            "bf16": lambda: floats(torch.bfloat16),
+            "fp16": lambda: floats(torch.float16),
+            "W8A8 per token": lambda: packed(8, x_shape[1]),
+            "W8A8 per tensor": lambda: packed(8, 1),
+            "W8A8 quantized apart": lambda: rotated(setup, with_floats, unfused, None),
+            "W8A8 dynamic": lambda: rotated(setup, with_floats, dynamic, None),
+            "W4A4 per token": lambda: packed(4, x_shape[1]),
+        }
+
+    return Row("linears", f"{name} {channels}→{features}", batch, 10 if batch == BATCHES[0] else 30, candidates)
+
+
+def activations(shape: tuple[int, ...], bits: int, scales: int) -> tuple[Tensor, ...]:
+    """Codes, scales and zero points."""
+    half = 2 ** (bits - 1)
+    zero_point = torch.randint(-half // 2, half // 2, (scales,), dtype=torch.int32)
+    return torch.randint(-half, half, shape, dtype=torch.int8), torch.rand(scales) / half + 0.01, zero_point
+
+
+def weights(features: int, channels: int, bits: int, device: torch.device) -> tuple[Tensor, ...]:
+    """As `fuse` arranges them for this device: their memory, sums and scales."""
+    from ptq4vm.passes.patterns import NIBBLE_FEATURES
+
+    half = 2 ** (bits - 1)
+    codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)
+    if device.type == "cuda" and native.serves(device):
+        nibbles = bits == 4 and torch.cuda.get_device_capability(device)[0] == 8 and features >= NIBBLE_FEATURES
+        packed = fused.pad_weight(codes, 4 if nibbles else 8)
+    else:
+        packed = fused.pack_weight(codes, bits)
+    return packed, codes.sum(-1, dtype=torch.int32), torch.rand(features) / half
+
+
+# --- fused operators ---
+
+
+def one_by_one_gelu(*arguments: Any) -> Tensor:
+    """linear_gelu_quantize without fusion."""
+    *linear, rotated_, inv_scale, zero_point, inv_smooth, bits = arguments
+    y = F.gelu(ops.linear_packed(*linear, torch.bfloat16))
+    return ops.quantize(ops.rotate(y) if rotated_ else y, inv_scale, zero_point, inv_smooth, bits)
+
+
+def scan_one_by_one(*arguments: Any) -> Any:
+    """Two directions of Vim, flipped copies and all, with our scan: what a graph of single operators does."""
+    *steps, factor, inv_scale, zero_point, inv_smooth, bits = arguments
+    return ops.quantize(unmerged(*steps, factor), inv_scale, zero_point, inv_smooth, bits)
+
+
+def unmerged(*steps: Any) -> Tensor:
+    """`directional_scan` as selective scans of tokens that are gathered and scattered, and their sum."""
+    u, projected, _, _, _, _, _, packed, _, scale, bias, A, D, z, order, factor = steps
+    rank, states = projected.shape[-1] - 2 * A.shape[-1], A.shape[-1]
+    low_rank, B, C = projected.split((rank, states, states), -1)
+    total = None
+    for k in range(len(order)):
+        tokens = order[k].long()
+        weight = fused.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
+        delta = F.linear(low_rank[k], weight.to(low_rank.dtype))[:, tokens]
+        inputs = (u[k if len(u) > 1 else 0][:, tokens], delta, A[k], B[k][:, tokens], C[k][:, tokens], D[k])
+        y = ops.selective_scan(*inputs, None if z is None else z[:, tokens], bias[k], True)
+        y = torch.empty_like(y).index_copy_(1, tokens, y)
+        total = y if total is None else total + y
+    return total * factor
+
+
+def operator_cases(batch: int, smoke: bool) -> dict[str, tuple[Callable, Callable, Callable[[], tuple]]]:
+    """Name → fused operator, the same one by one, and what makes arguments."""
+    few = {"tokens": 16, "side": 4} if smoke else {}
+    images = 2 if smoke else batch
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(images, *shape, dtype=dtype)
+
+    def codes_of(tokens: int, channels: int, directions: int = 0) -> tuple[Any, ...]:
+        lead = (directions,) if directions else ()
+        return (
+            20 * torch.rand(*lead, tokens),
+            torch.zeros(*lead, tokens, dtype=torch.int32),
+            torch.rand(*lead, channels),
+            8,
+        )
+
+    def norm(tokens: int, channels: int, rms: bool) -> tuple[Any, ...]:
+        tokens = few.get("tokens", tokens)
+        terms = (normal(tokens, channels), normal(tokens, channels, dtype=torch.float32))
+        scale = (torch.rand(channels), None if rms else torch.rand(channels))
+        return (*terms, *scale, 1e-5, rms, False, *codes_of(tokens, channels))
+
+    def conv1d(tokens: int, channels: int) -> tuple[Any, ...]:
+        tokens = few.get("tokens", tokens)
+        order = torch.stack((torch.arange(tokens), torch.arange(tokens).flip(0))).int()
+        x = normal(tokens, 2 * channels)[..., :channels]
+        return (x, torch.randn(2, channels, 4), torch.randn(2, channels), order, *codes_of(tokens, channels, 2))
+
+    def conv2d(side: int, channels: int) -> tuple[Any, ...]:
+        side = few.get("side", side)
+        maps = normal(side * side, channels)
+        codes = codes_of(side * side, channels, 4)
+        return (maps, torch.randn(channels, 3, 3), torch.randn(channels), side, side, *codes[:2], None, 8)
+
+    def scan(merged: bool, **sizes: int) -> tuple[Any, ...]:
+        inputs, codes = kernels.directional(**(sizes | few | ({} if sizes["side"] else {"side": 0})), images=images)
+        inputs = (
+            inputs[0].bfloat16(),
+            *inputs[1:13],
+            None if inputs[13] is None else inputs[13].bfloat16(),
+            inputs[14],
+        )
+        return (*inputs, True, 1.0) if merged else (*inputs, 0.5, *codes)
+
+    def gelu(tokens: int, channels: int, features: int) -> tuple[Any, ...]:
+        shape = (images, few.get("tokens", tokens), channels)
+        weight = weights(features, channels, 8, torch.get_default_device())
+        return (*activations(shape, 8, shape[1]), *weight, torch.randn(features), False, *codes_of(shape[1], features))
+
+    def plain(tokens: int, channels: int, *, gelu: bool = False) -> tuple[Any, ...]:
+        tokens = few.get("tokens", tokens)
+        return (normal(tokens, channels), *((gelu,) if gelu else ()), *codes_of(tokens, channels))
+
+    vim = {"directions": 2, "side": 0, "tokens": VIM, "channels": 1536, "rank": 48, "states": 16}
+    maps = {"directions": 4, "side": 14, "tokens": MAPS, "channels": 512, "rank": 32, "states": 1}
+    return {
+        "Vim-B norm": (ops.norm_quantize, kernels.norm_one_by_one, lambda: norm(VIM, 768, True)),
+        "VMamba-B s2 norm": (ops.norm_quantize, kernels.norm_one_by_one, lambda: norm(MAPS, 512, False)),
+        "Vim-B convolutions": (ops.conv1d_quantize, kernels.conv1d_one_by_one, lambda: conv1d(VIM, 1536)),
+        "VMamba-B s0 convolution": (ops.conv2d_quantize, kernels.conv2d_one_by_one, lambda: conv2d(56, 128)),
+        "Vim-B scan, N=16": (ops.directional_scan_quantize, scan_one_by_one, lambda: scan(False, **vim)),
+        "VMamba-B s2 scan, N=1": (
+            ops.directional_scan,
+            lambda *arguments: unmerged(*arguments[:-2], arguments[-1]),
+            lambda: scan(True, **maps),
+        ),
+        "VMamba-B s2 fc1 + GELU": (ops.linear_gelu_quantize, one_by_one_gelu, lambda: gelu(MAPS, 512, 2048)),
+        "Vim-B quantize": (ops.quantize, reference.quantize, lambda: plain(VIM, 1536)),
+        "VMamba-B s2 GELU + rotate": (
+            ops.rotate_quantize,
+            kernels.rotate_one_by_one,
+            lambda: plain(MAPS, 2048, gelu=True),
+        ),
+    }
+
+
+def operator_row(name: str, batch: int) -> Row:
+    def candidates(setup: Setup) -> dict[str, Callable[[], Candidate]]:
+        ours, theirs, make = operator_cases(batch, setup.smoke)[name]
+        return {
+            "one by one": lambda: rotated(setup, make, theirs, None),
+            "fused": lambda: rotated(setup, make, ours, operator_bound(setup, ours, make)),
+        }
+
+    return Row("operators", name, batch, 12 if batch == BATCHES[0] else 50, candidates)
+
+
+def operator_bound(setup: Setup, operator: Any, make: Callable[[], tuple]) -> float | None:
+    if setup.gpu is None:
+        return None
+    with torch.device(setup.device):
+        arguments = make()
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(f"x{i}") if isinstance(x, Tensor) else x for i, x in enumerate(arguments)]
+    graph.output(graph.call_function(operator.default, tuple(inputs)))
+    return bounds.graph(
+        setup.gpu, torch.fx.GraphModule(nn.Module(), graph), *(x for x in arguments if isinstance(x, Tensor))
+    )
+
+
+def rows(models: Iterable[str], batches: Iterable[int] = BATCHES) -> list[Row]:
+    """Of everything, the most important first."""
+    from gpu_models import block_row, model_row
+
+    made: list[Row] = []
+    for batch in batches:
+        made += [linear_row(*shape, batch) for shape in LINEARS]
+        made += [operator_row(name, batch) for name in operator_cases(batch, True)]
+        for place, model in enumerate(models):
+            made += [model_row(model, batch, place), block_row(model, batch, place)]
+    return sorted(made, key=lambda row: row.importance)

@@ -190,7 +190,7 @@ def one_by_one_gelu(*arguments: Any) -> Tensor:
     """linear_gelu_quantize without fusion."""
     *linear, rotated_, inv_scale, zero_point, inv_smooth, bits = arguments
     y = F.gelu(ops.linear_packed(*linear, torch.bfloat16))
-    return ops.quantize(ops.rotate(y) if rotated_ else y, inv_scale, zero_point, inv_smooth, bits)
+    return kernels.codes_one_by_one(y, rotated_, inv_scale, zero_point, inv_smooth, bits)
 
 
 def scan_one_by_one(*arguments: Any) -> Any:

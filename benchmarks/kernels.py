@@ -172,11 +172,19 @@ def norm_one_by_one(
     total = x.float() if residual is None else x + residual
     shape = total.shape[-1:]
     y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return total, ops.quantize(ops.rotate(y) if rotated else y, *codes)
+    return total, codes_one_by_one(y, rotated, *codes)
 
 
 def rotate_one_by_one(x: Tensor, gelu: bool, *codes: Any) -> object:
-    return ops.quantize(ops.rotate(F.gelu(x) if gelu else x), *codes)
+    return codes_one_by_one(F.gelu(x) if gelu else x, True, *codes)
+
+
+def codes_one_by_one(
+    y: Tensor, rotated: bool, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
+) -> Tensor:
+    if rotated:
+        y, inv_smooth = ops.rotate(y if inv_smooth is None else y * inv_smooth), None
+    return ops.quantize(y, inv_scale, zero_point, inv_smooth, bits)
 
 
 def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:

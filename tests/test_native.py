@@ -341,9 +341,9 @@ print(*CALLS, z.dtype)
 @pytest.mark.parametrize(
     ("capabilities", "expected", "warned"),
     [
-        ([(9, 0), (9, 0)], "native native torch.int8", 0),
+        pytest.param([(9, 0), (9, 0)], "native native torch.int8", 0, marks=pytest.mark.slow),
         ([(9, 0), (8, 6)], "Triton torch.float32", 1),
-        ([(8, 6), (9, 0)], "native native torch.int8", 0),
+        pytest.param([(8, 6), (9, 0)], "native native torch.int8", 0, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_are_replaced_where_a_gpu_needs_it(capabilities, expected, warned):

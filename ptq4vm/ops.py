@@ -374,7 +374,6 @@ _define(
 )
 
 
-
 def _serve_other_gpus() -> None:
     """Tensors on GPUs that the library has no code for go elsewhere; nothing changes where there are no such GPUs."""
     if all(native.serves(device) for device in range(torch.cuda.device_count())):

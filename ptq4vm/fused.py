@@ -235,7 +235,8 @@ def directional_scan(
         x = u[k if len(u) > 1 else 0].float()
         x_k, delta_k, B_k, C_k = (_read(value, tokens) for value in (x, delta, B[k], C[k]))
         y = reference.selective_scan(x_k, delta_k, A[k], B_k, C_k, skip, None, step_bias[k], True)
-        natural = torch.zeros_like(x).index_copy_(1, tokens[tokens >= 0], y[:, tokens >= 0])
+        places = torch.where(tokens < 0, x.shape[1], tokens)  # a mask would make a GPU wait for the host
+        natural = F.pad(torch.zeros_like(x), (0, 0, 0, 1)).index_copy_(1, places, y)[:, :-1]
         outputs.append(natural if merge else natural * gate)
     y = sum(outputs[1:], outputs[0]) * gate if merge else torch.stack(outputs)
     return y.to(u.dtype).contiguous()

@@ -308,6 +308,31 @@ def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any
         return target(*_to_fake(arguments, mode), **_to_fake(options, mode))
 
 
+def propagate(gm: GraphModule) -> GraphModule:
+    """Every value's type, shape and device, from those recorded of the inputs and constants."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" in node.meta:
+            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
+    return gm
+
+
+def follow_device(gm: GraphModule) -> GraphModule:
+    """What is recorded of values, where the model was moved to another device since."""
+    mode = _fake_mode(gm)
+    constants = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    recorded = {node: node.meta["val"] for node in constants if isinstance(node.meta.get("val"), Tensor)}
+    if mode is None or all(value.device == constants[node].device for node, value in recorded.items()):
+        return gm
+    for node in recorded:
+        node.meta["val"] = _to_fake(constants[node], mode)
+    device = next(iter(gm.state_dict().values())).device
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(value := node.meta.get("val"), Tensor):
+            with mode:
+                node.meta["val"] = value.to(device)
+    return propagate(gm)
+
+
 def _fake_mode(gm: GraphModule) -> Any:
     values = (node.meta.get("val") for node in gm.graph.nodes)
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)

@@ -56,23 +56,23 @@ def rotate(x: Tensor) -> Tensor:
     """
     order = max(1, x.shape[-1] & -x.shape[-1])
     size = x.shape[-1] // order
-    y = x.float().unflatten(-1, (size, order)) @ hadamard(order).to(x.device)
+    y = x.float().unflatten(-1, (size, order)) @ hadamard(order, x.device)
     if size <= LARGEST_HARTLEY:
-        y = hartley(size).to(x.device) @ y
+        y = hartley(size, x.device) @ y
     return y.flatten(-2).to(x.dtype)
 
 
-def hadamard(order: int) -> Tensor:
+def hadamard(order: int, device: torch.device | None = None) -> Tensor:
     """Sylvester's matrix (order, order) for a power of two, orthonormal."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, device=device)
     while len(matrix) < order:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     return matrix / math.sqrt(order)
 
 
-def hartley(size: int) -> Tensor:
+def hartley(size: int, device: torch.device | None = None) -> Tensor:
     """cos(2πjk / size) + sin(2πjk / size), (size, size), orthonormal and symmetric."""
-    steps = torch.arange(size, dtype=torch.float64)
+    steps = torch.arange(size, dtype=torch.float64, device=device)
     angles = 2 * math.pi / max(1, size) * (steps.unsqueeze(1) * steps)
     return ((angles.cos() + angles.sin()) / math.sqrt(max(1, size))).float()
 

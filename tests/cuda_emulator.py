@@ -118,6 +118,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
+        self.launches = self._library.ptq4vm_launches
 
     def __getattr__(self, operator: str) -> Callable[[Struct], None]:
         def run(arguments: Struct) -> None:

@@ -49,10 +49,20 @@ class Emulated:
         return getattr(getattr(torch.ops, NAMESPACE), name)
 
     @contextmanager
-    def on(self, capability: int) -> Iterator[None]:
-        """What the operators take the GPU for."""
-        self._library.ptq4vm_emulate(capability)
+    def on(self, capability: int = 80, stream: int = 0) -> Iterator[None]:
+        """What the operators take the GPU for, and the stream that is current."""
+        self._library.ptq4vm_emulate(capability, ctypes.c_void_p(stream))
         try:
             yield
         finally:
-            self._library.ptq4vm_emulate(80)
+            self._library.ptq4vm_emulate(80, None)
+
+    def launches(self) -> list[int]:
+        """The streams of all kernels since the last call."""
+        found: list[int] = []
+        for library in self._kept[0]:
+            streams = (ctypes.c_void_p * 4096)()
+            count = library.launches(streams, len(streams))
+            assert count <= len(streams)
+            found += [stream or 0 for stream in streams[:count]]
+        return found

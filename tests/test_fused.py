@@ -1,8 +1,14 @@
 """Packed weights, and the fused operators as compositions of the plain ones."""
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_laws import LAWS
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ptq4vm import fused, ops, reference
 
@@ -36,3 +42,41 @@ def test_one_direction_in_order_is_the_plain_scan():
         order = turn(torch.arange(L)[None]).int()
         torch.testing.assert_close(ops.directional_scan(*steps, order, False, 1.0)[0], want)
         torch.testing.assert_close(ops.directional_scan(*steps, order, True, 0.5), want / 2)
+
+
+class OnTheGpu(TorchDispatchMode):
+    """Every result but a number is on a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for x in tree_leaves(results):
+            assert not isinstance(x, Tensor) or x.dim() == 0 or x.device.type == "cuda", function
+        return results
+
+
+class Watched:
+    """The operators on the CPU; each also runs on a GPU that is not here, where tensors have no numbers to look at."""
+
+    def __getattr__(self, name):
+        def operator(*arguments):
+            with FakeTensorMode() as mode:
+                there = tree_map(lambda x: mode.from_tensor(x).cuda() if isinstance(x, Tensor) else x, arguments)
+                with OnTheGpu():
+                    default(name)(*there)
+            return getattr(torch.ops.ptq4vm, name)(*arguments)
+
+        return operator
+
+
+def default(name):
+    """The operator without kernels."""
+    return getattr(fused, name, None) or getattr(reference, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAWS)
+@given(st.data())
+@settings(max_examples=4)
+def test_a_gpu_does_not_wait_for_the_host(name, data):
+    """References read nothing of a GPU's memory and bring nothing there, so that a CUDA graph can hold them."""
+    LAWS[name].check(Watched(), **data.draw(LAWS[name].arguments()))

@@ -69,8 +69,7 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
                             " bytes of shared memory, more than a block of this GPU has");
   }
 #ifdef PTQ4VM_EMULATOR
-  (void)stream;
-  ::ptq4vm::emulator::run_grid(grid, block, shared_bytes, [=] { kernel(arguments...); });
+  ::ptq4vm::emulator::run_grid(grid, block, shared_bytes, stream, [=] { kernel(arguments...); });
 #else
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #endif

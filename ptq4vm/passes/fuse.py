@@ -21,7 +21,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, Pipeline, aten
+from ptq4vm.graph import Insertion, Pipeline, aten, follow_device
 from ptq4vm.passes.fold import drop_unused_tensors, fold_constants
 from ptq4vm.passes.fuse_scans import fuse_scans
 from ptq4vm.passes.halve import halve
@@ -203,6 +203,7 @@ def _note_left(gm: GraphModule) -> GraphModule:
 
 _FUSE = Pipeline(
     (
+        follow_device,
         _drop_identities,
         fold_constants,
         fuse_scans,

@@ -158,7 +158,7 @@ def _fuse_directions(gm: GraphModule, branches: list[_Branch]) -> None:
             result = None
 
     insert = Insertion(gm, min((branch.scan for branch in branches), key=_position(gm)))
-    order = insert.tensor(stack.name("order"), torch.stack([branch.x.tokens for branch in branches]).int())
+    order = insert.tensor(stack.name("order"), stack.order())
     qparams = stack.qparams(insert, "input", [branch.input for branch in branches])
     if producer is None:
         x = _slice(insert, first.x.source, first.x.first, first.x.last)
@@ -268,6 +268,11 @@ class _Stack:
 
     def name(self, what: str) -> str:
         return f"{self.prefix}.directions_{what}"
+
+    def order(self) -> Tensor:
+        """The tokens of each direction, on the device of the other constants."""
+        tokens = torch.stack([branch.x.tokens for branch in self.branches])
+        return self.branches[0].input.zero_point.new_empty(tokens.shape, dtype=torch.int32).copy_(tokens)
 
     def natural(self, values: Sequence[Tensor]) -> Tensor:
         """(K, L), or (K, 1) where no direction's values differ between tokens."""

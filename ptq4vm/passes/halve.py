@@ -35,14 +35,20 @@ def halve(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear_packed.default):
         if args(node)[-1] is torch.float32 and _read_by(node, _READS):
             node.args = (*node.args[:-1], torch.bfloat16)
-    gm = _propagate(gm)
-    for node in gm.graph.find_nodes(op="call_function", target=ops.directional_scan.default):
-        if node.meta["val"].dtype is torch.bfloat16 and not _read_by(node, _READS):
-            with gm.graph.inserting_after(node):
-                wide = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
-            wide.meta["val"] = value_of(gm, wide.target, wide.args)
-            node.replace_all_uses_with(wide, delete_user_cb=lambda user, wide=wide: user is not wide)
-    return _propagate(gm)
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and "val" in node.meta:
+            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
+            half = node.target is ops.directional_scan.default and node.meta["val"].dtype is torch.bfloat16
+            if half and not _read_by(node, _READS):
+                _widen(gm, node)
+    return gm
+
+
+def _widen(gm: GraphModule, node: Node) -> None:
+    with gm.graph.inserting_after(node):
+        wide = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
+    wide.meta["val"] = value_of(gm, wide.target, wide.args)
+    node.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not wide)
 
 
 def _halve_convolution(gm: GraphModule, conv: Node) -> None:
@@ -64,11 +70,3 @@ def _read_by(node: Node, slots: Mapping[Any, tuple[int, ...]]) -> bool:
         elif any(i not in slots.get(user.target, ()) for i, value in enumerate(user.args) if value is node):
             return False
     return bool(node.users)
-
-
-def _propagate(gm: GraphModule) -> GraphModule:
-    """Every value's type and shape, from those of the inputs and constants."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and "val" in node.meta:
-            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
-    return gm

@@ -52,6 +52,28 @@ def test_a_law_of_linears_holds_on_every_gpu(gpu, name, capability, data):
         KERNELS[name].check(gpu, **data.draw(KERNELS[name].arguments()))
 
 
+def test_launches_and_their_streams_are_seen(gpu):
+    gpu.launches()
+    x, one, zero = torch.randn(1, 2, 3), torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    with gpu.on(stream=5):
+        codes = gpu.quantize(x, one, zero, None, 8)
+        gpu.linear(codes, one, zero, torch.ones(4, 3).char(), torch.ones(4), None, x.dtype)
+    gpu.rotate(x)
+    assert sorted(gpu.launches()) == [0, 5, 5, 5, 5, 5]  # of the linear: sums, both in padded rows, the product
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", KERNELS)
+@given(st.data())
+@settings(DRAWN, max_examples=6)
+def test_every_kernel_is_on_the_current_stream(gpu, name, capability, data):
+    gpu.launches()
+    stream = data.draw(st.sampled_from([0x70, 0x1_0000_0070]))
+    with gpu.on(capability, stream):
+        KERNELS[name].check(gpu, **data.draw(KERNELS[name].arguments()))
+    assert set(gpu.launches()) <= {stream}
+
+
 # --- bad input ---
 
 

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 from lowering import Recorder
-from public_models import SAMPLED, slow_but
+from public_models import NANO, SAMPLED, slow_but
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
-from ptq4vm.graph import attribute
+from ptq4vm.graph import attribute, propagate, set_tensor
 from ptq4vm.passes import patterns
 from ptq4vm.passes.fuse import fuse, fusions
 
@@ -218,6 +218,42 @@ def test_weights_on_a_gpu_lie_in_its_rows(lowered, monkeypatch, capability, nibb
             assert attribute(rows, node.args[7].target).dim() == 5
     assert kinds == {(False, False), (nibbles, True)}
     assert torch.equal(rows(images), tiled(images))
+
+
+def moved(gm, device):
+    """A copy whose tensors are on a device that need not be here, and so have no numbers."""
+    gm = copied(gm)
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    mode = x.meta["val"].fake_mode
+    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
+        fake = mode.from_tensor(value.detach(), static_shapes=True)
+        with mode:
+            set_tensor(gm, name, fake.to(device))
+    return gm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NANO)
+def test_a_model_that_was_moved_is_wholly_there(lowered, monkeypatch, name, activations):
+    """On the second of two GPUs: constants, values, and the layout of weights, for any number of images."""
+    monkeypatch.setattr(native, "serves", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
+    monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
+    there = torch.device("cuda", 1)
+    gm = fuse(moved(lowered(name, "rotated w4a4"), there), activations)
+    assert {value.device for value in gm.state_dict().values()} == {there}
+    nibbles = set()
+    for node in propagate(gm).graph.nodes:
+        values = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else [node.meta.get("val")]
+        assert {value.device for value in values if isinstance(value, torch.Tensor)} <= {there}, node
+        if node.target in (ops.linear_packed.default, ops.linear_gelu_quantize.default):
+            weight, scale = (attribute(gm, node.args[i].target) for i in (3, 5))
+            assert weight.dim() == scale.dim() + 1
+            nibbles.add((weight.dtype is torch.uint8, scale.shape[-1] >= 100))
+    assert nibbles == {(False, False), (True, True)}
+    batch, classes = gm.graph.output_node().args[0][0].meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and classes == 10
 
 
 def test_unfused_weights_are_dropped(lowered):

@@ -96,6 +96,7 @@ struct Machine {
   uint32_t random = 1;
   std::map<const void*, std::vector<char>> shared;
   std::vector<char> dynamic;
+  std::vector<const void*> streams;  // of the launches so far
 
   static Machine& get() {
     static Machine machine;
@@ -211,8 +212,9 @@ inline void run_block(Machine& m) {
 }
 
 template <class Body>
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, Body body) {
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const void* stream, Body body) {
   Machine& m = Machine::get();
+  m.streams.push_back(stream);
   m.threads = block.x * block.y * block.z;
   if (m.threads < 1 || m.threads > MOST_THREADS) fail("a block has 1 to 1024 threads");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("the grid is too large");
@@ -270,6 +272,15 @@ To same_bits(From value) {
 
 }  // namespace emulator
 }  // namespace ptq4vm
+
+// How many launches there were since the last call, and their streams.
+extern "C" __attribute__((weak)) int ptq4vm_launches(const void** streams, int most) {
+  auto& launches = ptq4vm::emulator::Machine::get().streams;
+  const int count = static_cast<int>(launches.size());
+  std::copy_n(launches.begin(), std::min(count, most), streams);
+  launches.clear();
+  return count;
+}
 
 #define threadIdx ptq4vm::emulator::thread_index
 #define blockIdx ptq4vm::emulator::block_index

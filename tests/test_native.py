@@ -327,7 +327,7 @@ ops._on_gpus["quantize"] = lambda x, *rest: CALLS.append("Triton") or x.to(torch
 native.cuda_problem = lambda: None
 native.cuda_architectures = lambda: ("9.0a",)
 torch.cuda.device_count = lambda: len(CAPABILITIES)
-torch.cuda.get_device_capability = lambda device: CAPABILITIES[-1]
+torch.cuda.get_device_capability = lambda device: CAPABILITIES[device if isinstance(device, int) else -1]
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
 ops._serve_other_gpus()

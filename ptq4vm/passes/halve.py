@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from ptq4vm import ops
 from ptq4vm.graph import Insertion, aten, value_of
@@ -67,6 +68,9 @@ def _read_by(node: Node, slots: Mapping[Any, tuple[int, ...]]) -> bool:
         if moves_tokens(user) or user.target is aten.unsqueeze.default:
             if not _read_by(user, slots):
                 return False
-        elif any(i not in slots.get(user.target, ()) for i, value in enumerate(user.args) if value is node):
-            return False
+        else:
+            places = slots.get(user.target, ())
+            others = [value for i, value in enumerate(user.args) if i not in places]
+            if any(value is node for value in tree_leaves((others, user.kwargs))):
+                return False
     return bool(node.users)

@@ -325,6 +325,27 @@ def test_a_norm_that_is_called_twice_is_fused_twice():
     torch.testing.assert_close(gm(x), plain(x))
 
 
+class Listed(nn.Module):
+    """Its linears' results are read out of a list, and given back beside what a norm reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.second(self.norm(y))
+        return y, torch.cat([z, x])
+
+
+def test_what_a_list_or_the_caller_reads_is_float32():
+    torch.manual_seed(0)
+    plain = quantize(Listed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
+    half, x = fuse(copied(plain), torch.bfloat16), torch.randn(2, 8, 16)
+    for ours, theirs in zip(half(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(
     ("exclude", "reason"),
     [("*dt_proj", "its steps do not come from an integer linear"), ("*x_proj*", "its projection is not")],

@@ -304,6 +304,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 DRAWN = ("minmax", "smoothquant", "pts", "pts+truncation", "ptq4vm_released", "ptq4vm", "best")
 
 
+def drawn(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Means of W4A4 by version, model and recipe; of one that learned for several times the shortest."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in sorted(summary(rows), key=lambda row: row["epochs"] or 0):
+        if row["bits"] == 4:
+            found.setdefault((row["variant"], row["model"], row["recipe"]), row)
+    return found
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """W4A4 against the recipe: points lost above, divergence below; a column a version, a line a model."""
     import matplotlib
@@ -311,8 +320,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shortest = sorted(summary(rows), key=lambda row: -(row["epochs"] or 0))  # the last one of a key stays
-    found = {(row["variant"], row["model"], row["recipe"]): row for row in shortest if row["bits"] == 4}
+    found = drawn(rows)
     models = sorted({model for _, model, _ in found})
     figure, axes = pyplot.subplots(2, len(VARIANTS), figsize=(12, 7.5), sharex=True, sharey="row")
     for column, variant in zip(axes.T, VARIANTS, strict=True):

@@ -99,6 +99,11 @@ def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
     ]
 
 
+def test_of_several_times_of_learning_the_shortest_is_drawn():
+    rows = [row(epochs=epochs, bits=bits) for epochs, bits in ((100, 4), (20, 4), (10, 8))]
+    assert [(key, value["epochs"]) for key, value in accuracy.drawn(rows).items()] == [(("plain", "m", "pts"), 20)]
+
+
 def test_the_picture_shows_what_there_is(tmp_path):
     rows = [
         row(recipe=recipe, seed=seed, variant=variant)

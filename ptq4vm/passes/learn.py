@@ -71,7 +71,7 @@ def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dic
     """Starts learning: an optimizer's groups of parameters, each parameter once."""
     inputs = list(dict.fromkeys(linear.input for linear in linears if linear.input.scale is not None))
     scales = [quantizer.start_learning() for quantizer in (*inputs, *(linear.weight for linear in linears))]
-    smooth = [linear.smooth for linear in linears if linear.smooth is not None and config.smooth_rate > 0]
+    smooth = [linear.smooth for linear in linears if linear.smooth is not None]
     for parameter in smooth:
         parameter.requires_grad_(True)
     groups = ((scales, config.scale_rate), (smooth, config.smooth_rate))

@@ -74,9 +74,12 @@ def test_eight_bits_are_closer_than_four(quantized, small_vim, images):
         assert fine.weight.sqnr > coarse.weight.sqnr + 15
 
 
-def test_rotated_weights_are_compared_with_rotated_ones(quantized, small_vim, images):
-    """A rotation alone costs nothing: what is left is the error of 8 bits."""
-    graph = quantized(QuantConfig.minmax(8, rotation=True))
+@pytest.mark.parametrize("smoothing", [None, 0.5])
+def test_rotated_weights_are_compared_with_rotated_ones(quantized, small_vim, images, smoothing):
+    """A rotation and smoothing cost nothing: what is left is the error of 8 bits."""
+    graph = quantized(QuantConfig.minmax(8, rotation=True, smoothing=smoothing))
+    rows = quantized_rows(graph, measure(graph, [images]))
+    assert all((row["smooth_min"] is None) == (smoothing is None) for row in rows)
     for layer in measure(graph, [images], against=original(graph, small_vim, images[:2])):
         assert layer.weight.sqnr > 35
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm import fused, native, ops, reference
+from ptq4vm import fused, ops, reference
 from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.bounds import GPU
 from ptq4vm.benchmark.graphs import recorded
@@ -81,7 +81,7 @@ class Row:
         return f"{self.suite}, {self.name}, batch {self.batch}"
 
 
-def rotated(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], bound: float | None) -> Candidate:
+def cycled(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], bound: float | None) -> Candidate:
     """`call` on as many inputs of `make` as do not fit twice into the cache."""
     with torch.device(setup.device):
         first = make()
@@ -128,14 +128,14 @@ def linear_row(name: str, tokens: int, channels: int, features: int, batch: int)
 
         def floats(dtype: torch.dtype) -> Candidate:
             make = lambda: (torch.randn(x_shape, dtype=dtype), torch.randn(features, channels, dtype=dtype))  # noqa: E731
-            return rotated(setup, make, F.linear, bound(16))
+            return cycled(setup, make, F.linear, bound(16))
 
         def codes(bits: int, scales: int) -> tuple[Any, ...]:
             return (*activations(x_shape, bits, scales), *weights(features, channels, bits, setup.device))
 
         def packed(bits: int, scales: int) -> Candidate:
             call = lambda *arguments: ops.linear_packed(*arguments, None, torch.bfloat16)  # noqa: E731
-            return rotated(setup, lambda: codes(bits, scales), call, bound(bits))
+            return cycled(setup, lambda: codes(bits, scales), call, bound(bits))
 
         def unfused(x: Tensor, _: Tensor, scale: Tensor, zero: Tensor, *weight: Tensor) -> Tensor:
             x_q = ops.quantize(x, scale.reciprocal(), zero, None, 8)
@@ -154,8 +154,8 @@ def linear_row(name: str, tokens: int, channels: int, features: int, batch: int)
             "fp16": lambda: floats(torch.float16),
             "W8A8 per token": lambda: packed(8, x_shape[1]),
             "W8A8 per tensor": lambda: packed(8, 1),
-            "W8A8 quantized apart": lambda: rotated(setup, with_floats, unfused, None),
-            "W8A8 dynamic": lambda: rotated(setup, with_floats, dynamic, None),
+            "W8A8 quantized apart": lambda: cycled(setup, with_floats, unfused, None),
+            "W8A8 dynamic": lambda: cycled(setup, with_floats, dynamic, None),
             "W4A4 per token": lambda: packed(4, x_shape[1]),
         }
 
@@ -171,15 +171,15 @@ def activations(shape: tuple[int, ...], bits: int, scales: int) -> tuple[Tensor,
 
 def weights(features: int, channels: int, bits: int, device: torch.device) -> tuple[Tensor, ...]:
     """As `fuse` arranges them for this device: their memory, sums and scales."""
-    from ptq4vm.passes.patterns import NIBBLE_FEATURES
+    from ptq4vm.passes.patterns import capability_of, multiplies_nibbles
 
     half = 2 ** (bits - 1)
     codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)
-    if device.type == "cuda" and native.serves(device):
-        nibbles = bits == 4 and torch.cuda.get_device_capability(device)[0] == 8 and features >= NIBBLE_FEATURES
-        packed = fused.pad_weight(codes, 4 if nibbles else 8)
-    else:
+    capability = capability_of(device)
+    if capability is None:
         packed = fused.pack_weight(codes, bits)
+    else:
+        packed = fused.pad_weight(codes, 4 if bits == 4 and multiplies_nibbles(capability, features) else 8)
     return packed, codes.sum(-1, dtype=torch.int32), torch.rand(features) / half
 
 
@@ -188,9 +188,9 @@ def weights(features: int, channels: int, bits: int, device: torch.device) -> tu
 
 def one_by_one_gelu(*arguments: Any) -> Tensor:
     """linear_gelu_quantize without fusion."""
-    *linear, rotated_, inv_scale, zero_point, inv_smooth, bits = arguments
+    *linear, rotated, inv_scale, zero_point, inv_smooth, bits = arguments
     y = F.gelu(ops.linear_packed(*linear, torch.bfloat16))
-    return kernels.codes_one_by_one(y, rotated_, inv_scale, zero_point, inv_smooth, bits)
+    return kernels.codes_one_by_one(y, rotated, inv_scale, zero_point, inv_smooth, bits)
 
 
 def scan_one_by_one(*arguments: Any) -> Any:
@@ -297,8 +297,8 @@ def operator_row(name: str, batch: int) -> Row:
     def candidates(setup: Setup) -> dict[str, Callable[[], Candidate]]:
         ours, theirs, make = operator_cases(batch, setup.smoke)[name]
         return {
-            "one by one": lambda: rotated(setup, make, theirs, None),
-            "fused": lambda: rotated(setup, make, ours, operator_bound(setup, ours, make)),
+            "one by one": lambda: cycled(setup, make, theirs, None),
+            "fused": lambda: cycled(setup, make, ours, operator_bound(setup, ours, make)),
         }
 
     return Row("operators", name, batch, 12 if batch == BATCHES[0] else 50, candidates)

@@ -32,7 +32,13 @@ def test_linears_are_bound_as_by_hand(sizes, place, name):
 @pytest.mark.parametrize("name, microseconds", [("RTX 3090", 69), ("H200", 40)])
 def test_scans_are_bound_by_their_exponentials(name, microseconds):
     """Vim-S, batch 32, both directions."""
-    found = 1e6 * bounds.scan(GPUS[name], 32, 197, 768, 16, 2)
+    u, projected = torch.empty(64, 197, 768, dtype=torch.bfloat16), torch.empty(64, 197, 16, dtype=torch.bfloat16)
+    inputs = (u, u, torch.empty(768, 16), projected, projected)
+
+    def build(graph, *inputs):
+        return graph.call_function(ops.selective_scan.default, (*inputs, None, None, None, True))
+
+    found = 1e6 * bounds.graph(GPUS[name], graph_of(build, *inputs), *inputs)
     assert found == pytest.approx(microseconds, rel=0.015)
 
 
@@ -72,7 +78,6 @@ def test_a_graph_reads_and_writes_each_tensor_once_and_views_are_free():
 
     size = 2 * 2 * 50 * 32 * 4
     assert bounds.graph(GPUS["H200"], graph_of(build, x), x) == pytest.approx(size / 4800e9)
-    assert bounds.memory(GPUS["H200"], [x, {"again": x, "part": x[:, :5]}]) == pytest.approx(x.nbytes / 4800e9)
 
 
 def test_a_linear_of_codes_is_bound_by_its_products():
@@ -113,4 +118,4 @@ def test_a_directional_scan_is_bound_by_all_its_states():
 
     slow = bounds.GPU(bandwidth=1e9, half=1, int8=1, int4=None, processors=4, clock=0.001)
     found = bounds.graph(slow, graph_of(build, *tensors), *tensors)
-    assert found == pytest.approx(K * B * L * E * S / 16 / 4e6) == bounds.scan(slow, B, L, E, S, K)
+    assert found == pytest.approx(K * B * L * E * S / 16 / 4e6)

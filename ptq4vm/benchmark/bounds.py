@@ -64,16 +64,6 @@ def linear(gpu: GPU, rows: int, channels: int, features: int, bits: int) -> floa
     return max(size / (1e9 * gpu.bandwidth), 2 * rows * channels * features / (1e12 * _rate(gpu, bits)))
 
 
-def memory(gpu: GPU, values: Any) -> float:
-    """Seconds to read or write all tensors of nested values once; a tensor that occurs twice counts once."""
-    return sum(_bytes(values).values()) / (1e9 * gpu.bandwidth)
-
-
-def scan(gpu: GPU, images: int, tokens: int, channels: int, states: int, directions: int) -> float:
-    """Seconds of the exponentials of a selective scan: one a state."""
-    return _exponentials(gpu, images * tokens * channels * states * directions)
-
-
 def graph(gpu: GPU, gm: GraphModule, *inputs: Tensor) -> float:
     """Seconds of all operators of a graph on inputs of these shapes; computes nothing."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
@@ -107,7 +97,7 @@ def operator(gpu: GPU, node: Node, args: Sequence[Any], result: Any) -> float:
         products = sum(value.numel() for value in tree_leaves(result) if isinstance(value, Tensor)) * x.shape[-1]
         seconds.append(2 * products / (1e12 * _rate(gpu, bits)))
     elif category(node) is Category.SCAN:
-        seconds.append(_exponentials(gpu, _states(node, args)))
+        seconds.append(_states(node, args) / EXPONENTIALS / (1e9 * gpu.clock * gpu.processors))  # one a state
     return max(seconds)
 
 
@@ -118,10 +108,6 @@ def _states(node: Node, args: Sequence[Any]) -> int:
         return int(u.numel() * A.shape[-1])
     u, A, order = args[0], args[11], args[14]
     return int(u.shape[1] * order.shape[1] * A.numel())
-
-
-def _exponentials(gpu: GPU, count: int) -> float:
-    return count / EXPONENTIALS / (1e9 * gpu.clock * gpu.processors)
 
 
 def _rate(gpu: GPU, bits: int) -> float:

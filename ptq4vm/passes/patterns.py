@@ -174,13 +174,18 @@ def pack_weights(
     four = weights[0].dtype == torch.uint8
     codes = [reference.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
     whole = torch.stack(codes) if stack else codes[0]
-    capability = None if scanned else _capability(whole.device)
+    capability = None if scanned else capability_of(whole.device)
     if capability is None:
         packed = fused.pack_weight(whole, 4 if four else 8)
     else:
-        nibbles = four and _bits(x) <= 4 and 80 <= capability < 90 and whole.shape[-2] >= NIBBLE_FEATURES
+        nibbles = four and _bits(x) <= 4 and multiplies_nibbles(capability, whole.shape[-2])
         packed = fused.pad_weight(whole, 4 if nibbles else 8)
     return insert.tensor(f"{name}_packed", packed), insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
+
+
+def multiplies_nibbles(capability: int, features: int) -> bool:
+    """Whether a GPU (10 · major + minor) does that, faster than bytes, for so many output channels."""
+    return 80 <= capability < 90 and features >= NIBBLE_FEATURES
 
 
 NIBBLE_FEATURES = 640
@@ -188,7 +193,7 @@ NIBBLE_FEATURES = 640
 RTX 3090 (455) and an A100 (600), not a measurement."""
 
 
-def _capability(device: torch.device) -> int | None:
+def capability_of(device: torch.device) -> int | None:
     """Compute capability, as 10 · major + minor; None of a CPU, and of a GPU without native kernels."""
     if device.type != "cuda" or not native.serves(device):
         return None

@@ -205,7 +205,7 @@ def test_weights_on_a_gpu_lie_in_its_rows(lowered, monkeypatch, capability, nibb
     """Nibbles where tensor cores take them, weight and input have no more bits, and it is worth packing the input."""
     gm, images = lowered("vmamba_nano_32", "rotated w4a4"), torch.randn(2, 3, 32, 32)
     tiled = fuse(copied(gm))
-    monkeypatch.setattr(patterns, "_capability", lambda device: capability)
+    monkeypatch.setattr(patterns, "capability_of", lambda device: capability)
     monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
     rows = fuse(copied(gm))
     kinds = set()

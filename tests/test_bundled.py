@@ -79,13 +79,9 @@ def test_w8a8_stays_within_a_third_of_a_point(digits):
     assert found.agreement >= 99.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "right"),
-    [
-        ("vmamba_nano_32", 449),
-        pytest.param("local_vim_nano_patch4_32", 446, marks=pytest.mark.slow),
-        pytest.param("local_vmamba_nano_32", 449, marks=pytest.mark.slow),
-    ],
+    ("name", "right"), [("vmamba_nano_32", 449), ("local_vim_nano_patch4_32", 446), ("local_vmamba_nano_32", 449)]
 )
 def test_w8a8_of_the_other_families_agrees_with_floating_point(name, right, digits):
     _, calibration, test = digits

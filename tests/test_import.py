@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("timm", "matplotlib", "torch", "torch._inductor", "torchao", "torchvision", "triton", "sklearn", "tqdm")
 
 
@@ -48,6 +50,7 @@ print(json.dumps([
     assert fresh(code) == [[], False, 0, []]
 
 
+@pytest.mark.slow
 def test_any_module_may_be_the_first():
     code = """
 import importlib, json, os, torch

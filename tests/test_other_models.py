@@ -131,12 +131,13 @@ class Hierarchy(nn.Module):
 W4A4 = QuantConfig.w4a4(learning=Learning(epochs=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("written", "config"),
     [
         ("einsum", QuantConfig()),
-        pytest.param("grouped convolution", QuantConfig(smoothing=None), marks=pytest.mark.slow),
-        pytest.param("channel first", W4A4, marks=pytest.mark.slow),
+        ("grouped convolution", QuantConfig(smoothing=None)),
+        ("channel first", W4A4),
     ],
     ids=["einsum", "grouped convolution", "channel first"],
 )

@@ -77,7 +77,7 @@ def test_more_images_than_run_at_once(roads, images, monkeypatch):
         assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)
 
 
-@pytest.mark.parametrize("gptq", [False, True])
+@pytest.mark.parametrize("gptq", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path, gptq):
     config = dataclasses.replace(LEARNED, gptq=gptq)
     once = calibrate(roads.prepared(config), [images], progress=False)

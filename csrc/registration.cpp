@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(ptq4vm, m) {
   m.def("selective_scan(" PTQ4VM_SCAN ") -> Tensor");
   m.def("selective_scan_backward(Tensor grad, " PTQ4VM_SCAN
         ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("selective_scan_quantized(" PTQ4VM_SCAN ", Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor");
   m.def("causal_conv1d(" PTQ4VM_CONV ") -> Tensor");
   m.def("causal_conv1d_backward(Tensor grad, " PTQ4VM_CONV ") -> (Tensor, Tensor, Tensor)");
   m.def("fake_quantize(" PTQ4VM_FAKE ") -> Tensor");

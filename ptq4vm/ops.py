@@ -184,6 +184,41 @@ def _scan_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("ptq4vm::selective_scan", _scan_gradient, setup_context=_save_scan, lib=_library)
 
 
+def _check_states(u: Tensor, state_scale: Tensor) -> None:
+    if state_scale.dim() != 1 or state_scale.shape[0] not in (1, u.shape[1]):
+        raise ValueError(
+            f"state scales of shape {tuple(state_scale.shape)} were calibrated for another number of tokens than the "
+            f"{u.shape[1]} of this scan; calibrate at this resolution"
+        )
+
+
+def _selective_scan_quantized(u: Tensor, *rest: Any) -> Tensor:
+    _check_states(u, rest[8])
+    return reference.selective_scan_quantized(u, *rest)
+
+
+def _selective_scan_quantized_fake(u: Tensor, *rest: Any) -> Tensor:
+    _check_states(u, rest[8])
+    return u.new_empty(u.shape)
+
+
+_define(
+    f"selective_scan_quantized({_SCAN}, Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor",
+    _selective_scan_quantized,
+    _selective_scan_quantized_fake,
+)
+
+
+def _quantized_scan_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Straight through the rounding: the gradient of the scan whose states are not rounded."""
+    return *_scan_gradient(ctx, grad), None, None, None
+
+
+torch.library.register_autograd(
+    "ptq4vm::selective_scan_quantized", _quantized_scan_gradient, setup_context=_save_scan, lib=_library
+)
+
+
 def _causal_conv1d_fake(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -406,6 +441,7 @@ dequantize = torch.ops.ptq4vm.dequantize
 rotate = torch.ops.ptq4vm.rotate
 linear = torch.ops.ptq4vm.linear
 selective_scan = torch.ops.ptq4vm.selective_scan
+selective_scan_quantized = torch.ops.ptq4vm.selective_scan_quantized
 causal_conv1d = torch.ops.ptq4vm.causal_conv1d
 fake_quantize = torch.ops.ptq4vm.fake_quantize
 linear_packed = torch.ops.ptq4vm.linear_packed

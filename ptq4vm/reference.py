@@ -274,6 +274,60 @@ def selective_scan(
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(u.dtype).contiguous()
 
 
+def selective_scan_quantized(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    state_scale: Tensor,
+    state_inv_scale: Tensor,
+    bits: int,
+) -> Tensor:
+    """`selective_scan` whose state is kept as integers of `bits` bits from one token to the next.
+
+    `state_scale` and its reciprocal are (L,), one per step, or (1,); the other shapes are those of `selective_scan`:
+
+        v_t = exp(Δ_t · A) · h_{t-1} + Δ_t · B_t · u_t,   h_0 = 0
+        y_t = (Σ_s C_t · v_t + D · u_t) · silu(z_t)
+        q_t = clamp(round_half_even(v_t · inv_scale[t]), -2^(b-1), 2^(b-1) - 1),   h_t = q_t · scale[t]
+
+    y_t is read before v_t is rounded, so the recurrence alone sees the rounding (k-scaled paper, "hidden state").
+    Computed in float32 and returned in u's dtype; q_t is all that a step hands to the next.
+    """
+    low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    step, dt_u, _ = _scan_steps(u, delta, delta_bias, delta_softplus)
+    a, b, c = A.to(step.dtype).t(), B.to(step.dtype).transpose(0, 1), C.to(step.dtype).transpose(0, 1)
+    h = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])
+    y = torch.empty_like(step)
+    scales, inverses = (value.to(step.dtype).expand(len(step)) for value in (state_scale, state_inv_scale))
+    for t in range(len(step)):
+        v = torch.exp(step[t].unsqueeze(-2) * a) * h + dt_u[t].unsqueeze(-2) * b[t].unsqueeze(-1)
+        y[t] = _sum_states(c[t], v)
+        h = torch.round(v * inverses[t]).clamp(low, high) * scales[t]
+    y = _skip(y.transpose(0, 1), u, D)
+    return (y if z is None else y * F.silu(z.to(y.dtype))).to(u.dtype).contiguous()
+
+
+def state_magnitudes(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum and maximum over the images of |h_t| (L, S, E) in `selective_scan`."""
+    step, dt_u, _ = _scan_steps(u, delta, delta_bias, delta_softplus)
+    a, b = A.to(step.dtype).t(), B.to(step.dtype).transpose(0, 1)
+    h = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])
+    total, largest = step.new_zeros(2, u.shape[1], A.shape[1], A.shape[0])
+    for chunk in _scan_chunks(u, A):
+        _, states = _scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], h)
+        h = states[-1].clone()
+        total[chunk], largest[chunk] = states.abs_().sum(1), states.amax(1)
+    return total, largest
+
+
 def selective_scan_backward(
     grad: Tensor,
     u: Tensor,

@@ -245,6 +245,14 @@ def attribute(gm: GraphModule, name: str) -> Any:
     return value
 
 
+def has_attribute(gm: GraphModule, name: str) -> bool:
+    try:
+        attribute(gm, name)
+    except AttributeError:
+        return False
+    return True
+
+
 def set_tensor(gm: GraphModule, name: str, value: Tensor) -> str:
     """Registers a parameter or a buffer at a dotted path, making containers as needed; returns the path."""
     *path, leaf = name.split(".")

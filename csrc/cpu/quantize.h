@@ -52,11 +52,22 @@ inline void store_codes(int8_t* to, f32xw value, Grid grid) {
 #endif
 }
 
-// The codes as floats.
-inline f32xw rounded_codes(f32xw value, Grid grid) {
+// The codes less the zero point, as floats; NaN stays NaN.
+inline f32xw rounded_differences(f32xw value, Grid grid) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   value = at_most(grid.high, at_least(grid.low, value * grid.inv_scale));
-  return ((value + MAGIC) - MAGIC) + static_cast<float>(grid.zero_point);
+  return (value + MAGIC) - MAGIC;
+}
+
+// The codes as floats.
+inline f32xw rounded_codes(f32xw value, Grid grid) {
+  return rounded_differences(value, grid) + static_cast<float>(grid.zero_point);
+}
+
+// Codes as floats.
+inline f32xw load_codes(const int8_t* from) {
+  typedef int8_t i8xw __attribute__((vector_size(WIDTH)));
+  return __builtin_convertvector(__builtin_convertvector(load_as<i8xw>(from), i32xw), f32xw);
 }
 
 // The first `count` of them, at least one.

@@ -271,14 +271,18 @@ struct Rounding {
 struct Codes {
   int8_t* values;
   const Rounding& rounding;
+  int low, high;
 
-  Grid grid(float inv_scale) const { return {inv_scale, 0, rounding.low, rounding.high}; }
+  Codes(int8_t* values, const Rounding& rounding)
+      : values(values), rounding(rounding), low(rounding.low), high(rounding.high) {}
+
+  Grid grid(float inv_scale) const { return {inv_scale, 0, low, high}; }
   f32xw load(int64_t n) const { return load_codes(values + n * WIDTH); }
   void store(int64_t n, f32xw code) const { store_codes(values + n * WIDTH, code, grid(1.0f)); }
 
   template <Span SPAN>
   f32xw next(f32xw code, f32xw x, f32xw input, int64_t t) const {
-    return (decay<SPAN>(x, -NORMAL) * rounding.scale_before[t]) * code + input;
+    return multiply_add(decay<SPAN>(x, -NORMAL) * rounding.scale_before[t], code, input);
   }
 
   template <Span SPAN>
@@ -290,7 +294,7 @@ struct Codes {
 
 template <Span SPAN, int N, class Kept>
 void recur_block(Chunk& c, int64_t v, const Mixing& mixing, int64_t S, int64_t first, const f32xw* rates,
-                 const Kept& states) {
+                 Kept states) {
   const float *B = mixing.B.data() + first, *C = mixing.C.data() + first;
   f32xw h[N], rate[N];
   unroll<N>([&](auto n) { h[n] = states.load(n), rate[n] = rates[n]; });
@@ -376,7 +380,7 @@ struct States {
 
   void recur(Chunk& c, int64_t v, f32xw longest, const Mixing& mixing, int64_t at, const Rounding& rounding) {
     recur(c, v, rounding.longest(c, v, longest), mixing, at,
-          [&](int64_t i) { return Codes{&codes[i * WIDTH], rounding}; });
+          [&](int64_t i) { return Codes(&codes[i * WIDTH], rounding); });
   }
 
   int64_t S;

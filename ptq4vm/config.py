@@ -40,6 +40,10 @@ class Granularity(enum.StrEnum):
         """Whether there is a table with the scale of every token."""
         return self in (Granularity.PER_TOKEN, Granularity.K_SCALED_TOKEN)
 
+    @property
+    def k_scaled(self) -> bool:
+        return self in (Granularity.K_SCALED_TOKEN, Granularity.K_SCALED_CHANNEL)
+
 
 class RangeSearch(enum.StrEnum):
     """How the range of a tensor is found."""
@@ -141,13 +145,15 @@ class State:
 
     bits: int = 8
     reparameterize: bool = True
-    """Divide the state by factors of its channels, tokens and states, so that one interval fits all of it."""
+    """Divide the state by factors of its channels, tokens and states, so that one interval a step fits it."""
+    per_token: bool = True
+    """One interval for every step of the scan; False: one for all."""
     integrate: bool = True
     """Fold the factors of states into x_proj; False multiplies B and C by them when the model runs."""
 
     def __post_init__(self) -> None:
         _check_bits("state.bits", self.bits)
-        for name in ("reparameterize", "integrate"):
+        for name in ("reparameterize", "per_token", "integrate"):
             _check_flag(f"state.{name}", getattr(self, name))
 
 
@@ -228,8 +234,7 @@ class QuantConfig:
                 raise ValueError("dynamic scales are affine: leave scheme out, or choose a static granularity")
         if self.scheme is Scheme.SYMMETRIC and self.range_search is RangeSearch.RELEASED:
             raise ValueError("the released code's range search is affine: leave scheme out")
-        k_scaled = self.granularity in (Granularity.K_SCALED_TOKEN, Granularity.K_SCALED_CHANNEL)
-        if k_scaled and self.scheme is not Scheme.SYMMETRIC:
+        if self.granularity.k_scaled and self.scheme is not Scheme.SYMMETRIC:
             raise ValueError(f"{self.granularity} has no zero points: give scheme='symmetric'")
         channels = self.granularity is Granularity.K_SCALED_CHANNEL
         if (channels or (self.outputs and self.outputs.k_scaled)) and self.smoothing is not None:
@@ -352,11 +357,11 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         _SECOND_PAPER
         | _PER_TENSOR
         | _MINMAX
-        | {"outputs": Outputs(k_scaled=False), "state": State(reparameterize=False)}
+        | {"outputs": Outputs(k_scaled=False), "state": State(reparameterize=False, per_token=False)}
     ),
     "kscaled_linears": lambda _: _SECOND_PAPER | {"granularity": Granularity.K_SCALED_TOKEN, "bias_correction": True},
     "state": lambda _: {"exclude": ("*",), "state": State()},
-    "state_naive": lambda _: {"exclude": ("*",), "state": State(reparameterize=False)},
+    "state_naive": lambda _: {"exclude": ("*",), "state": State(reparameterize=False, per_token=False)},
     "ptq4vm+state": lambda epochs: {"learning": Learning(epochs=epochs), "state": State()},
 }
 """What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.
@@ -398,7 +403,7 @@ def _nested(name: str, kind: type[_Part], value: Any) -> _Part | None:
             raise ValueError("learning needs the key 'epochs'; to leave it out use null")
         value = kind(**known)
     if value is not None and not isinstance(value, kind):
-        raise ValueError(f"{name} must be {kind.__name__}, its keys, or None; got {value!r}")
+        raise ValueError(f"{name} must be of type {kind.__name__}, its keys, or None; got {value!r}")
     return value
 
 

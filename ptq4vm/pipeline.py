@@ -126,6 +126,6 @@ def skeleton(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantCon
     for convolution in quantized_convolutions(prepared):
         convolution.weight.scale = torch.ones(len(convolution_weight(prepared, convolution)))
     for scan in quantized_scans(prepared):
-        per_token = config.state is not None and config.state.reparameterize
+        per_token = config.state is not None and (config.state.reparameterize or config.state.per_token)
         scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
     return converted_graph(prepared, LOWERED)

@@ -85,8 +85,9 @@ def cluster(magnitudes: Tensor, clusters: int) -> Tensor:
 FRACTIONS = torch.arange(100, 9, -1) / 100
 """Candidate step sizes, as fractions of the one that reaches max|x|."""
 
-SAMPLES = 2**16
-"""Values of one cluster that are scored; of more, evenly spaced ones are taken. The full range is that of all."""
+SAMPLES, LARGEST_SAMPLE = 2**20, 2**16
+"""Values that are scored, of all rows and of one; of more, evenly spaced ones are taken. The full range is that of
+all."""
 
 
 def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
@@ -98,7 +99,8 @@ def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: Ra
     full = (largest / ((high - low) / 2)).clamp(min=reference.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
-    sample = values[:, :: max(1, values.shape[1] // SAMPLES)].float()
+    wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
+    sample = values[:, :: max(1, values.shape[1] // wanted)].float()
     candidates = (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON)
     errors = torch.stack([_error(sample, scale, low, high) for scale in candidates.unbind(1)], 1)
     return candidates.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm import reference
-from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode, OutputFakeQuantize
+from ptq4vm.fake_quantize import ActivationFakeQuantize, Mode, OutputFakeQuantize, ScanFakeQuantize
 from ptq4vm.passes.correct import correction_of
 from ptq4vm.passes.cut import Part
 from ptq4vm.passes.k_scaled import Statistics
@@ -31,8 +31,25 @@ from ptq4vm.quantizer import (
 FORWARD_BATCH = 32
 """Images that run through a block at once when nothing is learned."""
 
-States = dict[str, list[Tensor]]
-"""Of every scan, batch after batch: the sum and the maximum over images of |h|, (L, S, E) each."""
+
+class States:
+    """Of the states (L, S, E) of one scan: the sum and the maximum of |h| over images, and |h| of a few."""
+
+    def __init__(self) -> None:
+        self.total = self.largest = self.sample = torch.zeros(())
+
+    def add(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> None:
+        """Of the arguments of `ops.selective_scan`."""
+        _, _, _, bias, softplus = rest
+        sizes = torch.cat([states.abs() for states in reference.scan_states(u, delta, A, B, bias, softplus)])
+        self.total = self.total + sizes.sum(1)
+        self.largest = torch.maximum(self.largest, sizes.amax(1))
+        if not self.sample.dim():
+            self.sample = sizes[:, :: max(1, sizes.shape[1] // STATE_IMAGES)].clone()
+
+
+STATE_IMAGES = 8
+"""Images whose states are kept to score truncations, of the first batch."""
 
 
 @dataclass
@@ -112,13 +129,11 @@ class Members:
             fake.tap = found.add
         return seen
 
-    def tap_states(self) -> States:
-        """The states' magnitudes until `untap`."""
-        states: States = {scan.name: [] for scan in self.scans}
-        for scan in self.scans:
-            scan.fake.tap = lambda u, delta, A, B, C, D, z, bias, softplus, found=states[scan.name]: found.append(
-                torch.stack(reference.state_magnitudes(u, delta, A, B, bias, softplus))
-            )
+    def tap_states(self) -> dict[ScanFakeQuantize, States]:
+        """The states that come until `untap`."""
+        states = {scan.fake: States() for scan in self.scans}
+        for fake, found in states.items():
+            fake.tap = found.add
         return states
 
     def untap(self) -> None:

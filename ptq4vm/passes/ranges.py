@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.config import Granularity, QuantConfig, QuantSpec, Scheme
-from ptq4vm.fake_quantize import Mode
+from ptq4vm.fake_quantize import Mode, ScanFakeQuantize
 from ptq4vm.passes.correct import correction_of
 from ptq4vm.passes.cut import Part
 from ptq4vm.passes.k_scaled import Statistics, symmetric_scale
@@ -23,22 +25,28 @@ CORRECTED_IMAGES = 64
 
 
 @torch.no_grad()
-def set_states(members: Members, states: States, config: QuantConfig) -> None:
-    """Factors and step sizes of the scans' states; the factor of tokens is in the step sizes."""
+def set_states(members: Members, states: Mapping[ScanFakeQuantize, States], config: QuantConfig) -> None:
+    """Factors and step sizes of the scans' states; a factor of tokens is in the step sizes."""
     assert config.state is not None
-    spec = config.state
     for scan in members.scans:
-        total = torch.stack([found[0] for found in states[scan.name]]).sum(0)
-        largest = torch.stack([found[1] for found in states[scan.name]]).amax(0)
-        low, high = scan.fake.spec.bounds
-        step = 2 / (high - low)
-        if not spec.reparameterize:
-            scan.fake.scale = (largest.amax().reshape(1) * step).clamp(min=reference.EPSILON)
-            continue
-        channels, tokens, factors = determine_factors(total)  # not the mean: a number goes into the step size
-        set_factors(members.gm, scan, channels, factors)
-        largest = largest / (channels * tokens.view(-1, 1, 1) * factors.view(-1, 1))
-        scan.fake.scale = (largest.amax() * step * tokens).clamp(min=reference.EPSILON)
+        found, spec = states[scan.fake], scan.fake.spec
+        if not torch.isfinite(found.largest).all():
+            raise ValueError(
+                f"{scan.name}: its state has values that are not finite; check the checkpoint and the images"
+            )
+        if config.state.reparameterize:
+            channels, tokens, factors = determine_factors(found.total)  # a sum: what it is more goes into the steps
+            set_factors(members.gm, scan, channels, factors)
+        else:
+            channels, tokens, factors = (torch.ones(n) for n in (found.total.shape[2], 1, found.total.shape[1]))
+        scaled = channels * factors.view(-1, 1)
+        if not config.state.per_token:
+            scaled = scaled * tokens.view(-1, 1, 1)
+        rows = 1 if not config.state.per_token else len(found.total)
+        largest = (found.largest / scaled).reshape(rows, -1).amax(1)
+        sample = (found.sample / scaled.unsqueeze(-3)).reshape(rows, -1)
+        step = symmetric_scale(sample, largest, spec, config.range_search)
+        scan.fake.scale = step if config.state.per_token else step * tokens
 
 
 @torch.no_grad()

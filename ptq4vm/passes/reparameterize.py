@@ -2,7 +2,8 @@
 
 h'[l, s, c] = h[l, s, c] / (r_C[c] · r_L[l] · r_D[s]) for channels c, tokens l and states s. The scan of u / r_C with
 B / r_D and C · r_D has the states h / (r_C · r_D) and the result y / r_C, with the skip connection and the gate or
-without; r_L is in the step sizes of the states. B and C come from x_proj, whose rows take r_D for nothing.
+without; r_L is in the step sizes of the states, which may differ from token to token anyway. B and C come from x_proj,
+whose rows take r_D for nothing.
 """
 
 from __future__ import annotations

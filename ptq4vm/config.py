@@ -361,7 +361,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     ),
     "kscaled_linears": lambda _: _SECOND_PAPER | {"granularity": Granularity.K_SCALED_TOKEN, "bias_correction": True},
     "state": lambda _: {"exclude": ("*",), "state": State()},
-    "state_naive": lambda _: {"exclude": ("*",), "state": State(reparameterize=False, per_token=False)},
+    "state_naive": lambda _: _MINMAX | {"exclude": ("*",), "state": State(reparameterize=False, per_token=False)},
     "ptq4vm+state": lambda epochs: {"learning": Learning(epochs=epochs), "state": State()},
 }
 """What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.

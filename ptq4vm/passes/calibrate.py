@@ -219,7 +219,7 @@ class _Saved:
 
     def write(self, index: int, members: Members, report: dict[str, Any]) -> None:
         if self.folder is not None and self.missing(index):
-            tensors = {name: value.contiguous() for name, value in members.tensors().items()}
+            tensors = {name: value.clone() for name, value in members.tensors().items()}  # some share memory
             metadata = {"report": json.dumps(report)}
             replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
 

@@ -82,12 +82,11 @@ def cluster(magnitudes: Tensor, clusters: int) -> Tensor:
     return (values.unsqueeze(1) - centers).abs().argmin(1).unique(return_inverse=True)[1]
 
 
-FRACTIONS = torch.arange(100, 9, -1) / 100
+FRACTIONS = torch.arange(100, 9, -2) / 100
 """Candidate step sizes, as fractions of the one that reaches max|x|."""
 
-SAMPLES, LARGEST_SAMPLE = 2**20, 2**16
-"""Values that are scored, of all rows and of one; of more, evenly spaced ones are taken. The full range is that of
-all."""
+SAMPLES, LARGEST_SAMPLE = 2**19, 2**15
+"""Values that are scored, of all rows and of one; of more, some are drawn. The full range is that of all."""
 
 
 def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
@@ -100,12 +99,15 @@ def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: Ra
     if search is RangeSearch.MINMAX:
         return full
     wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
-    sample = values[:, :: max(1, values.shape[1] // wanted)].float()
+    if values.shape[1] > wanted:
+        # drawn, since every n-th value may always be the same channel's
+        chosen = torch.randint(values.shape[1], (wanted,), generator=torch.Generator().manual_seed(0))
+        values = values[:, chosen.to(values.device)]
     candidates = (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON)
-    errors = torch.stack([_error(sample, scale, low, high) for scale in candidates.unbind(1)], 1)
+    errors = torch.stack([_error(values.float(), scale, low, high) for scale in candidates.unbind(1)], 1)
     return candidates.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
 
 
 def _error(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
     step = scale.unsqueeze(1)
-    return (torch.round(values * (1.0 / step)).clamp(low, high) * step - values).double().square().sum(1)
+    return (torch.round(values * (1.0 / step)).clamp(low, high) * step - values).square().sum(1)

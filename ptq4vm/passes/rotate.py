@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, LinearSite, aten, is_view, parameter_of
+from ptq4vm.graph import Insertion, LinearSite, aten, is_constant, is_view
 
 _FACTORS = {aten.dropout.default, aten.mul.Tensor}
 
@@ -33,8 +33,6 @@ def writes_stream(node: Node) -> bool:
     for user in node.users:
         if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
             return True
-        if user.target is aten.add.Tensor and all(
-            isinstance(arg, Node) and parameter_of(arg) is None for arg in user.args
-        ):
+        if user.target is aten.add.Tensor and all(isinstance(arg, Node) and not is_constant(arg) for arg in user.args):
             return True
     return False

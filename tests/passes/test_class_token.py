@@ -98,7 +98,7 @@ class Joined(nn.Module):
         self.linear = nn.Linear(8, 4)
 
     def forward(self, x):
-        return self.linear(torch.cat((x[:, :3], self.token.expand(len(x), -1, -1), x[:, 3:]), 1))
+        return self.linear(torch.cat((x[:, :3], self.token.expand(x.shape[0], -1, -1), x[:, 3:]), 1))
 
 
 def test_a_large_class_token_does_not_stretch_the_range():

@@ -1,0 +1,203 @@
+"""Operators taken apart: the same numbers, and places to quantize them."""
+
+import pytest
+import timm
+import torch
+from strategies import normal
+
+import ptq4vm.models  # noqa: F401
+from ptq4vm import QuantConfig, calibrate, convert, load, ops, prepare, save
+from ptq4vm.config import Granularity, Outputs, State
+from ptq4vm.fake_quantize import Mode
+from ptq4vm.graph import aten, find_linears
+from ptq4vm.passes.expose import expose_operators, output_sites, read_site
+from ptq4vm.pipeline import canonical_graph
+from ptq4vm.quantizer import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
+from ptq4vm.record import record_of
+
+NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
+KSCALED = QuantConfig.kscaled()
+
+
+@pytest.fixture(scope="module")
+def kscaled(roads):
+    return roads.calibrated(KSCALED)
+
+
+def exposed(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10).eval()
+    x = torch.randn(2, *model.pretrained_cfg["input_size"])
+    return model, x, expose_operators(canonical_graph(model, (x,)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_computes_what_it_did(name):
+    model, x, gm = exposed(name)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    with torch.no_grad():
+        wanted = model(x)
+        assert (gm(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert not any(node.args[3] for node in gm.graph.find_nodes(op="call_function", target=ops.causal_conv1d.default))
+    scans = gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default)
+    assert scans and all(node.args[5:] == (None, None, None, False) for node in scans)
+    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
+    assert len(find_linears(gm)) == len(linears)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_everything_that_the_paper_quantizes_is_found(name):
+    _, _, gm = exposed(name)
+    linears = find_linears(gm)
+    sites = output_sites(gm, linears, True)
+    assert len({site.name for site in sites}) == len(sites)
+    kinds = {site.node.target for site in sites}
+    assert {aten.linear.default, aten.silu.default, aten.softplus.default, ops.selective_scan.default} <= kinds
+    assert kinds & {aten.conv2d.default, ops.causal_conv1d.default} and kinds & {
+        aten.rms_norm.default,
+        aten.layer_norm.default,
+    }
+    for site in sites:
+        several = site.granularity is not Granularity.PER_TENSOR
+        if site.node.target in (ops.selective_scan.default, ops.causal_conv1d.default, aten.softplus.default):
+            assert several
+        if several:
+            assert site.node.meta["val"].shape[site.axis] > 1
+        tokens = site.granularity is Granularity.K_SCALED_TOKEN
+        assert tokens == (
+            site.node.target is ops.selective_scan.default or site.name.endswith(("out_proj", "fc2", "reduction"))
+        )
+    assert all(site.granularity is Granularity.PER_TENSOR for site in output_sites(gm, linears, False))
+    followed = {linear.name.rsplit(".", 1)[-1]: read_site(linear, sites) for linear in linears}
+    assert followed["in_proj"].node.target in (aten.rms_norm.default, aten.layer_norm.default)
+    assert followed["head"] is None or name == "vim_nano_patch4_32"
+
+
+def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
+    """Rounded once: what a linear's input gives is what it was given."""
+    outputs = {output.name: output.fake for output in quantized_outputs(kscaled)}
+    followers = 0
+    for linear in quantized_linears(kscaled, [fact.name for fact in record_of(kscaled).linears]):
+        source = outputs.get(linear.input.follows)
+        if source is None:
+            continue
+        followers += 1
+        x = source(normal(2, *linear.node.args[0].meta["val"].shape[1:]) if False else _like(source))
+        y = linear.input(linear.smoothed(x))
+        back = y if linear.smooth is None else y * linear.smooth.exp()
+        assert (back - x).abs().max() <= 1e-5 * x.abs().max()
+    assert followers >= 2 * 3
+
+
+def _like(source):
+    """Tokens of as many channels as a quantizer's."""
+    channels = len(source.scale) if source.granularity is Granularity.K_SCALED_CHANNEL else 4
+    return normal(2, 5, channels) * source.scale.max() * 40
+
+
+def test_every_quantizer_has_step_sizes_and_is_on(kscaled):
+    fakes = [output.fake for output in quantized_outputs(kscaled)]
+    fakes += [convolution.weight for convolution in quantized_convolutions(kscaled)]
+    fakes += [scan.fake for scan in quantized_scans(kscaled)]
+    # two blocks: norm, 5 kinds of linears, conv1d, SiLU twice, softplus, scan by direction, and the ends
+    assert len(quantized_scans(kscaled)) == 4 and len(quantized_convolutions(kscaled)) == 5
+    assert all(fake.mode is Mode.QUANTIZE and fake.scale is not None and fake.tap is None for fake in fakes)
+
+
+def test_the_three_forms_are_one_model(kscaled, images, tmp_path):
+    with torch.no_grad():
+        wanted = kscaled(images)
+        assert torch.equal(convert(kscaled, lower=False)(images), wanted)
+        lowered = convert(kscaled)
+        # integer sums round otherwise than float ones, which moves codes that lie on a border
+        assert ((lowered(images) - wanted).norm() / wanted.norm()) <= 0.02
+        left = [node for node in lowered.graph.nodes if "quantized_decomposed" in str(node.target)]
+        convolutions = len(quantized_convolutions(kscaled))
+        assert len(left) == convolutions  # their weights
+        loaded = load(save(lowered, tmp_path / "saved"), model=None if False else _model(kscaled))
+        assert torch.equal(loaded(images), lowered(images))
+
+
+def _model(gm):
+    from ptq4vm.models import Vim
+
+    return Vim(img_size=16, patch_size=4, embed_dim=32, depth=2, state=4, num_classes=10)
+
+
+def test_it_is_near_the_model_and_nearer_than_naive(roads, images, small_vim):
+    with torch.no_grad():
+        exact = small_vim(images)
+        ours, naive = (
+            (convert(roads.calibrated(QuantConfig.recipe(name, 8)))(images) - exact).norm() / exact.norm()
+            for name in ("kscaled", "kscaled_naive")
+        )
+    assert ours < 0.1 and ours < 0.7 * naive
+
+
+def test_the_state_alone(roads, images, small_vim):
+    gm = roads.calibrated(QuantConfig.recipe("state", 8))
+    lowered = convert(gm)
+    assert not lowered.graph.find_nodes(op="call_function", target=ops.linear.default)
+    assert len(lowered.graph.find_nodes(op="call_function", target=ops.selective_scan_quantized.default)) == 4
+    with torch.no_grad():
+        exact = small_vim(images)
+        assert 0 < (lowered(images) - exact).norm() <= 0.05 * exact.norm()
+
+
+def test_both_papers_at_once_learn(roads, images):
+    from ptq4vm.config import Learning
+
+    config = QuantConfig.recipe("ptq4vm+state", 8, learning=Learning(epochs=1, batch_size=6))
+    gm = roads.calibrated(config)
+    assert all(block["loss_after"] <= block["loss_before"] for block in record_of(gm).blocks)
+    with torch.no_grad():
+        assert torch.equal(convert(gm, lower=False)(images), gm(images))
+
+
+def test_a_calibration_goes_on_where_it_stopped(roads, images, tmp_path, monkeypatch):
+    from ptq4vm.passes import calibrate as module
+
+    done, run = [], module.set_ranges
+
+    def stop(whole, members, *rest):
+        done.append(members)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        run(whole, members, *rest)
+
+    monkeypatch.setattr(module, "set_ranges", stop)
+    gm = roads.prepared(KSCALED)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(gm, images.split(5), resume_dir=tmp_path, progress=False)
+    monkeypatch.setattr(module, "set_ranges", run)
+    again = calibrate(roads.prepared(KSCALED), images.split(5), resume_dir=tmp_path, progress=False)
+    whole = roads.calibrated(KSCALED)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert record_of(again).blocks == record_of(whole).blocks
+
+
+def test_calibrating_again_gives_the_same(roads, images):
+    gm = roads.calibrated(KSCALED)
+    before = {name: value.clone() for name, value in gm.state_dict().items()}
+    calibrate(gm, images.split(5), progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+
+
+def test_a_state_without_a_scan_is_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="state is for models with a selective scan"):
+        prepare(model, (torch.randn(2, 3, 4),), QuantConfig(state=State()))
+
+
+def test_outputs_of_a_model_without_scans():
+    """Any vision model whose linears see a fixed number of tokens."""
+    model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
+    x = normal(16, 5, 8)
+    config = QuantConfig(smoothing=None, outputs=Outputs())
+    gm = calibrate(prepare(model, (x,), config), [x], progress=False)
+    assert [output.name for output in quantized_outputs(gm)] == ["0.norm", "1", "2.gelu", "3"]
+    with torch.no_grad():
+        exact = model(x)
+        assert (convert(gm)(x) - exact).norm() <= 0.03 * exact.norm()

@@ -79,7 +79,7 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
     "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
     "minmax+class_token": with_(class_token_in_float=True),
-    "kscaled-k_scaled": with_(granularity=Granularity.PER_TENSOR, outputs=Outputs(k_scaled=False)),
+    "kscaled-k_scaled": with_(outputs=Outputs(k_scaled=False)),
     "kscaled-reparameterization": with_(state=State(reparameterize=False)),
     "kscaled-integration": with_(state=State(integrate=False)),
     "kscaled-power_of_two": with_(power_of_two=False),

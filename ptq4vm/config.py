@@ -236,12 +236,8 @@ class QuantConfig:
             raise ValueError("the released code's range search is affine: leave scheme out")
         if self.granularity.k_scaled and self.scheme is not Scheme.SYMMETRIC:
             raise ValueError(f"{self.granularity} has no zero points: give scheme='symmetric'")
-        channels = self.granularity is Granularity.K_SCALED_CHANNEL
-        if (channels or (self.outputs and self.outputs.k_scaled)) and self.smoothing is not None:
-            raise ValueError(
-                "scales of channels take the place of smoothing: give smoothing=None with k_scaled_channel and with "
-                "outputs of several intervals"
-            )
+        if self.granularity is Granularity.K_SCALED_CHANNEL and self.smoothing is not None:
+            raise ValueError("scales of channels take the place of smoothing: give smoothing=None")
         if self.rotation and self.outputs:
             raise ValueError("rotation changes the channels of what outputs quantizes; turn one of them off")
         if self.learning is not None and self.outputs:
@@ -350,8 +346,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=0.0),
     },
     "kscaled": lambda _: (
-        _SECOND_PAPER
-        | {"granularity": Granularity.K_SCALED_TOKEN, "outputs": Outputs(), "state": State(), "bias_correction": True}
+        _SECOND_PAPER | _PER_TENSOR | {"outputs": Outputs(), "state": State(), "bias_correction": True}
     ),
     "kscaled_naive": lambda _: (
         _SECOND_PAPER

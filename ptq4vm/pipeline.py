@@ -93,9 +93,8 @@ def find_sites(gm: GraphModule, config: QuantConfig) -> Sites:
 
 def _is_smoothed(config: QuantConfig, source: OutputSite | None) -> bool:
     """Whether the channels of a linear's input are divided by a vector, that of smoothing or of step sizes."""
-    if source is not None:
-        return source.granularity is Granularity.K_SCALED_CHANNEL
-    return config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL
+    vector = config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL
+    return vector and source is None
 
 
 def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:

@@ -83,7 +83,7 @@ def configs(draw: st.DrawFn) -> QuantConfig:
     )
     scheme = Scheme.SYMMETRIC if granularity.k_scaled else Scheme.AFFINE
     outputs = draw(st.none() | st.builds(Outputs, bits=bits, k_scaled=st.booleans()))
-    several = granularity is Granularity.K_SCALED_CHANNEL or (outputs is not None and outputs.k_scaled)
+    several = granularity is Granularity.K_SCALED_CHANNEL
     searches = {
         granularity is Granularity.PER_TOKEN_DYNAMIC: [RangeSearch.MINMAX],
         scheme is Scheme.SYMMETRIC: [RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR],

@@ -112,16 +112,16 @@ def _is_depthwise(node: Node) -> bool:
 
 
 def read_site(linear: LinearSite, sites: Sequence[OutputSite]) -> OutputSite | None:
-    """The quantized value whose elements a linear reads, where its step sizes can serve the linear too."""
+    """The quantized value whose elements a linear reads, if all of it has one step size, which serves the linear too.
+
+    Step sizes of channels would have to go into the weight, which then needs a finer one: what has them is rounded
+    again for the linear.
+    """
     node: Any = linear.node.args[0]
     while moves_tokens(node) and node.target is not aten.cat.default:
         node = node.args[0]
-    site = next((site for site in sites if site.node is node), None)
-    if site is None or site.granularity is Granularity.PER_TENSOR:
-        return site
-    channels = site.node.meta["val"].shape[site.axis]
-    same = site.granularity is Granularity.K_SCALED_CHANNEL and channels == linear.in_features
-    return site if same else None
+    found = next((site for site in sites if site.node is node), None)
+    return found if found is not None and found.granularity is Granularity.PER_TENSOR else None
 
 
 def convolution_weights(gm: GraphModule) -> dict[str, Node]:

@@ -46,20 +46,22 @@ class Statistics:
         """(J,), of which at most `clusters` differ.
 
         Tokens or channels are clustered by mean|x|. A cluster's step is max|x| / 127.5, or the truncation of it with
-        the least squared error. With `power_of_two` all are the first cluster's times powers of two.
+        the least squared error. With `power_of_two` it is the first cluster's times a power of two: the one above or
+        the one below, whichever errs less (the paper takes the nearer one).
         """
         rows = torch.cat(self.samples, 1)
         index = cluster(self.size / self.count, clusters)
-        found = [
-            symmetric_scale(
-                rows[index == k].reshape(1, -1), self.largest[index == k].amax(0, keepdim=True), spec, search
-            )
-            for k in index.unique()
-        ]
-        steps = torch.cat(found)
-        if power_of_two:
-            steps = steps[0] * torch.exp2(torch.round(torch.log2(steps / steps[0])))
-        return steps[index]
+        steps: list[Tensor] = []
+        for k in index.unique():
+            values, largest = rows[index == k].reshape(1, -1), self.largest[index == k].amax(0, keepdim=True)
+            step = symmetric_scale(values, largest, spec, search)
+            if power_of_two and steps:
+                exponent = torch.log2(step / steps[0])
+                step = least_error(
+                    values, steps[0] * torch.exp2(torch.stack((exponent.floor(), exponent.ceil()), 1)), spec
+                )
+            steps.append(step)
+        return torch.cat(steps)[index]
 
 
 KEPT = 2**24
@@ -98,13 +100,17 @@ def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: Ra
     full = (largest / ((high - low) / 2)).clamp(min=reference.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
+    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON), spec)
+
+
+def least_error(values: Tensor, candidates: Tensor, spec: QuantSpec) -> Tensor:
+    """Of candidate steps (rows, m) those (rows,) with the least squared error on values (rows, n)."""
     wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
     if values.shape[1] > wanted:
         # drawn, since every n-th value may always be the same channel's
         chosen = torch.randint(values.shape[1], (wanted,), generator=torch.Generator().manual_seed(0))
         values = values[:, chosen.to(values.device)]
-    candidates = (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON)
-    errors = torch.stack([_error(values.float(), scale, low, high) for scale in candidates.unbind(1)], 1)
+    errors = torch.stack([_error(values.float(), scale, *spec.bounds) for scale in candidates.unbind(1)], 1)
     return candidates.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
 
 

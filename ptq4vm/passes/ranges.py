@@ -73,7 +73,7 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
         if linear.input.follows is not None:
             scale = scales[linear.input.follows]
             assert scale is not None
-            _follow(linear, scale)
+            linear.input.set_qparams(scale, torch.zeros_like(scale, dtype=torch.int32))
         else:
             _set_input(linear, x, config)
         linear.weight.scale = _weight_scale(weight_of(linear), linear.weight.spec, config)
@@ -91,7 +91,11 @@ def _check_finite(linear: QuantizedLinear, x: Tensor) -> None:
 def _set_input(linear: QuantizedLinear, x: Tensor, config: QuantConfig) -> None:
     granularity, spec, search = config.granularity, linear.input.spec, config.range_search
     if granularity is Granularity.K_SCALED_CHANNEL:
-        _follow(linear, _statistics(x, 2).step_sizes(config.clusters, spec, search, config.power_of_two))
+        # where smoothing's vector is; x is rounded to whole numbers
+        assert linear.smooth is not None
+        steps = _statistics(x, 2).step_sizes(config.clusters, spec, search, config.power_of_two)
+        linear.smooth.copy_(steps.log())
+        linear.input.set_qparams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
         return
     if linear.smooth is not None:
         assert config.smoothing is not None
@@ -117,15 +121,6 @@ def _statistics(x: Tensor, axis: int) -> Statistics:
     statistics = Statistics(axis)
     statistics.add(x)
     return statistics
-
-
-def _follow(linear: QuantizedLinear, scale: Tensor) -> None:
-    """Step sizes of channels go where smoothing's go, and x is rounded to whole numbers."""
-    if len(scale) > 1:
-        assert linear.smooth is not None
-        linear.smooth.copy_(scale.log())
-        scale = torch.ones_like(scale[:1])
-    linear.input.set_qparams(scale, torch.zeros_like(scale, dtype=torch.int32))
 
 
 def _weight_scale(weight: Tensor, spec: QuantSpec, config: QuantConfig) -> Tensor:

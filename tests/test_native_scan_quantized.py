@@ -62,7 +62,7 @@ def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
 
 
 @needs_library
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [2, 3, 8])
 def test_a_sum_grows_by_the_rounded_value_until_the_last_code(isa, bits):
     for u in (0.75, -0.75):
         inputs = counting(u, 140)
@@ -90,8 +90,7 @@ def test_neither_layout_nor_the_unit_of_the_input_changes_a_bit(
 
 
 @needs_library
-@pytest.mark.parametrize("states", [1, 16, 17])
-@pytest.mark.parametrize("rate", [0.01, 1.0, 60.0])
+@pytest.mark.parametrize(("rate", "states"), [(0.01, 17), (1.0, 16), (1.0, 1), (60.0, 3)])
 def test_hardly_an_output_differs_from_the_references(isa, rate, states):
     """Another last bit of a decay moves a state that lies between two codes by one, and later outputs see it.
 
@@ -152,7 +151,7 @@ def test_infinite_states_have_the_last_codes(isa):
     inputs = u, delta, A, B, C, *rest, 6
     ours, theirs = ops.selective_scan_quantized(*inputs), reference.selective_scan_quantized(*inputs)
     assert theirs[:, 17:].isfinite().all()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
 
 @needs_library

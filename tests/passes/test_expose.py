@@ -17,6 +17,7 @@ from ptq4vm.record import record_of
 
 NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
 KSCALED = QuantConfig.kscaled()
+NAIVE = QuantConfig.recipe("kscaled_naive", 8)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,7 @@ def exposed(name):
     return model, x, expose_operators(canonical_graph(model, (x,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_model_computes_what_it_did(name):
     model, x, gm = exposed(name)
@@ -46,7 +48,7 @@ def test_the_model_computes_what_it_did(name):
     assert len(find_linears(gm)) == len(linears)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_everything_that_the_paper_quantizes_is_found(name):
     _, _, gm = exposed(name)
     linears = find_linears(gm)
@@ -118,16 +120,6 @@ def _model():
     return Vim(img_size=16, patch_size=4, embed_dim=32, depth=2, state=4, num_classes=10)
 
 
-def test_it_is_near_the_model_and_nearer_than_naive(roads, images, small_vim):
-    with torch.no_grad():
-        exact = small_vim(images)
-        ours, naive = (
-            (convert(roads.calibrated(QuantConfig.recipe(name, 8)))(images) - exact).norm() / exact.norm()
-            for name in ("kscaled", "kscaled_naive")
-        )
-    assert ours < 0.1 and ours < 0.7 * naive
-
-
 def test_the_state_alone(roads, images, small_vim):
     gm = roads.calibrated(QuantConfig.recipe("state", 8))
     lowered = convert(gm)
@@ -194,3 +186,24 @@ def test_outputs_of_a_model_without_scans():
     with torch.no_grad():
         exact = model(x)
         assert (convert(gm)(x) - exact).norm() <= 0.03 * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_trained_models_keep_their_accuracy(name):
+    """The k-scaled paper loses up to 1.2 points; one digit of 450 is 0.22."""
+    from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
+    from ptq4vm.evaluate import evaluate
+
+    model = timm.create_model(name, pretrained=True).eval().requires_grad_(False)
+    transform = transform_for(model)
+    test = list(loader(open_dataset("digits", "test", transform), 150))
+    images = calibration_batches(open_dataset("digits", "train", transform), 64, 32, 0)
+    gm = convert(calibrate(prepare(model, (images[0],), KSCALED), images, progress=False))
+    exact, ours = (evaluate(module, test, progress=False).top1 for module in (model, gm))
+    assert ours >= exact - 1.2
+    if name == "vim_nano_patch4_32":
+        logits, errors = model(test[0][0]), []
+        for quantized in (gm, convert(calibrate(prepare(model, (images[0],), NAIVE), images, progress=False))):
+            errors.append((quantized(test[0][0]) - logits).norm().item())
+        assert errors[0] < 0.5 * errors[1]

@@ -251,6 +251,7 @@ struct Rounding {
     zero_if_finite = 0.0f;
     for (int64_t t = 0; t < tokens; t++) {
       inv_scale[t] = q.state_inv_scale[(token + t) % q.scales];
+      // With zero the first token finds no state, whatever codes another image or panel has left.
       scale_before[t] = token + t > 0 ? q.state_scale[(token + t - 1) % q.scales] : 0.0f;
       zero_if_finite += 0.0f * inv_scale[t] + 0.0f * scale_before[t];
     }
@@ -370,7 +371,6 @@ struct States {
       });
     }
     std::fill(values.begin(), values.end(), f32xw{});
-    std::fill(codes.begin(), codes.end(), 0);
   }
 
   // The v-th vector of the chunk, which is the at-th of the panel.

@@ -6,7 +6,7 @@ import torch
 from strategies import normal
 
 import ptq4vm.models  # noqa: F401
-from ptq4vm import QuantConfig, calibrate, convert, load, ops, prepare, save
+from ptq4vm import QuantConfig, calibrate, convert, fuse, load, ops, prepare, save
 from ptq4vm.config import Granularity, Outputs, State
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.graph import aten, find_linears
@@ -186,6 +186,27 @@ def test_outputs_of_a_model_without_scans():
     with torch.no_grad():
         exact = model(x)
         assert (convert(gm)(x) - exact).norm() <= 0.03 * exact.norm()
+
+
+class Map(torch.nn.Module):
+    """A norm of maps (B, H, W, C), whose result a linear reads as tokens and another operator as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return self.linear(y.flatten(1, 2)).unflatten(1, (2, 3)) + y.permute(0, 2, 1, 3).permute(0, 2, 1, 3)
+
+
+def test_a_norm_of_maps_is_fused_with_its_quantization():
+    x = normal(4, 2, 3, 8)
+    gm = convert(calibrate(prepare(Map(), (x,), QuantConfig(smoothing=None, outputs=Outputs())), [x], progress=False))
+    fused = fuse(gm)
+    assert fused.graph.find_nodes(op="call_function", target=ops.norm_quantize.default)
+    with torch.no_grad():
+        assert (fused(x) - gm(x)).abs().max() <= 0.01 * gm(x).abs().max()
 
 
 @pytest.mark.slow

@@ -216,15 +216,12 @@ class QuantizedScan:
 
 def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sites) -> GraphModule:
     """torchao's `prepare_pt2e` with our quantizer; then scans give way to those with a quantized state."""
-    linears, outputs, convolutions = (
-        [site.name for site in sites.linears],
-        {site.node.name: site.name for site in sites.outputs},
-        {node.name: name for name, node in sites.convolutions.items()},
-    )
+    outputs = {site.node.name: site.name for site in sites.outputs}
+    convolutions = {node.name: name for name, node in sites.convolutions.items()}
     scans = {site.node.name: site.name for site in sites.scans}
     gm = _quietly(prepare_pt2e, gm, TokenQuantizer(config, sites))
     _insert_inputs(gm, config, sites)
-    for linear in quantized_linears(gm, linears):
+    for linear in quantized_linears(gm, [site.name for site in sites.linears]):
         linear.weight.name = linear.name
         linear.input.name = linear.input.name or linear.name  # one input may feed several linears
     for node in list(gm.graph.nodes):

@@ -53,7 +53,7 @@ def as_parts(inputs, dtype, random):
 @needs_library
 @DTYPES
 @given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
-@settings(max_examples=25, suppress_health_check=SUPPRESSED)
+@settings(max_examples=12, suppress_health_check=SUPPRESSED)
 def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
     isa, dtype, images, tokens, channels, states, per_token, optional, bits, seed
 ):
@@ -77,7 +77,7 @@ def test_a_sum_grows_by_the_rounded_value_until_the_last_code(isa, bits):
 @needs_library
 @DTYPES
 @given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.integers(-3, 3), bits, st.integers(0, 2**20))
-@settings(max_examples=20, suppress_health_check=SUPPRESSED)
+@settings(max_examples=10, suppress_health_check=SUPPRESSED)
 def test_neither_layout_nor_the_unit_of_the_input_changes_a_bit(
     isa, dtype, images, tokens, channels, states, power, bits, seed
 ):

@@ -36,7 +36,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["vim", pytest.param("local_vim", marks=pytest.mark.slow)])
 def test_it_is_what_the_parameter_changes_in_the_first_block(name):
     """Nine patches, so that in the reversed branch it is not in the same place."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Bias correction: on average a quantized weight then errs by nothing."""
 
+import pytest
 import torch
 from strategies import normal
 from torch import nn
@@ -66,6 +67,7 @@ def test_corrections_are_in_the_constants_of_the_integer_model():
     assert not [name for name in lowered.state_dict() if name.endswith("bias_correction")]
 
 
+@pytest.mark.slow
 def test_convolutions_err_by_nothing_on_average(roads, images):
     config = QuantConfig.kscaled(outputs=Outputs(bits=4), weight_bits=4)
     gm = roads.calibrated(config)

@@ -130,6 +130,7 @@ def test_the_state_alone(roads, images, small_vim):
         assert 0 < (lowered(images) - exact).norm() <= 0.05 * exact.norm()
 
 
+@pytest.mark.slow
 def test_both_papers_at_once_learn(roads, images):
     from ptq4vm.config import Learning
 
@@ -163,6 +164,7 @@ def test_a_calibration_goes_on_where_it_stopped(roads, images, tmp_path, monkeyp
     assert record_of(again).blocks == record_of(whole).blocks
 
 
+@pytest.mark.slow
 def test_calibrating_again_gives_the_same(roads, images):
     gm = roads.calibrated(KSCALED)
     before = {name: value.clone() for name, value in gm.state_dict().items()}

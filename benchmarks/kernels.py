@@ -5,7 +5,8 @@
 Packed linears at the sizes of Vim (197 tokens) and VMamba against what oneDNN makes of bfloat16 with its own packed
 weights (and GELU, where ours has it and gives codes), and F.linear in float32; scan and convolution against the PyTorch
 reference operators, forward, and forward with backward; norms and convolutions that give codes against the same
-operators one by one; the scans of whole blocks, with the steps' linears, for one image. Medians, of one thread's
+operators one by one; the scans of whole blocks, with the steps' linears, for one image; a scan with its state as codes against one in
+float32. Medians, of one thread's
 processor time; the linears' and scans' inputs are codes. The share is that of the fastest int8 linear found, one whose
 operands fit the second cache.
 """
@@ -131,16 +132,10 @@ def scans(rounds: int) -> None:
         B, C = (torch.randn(8, TOKENS, states) for _ in range(2))
         A, D, bias = -torch.rand(768, states), torch.randn(768), torch.randn(768)
         inputs = (u, delta, A, B, C, D, z, bias, True)
-        state_scales = torch.full((TOKENS,), 0.05), torch.full((TOKENS,), 20.0)
         grad = torch.ones_like(u)
         backward = torch.ops.ptq4vm.selective_scan_backward
         pairs = {
             f"scan, {states} states": (ops.selective_scan, reference.selective_scan, inputs),
-            f"scan, {states} states as codes": (
-                ops.selective_scan_quantized,
-                reference.selective_scan_quantized,
-                (*inputs, *state_scales, 8),
-            ),
             f"scan, {states} states, backward": (backward, reference.selective_scan_backward, (grad, *inputs)),
         }
         compare(pairs, rounds)
@@ -289,6 +284,37 @@ def directional(
     return inputs, (torch.full((tokens,), 20.0), zero_point[0], None, 8)
 
 
+STATES = {
+    "Vim-Ti, one image": (1, 197, 384, 16, True),
+    "Vim-Ti, eight images": (8, 197, 384, 16, True),
+    "VMamba-T, 56×56": (1, 3136, 192, 1, False),
+    "VMamba-T, 28×28": (1, 784, 384, 1, False),
+    "LocalVMamba, 56×56": (1, 3136, 192, 16, False),
+}
+"""Images, tokens, channels, states, and whether there is a gate."""
+
+
+def states(rounds: int) -> None:
+    print("\n| scan of one direction | float32 ms | codes ms | codes × float32 | KiB of state | of codes |")
+    print("|---|---|---|---|---|---|")
+    for name, (images, tokens, channels, count, gated) in STATES.items():
+        u, delta, z = (torch.randn(images, tokens, channels) for _ in range(3))
+        B, C = (torch.randn(images, tokens, count) for _ in range(2))
+        A, D, bias = -4 * torch.rand(channels, count), torch.randn(channels), torch.randn(channels) - 4
+        inputs = (u, delta, A, B, C, D, z if gated else None, bias, True)
+        scales = torch.full((tokens,), 0.02), torch.full((tokens,), 50.0)
+        found = milliseconds(
+            {
+                "float32": lambda a=inputs: ops.selective_scan(*a),
+                "codes": lambda a=inputs, s=scales: ops.selective_scan_quantized(*a, *s, 8),
+            },
+            rounds,
+        )
+        kept = images * channels * count / 1024
+        ratio = found["codes"] / found["float32"]
+        print(f"| {name} | {found['float32']:.2f} | {found['codes']:.2f} | {ratio:.2f} | {4 * kept:.2f} | {kept:.2f} |")
+
+
 def compare(pairs: dict[str, tuple[Callable, Callable, tuple]], rounds: int) -> None:
     for name, (ours, theirs, inputs) in pairs.items():
         found = milliseconds(
@@ -298,16 +324,28 @@ def compare(pairs: dict[str, tuple[Callable, Callable, tuple]], rounds: int) -> 
         print(f"| {name} | {found['native']:.2f} | {found['reference']:.2f} | {ratio:.1f} |")
 
 
+def all_linears(rounds: int) -> None:
+    for batch in (1, 8):
+        linears(batch, rounds)
+
+
+SECTIONS = {
+    "linears": all_linears,
+    "scans": lambda rounds: scans(max(3, rounds // 5)),
+    "states": states,
+    "producers": producers,
+}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="of the tables")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     print(f"kernels {native.isa()}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds")
     with torch.inference_mode():
-        for batch in (1, 8):
-            linears(batch, options.rounds)
-        scans(max(3, options.rounds // 5))
-        producers(options.rounds)
+        for section in options.only:
+            SECTIONS[section](options.rounds)

@@ -219,11 +219,6 @@ class OutputFakeQuantize(_FakeQuantize):
 class ScanFakeQuantize(_FakeQuantize):
     """`ops.selective_scan`, whose hidden state it rounds; step sizes (1,) or one per token (L,)."""
 
-    def __init__(self, spec: QuantSpec) -> None:
-        super().__init__(spec)
-        self.first_rows: dict[str, int] = {}
-        """Where the state's factors begin in the weights that they are folded into, by factor; the others are not."""
-
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         assert self.scale is not None
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int32)

@@ -202,13 +202,6 @@ def parameter_of(node: Any) -> str | None:
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
-def is_constant(node: Node) -> bool:
-    """Whether a value depends on parameters and buffers alone."""
-    return node.op == "get_attr" or (
-        node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
-    )
-
-
 def is_view(node: Any) -> bool:
     """Whether a node only selects and arranges elements of its first argument."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS

@@ -15,10 +15,11 @@ from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.graph import Pipeline, capture, find_linears, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
 from ptq4vm.passes.class_token import class_tokens
-from ptq4vm.passes.correct import fold_corrections, insert_corrections
+from ptq4vm.passes.correct import CORRECTION, insert_corrections
 from ptq4vm.passes.expose import convolution_weights, expose_operators, output_sites, read_site, scan_sites
+from ptq4vm.passes.fold import fold_constants
 from ptq4vm.passes.lower import lower
-from ptq4vm.passes.reparameterize import fold_factors, insert_factors
+from ptq4vm.passes.reparameterize import B_FACTOR, C_FACTOR, insert_factors
 from ptq4vm.passes.rotate import insert_rotation
 from ptq4vm.passes.smooth import fold_smoothing, insert_smoothing
 from ptq4vm.quantizer import (
@@ -35,7 +36,13 @@ from ptq4vm.quantizer import (
 )
 from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
 
-BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing, fold_factors, fold_corrections))
+
+def _fold_found(gm: GraphModule) -> GraphModule:
+    """What calibration has multiplied weights by and added to biases is in them from here on."""
+    return fold_constants(gm, (B_FACTOR, C_FACTOR, CORRECTION))
+
+
+BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing, _fold_found))
 LOWERED = Pipeline((BEFORE_LOWERING, lower))
 
 

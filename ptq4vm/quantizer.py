@@ -87,10 +87,6 @@ class OutputSite:
     power_of_two: bool
 
 
-FIRST_ROWS = "ptq4vm.first_rows"
-"""The key in a scan's meta of the rows of weights that its factors begin at."""
-
-
 @dataclass(frozen=True, slots=True)
 class ScanSite:
     """A scan whose state is to be quantized."""
@@ -266,7 +262,6 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
 def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:
     fake = ScanFakeQuantize(QuantSpec(bits=state.bits, scheme=Scheme.AFFINE))
     fake.name = name
-    fake.first_rows = node.meta.get(FIRST_ROWS, {})
     target = f"{node.name}_state"
     gm.add_submodule(target, fake)
     with gm.graph.inserting_before(node):

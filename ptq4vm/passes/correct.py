@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.fake_quantize import constant
-from ptq4vm.graph import Insertion, aten, attribute, has_attribute, set_tensor
+from ptq4vm.graph import Insertion, aten, attribute, has_attribute
 from ptq4vm.quantizer import Sites
 
-_LEAF = "bias_correction"
+CORRECTION = "bias_correction"
+"""The buffer beside a linear or a convolution that is added to its bias."""
 
 
 def insert_corrections(gm: GraphModule, sites: Sites) -> GraphModule:
@@ -30,7 +30,7 @@ def insert_corrections(gm: GraphModule, sites: Sites) -> GraphModule:
         user, place = found
         bias: Any = user.args[place]
         insert = Insertion(gm, user)
-        zeros = insert.tensor(f"{name}.{_LEAF}", torch.zeros(bias.meta["val"].shape))
+        zeros = insert.tensor(f"{name}.{CORRECTION}", torch.zeros(bias.meta["val"].shape))
         corrected = insert.call(aten.add.Tensor, bias, zeros)
         user.args = (*user.args[:place], corrected, *user.args[place + 1 :])
     return gm
@@ -53,19 +53,5 @@ def _bias(node: Node) -> tuple[Node, int] | None:
 
 def correction_of(gm: GraphModule, name: str) -> Tensor | None:
     """The buffer that is added to a bias; None where there is no bias."""
-    path = f"{name}.{_LEAF}"
+    path = f"{name}.{CORRECTION}"
     return attribute(gm, path) if has_attribute(gm, path) else None
-
-
-def fold_corrections(gm: GraphModule) -> GraphModule:
-    """bias + correction → one constant."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.add.Tensor):
-        correction: Any = node.args[1]
-        if isinstance(correction, Node) and str(correction.target).endswith(f".{_LEAF}"):
-            value = constant(gm, node).detach()
-            name = str(correction.target).removesuffix(_LEAF) + "corrected_bias"
-            with gm.graph.inserting_before(node):
-                folded = gm.graph.get_attr(set_tensor(gm, name, value))
-            folded.meta.update(node.meta)
-            node.replace_all_uses_with(folded)
-    return gm

@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.config import Granularity
 from ptq4vm.graph import Insertion, LinearSite, aten, parameter_of, scope
+from ptq4vm.passes.patterns import swap
 from ptq4vm.passes.rotate import writes_stream
 from ptq4vm.passes.tokens import channels_first, moves_tokens
 from ptq4vm.quantizer import CONVOLUTIONS, OutputSite, ScanSite
@@ -24,15 +25,15 @@ def expose_operators(gm: GraphModule) -> GraphModule:
         *inputs, silu = node.args
         if silu:
             insert = Insertion(gm, node)
-            _replace(gm, node, insert.call(aten.silu.default, insert.call(ops.causal_conv1d.default, *inputs, False)))
+            swap(gm, node, insert.call(aten.silu.default, insert.call(ops.causal_conv1d.default, *inputs, False)))
     for node in gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default):
-        _replace(gm, node, _scan(Insertion(gm, node), node))
+        swap(gm, node, _scan(Insertion(gm, node), node))
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, *bias = node.args
         if x.meta["val"].dim() == 2 and parameter_of(weight) is not None:
             insert = Insertion(gm, node)
             product = insert.call(aten.linear.default, insert.call(aten.unsqueeze.default, x, 1), weight, *bias)
-            _replace(gm, node, insert.call(aten.squeeze.dim, product, 1))
+            swap(gm, node, insert.call(aten.squeeze.dim, product, 1))
     return gm
 
 
@@ -46,11 +47,6 @@ def _scan(insert: Insertion, node: Node) -> Node:
     if D is not None:
         y = insert.call(aten.add.Tensor, y, insert.call(aten.mul.Tensor, u, D))
     return y if z is None else insert.call(aten.mul.Tensor, y, insert.call(aten.silu.default, z))
-
-
-def _replace(gm: GraphModule, old: Node, new: Node) -> None:
-    old.replace_all_uses_with(new)
-    gm.graph.erase_node(old)
 
 
 _KINDS: dict[Any, str] = {

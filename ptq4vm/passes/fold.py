@@ -11,23 +11,39 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph import attribute, set_tensor
 
 
-def fold_constants(gm: GraphModule) -> GraphModule:
-    """Replaces every tensor that is computed from parameters and buffers alone by a buffer with its value."""
-    values: dict[Node, Any] = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
-    for node in list(gm.graph.nodes):
+def fold_constants(gm: GraphModule, buffers: tuple[str, ...] = ("",)) -> GraphModule:
+    """Replaces every tensor that is computed from parameters and buffers alone by a buffer with its value.
+
+    `buffers` limits that to what depends on parameters or buffers whose names end so.
+    """
+    constants = dict.fromkeys(gm.graph.find_nodes(op="get_attr"))
+    for node in gm.graph.nodes:
         sources = node.all_input_nodes
-        if node.op != "call_function" or not sources or not all(source in values for source in sources):
-            continue
-        with torch.no_grad():
-            arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*arguments, **options)
+        if node.op == "call_function" and sources and all(source in constants for source in sources):
+            constants[node] = None
+    values: dict[Node, Any] = {}
     names = {name for name, _ in gm.named_buffers()} | {name for name, _ in gm.named_parameters()}
-    for node, value in values.items():
-        read = any(user not in values for user in node.users)
-        if node.op != "get_attr" and read and isinstance(value, Tensor):
-            first = next(source for source in _origins(node) if source.op == "get_attr")
-            _replace(gm, node, value.detach().clone().contiguous(), _free(f"{first.target}_folded", names))
+    for node in constants:
+        origins = _origins(node)
+        roots = [str(source.target) for source in origins if source.op == "get_attr"]
+        read = any(user not in constants for user in node.users)
+        if not (read and any(root.endswith(buffers) for root in roots)):
+            continue
+        for source in (*origins, node):
+            if source not in values:
+                values[source] = _value(gm, source, values)
+        if isinstance(values[node], Tensor):
+            _replace(gm, node, values[node].detach().clone().contiguous(), _free(f"{roots[0]}_folded", names))
     return gm
+
+
+@torch.no_grad()
+def _value(gm: GraphModule, node: Node, values: dict[Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return attribute(gm, str(node.target))
+    arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    assert callable(node.target)
+    return node.target(*arguments, **options)
 
 
 def _origins(node: Node) -> list[Node]:

@@ -44,25 +44,27 @@ def lower(gm: GraphModule) -> GraphModule:
 
 
 def _lower_outputs(gm: GraphModule) -> GraphModule:
-    """What is quantized where it is made: the same codes, and floating point from them for whatever reads them."""
+    """What is quantized where it is made: the same codes, and floating point from them for whatever reads them.
+
+    Where step sizes are several, x is divided by them and rounded to whole numbers.
+    """
     for node in [node for node in gm.graph.nodes if OUTPUT in node.meta]:
         codes, name, insert = node.args[0], node.meta[OUTPUT], Insertion(gm, node)
-        x = codes.args[0]
-        if node.target is qdq.dequantize_per_tensor.default:
-            scale, ratio, bits = torch.tensor([codes.args[1]], dtype=torch.float32), None, _bits(codes.args[4])
-        else:
+        x, several = codes.args[0], node.target is qdq.dequantize_per_channel.default
+        if several:
             scale, axis, bits = attribute(gm, str(codes.args[1].target)), codes.args[3], _bits(codes.args[5])
             steps = scale.view(-1, *[1] * (x.meta["val"].dim() - 1 - axis))
-            ratio, scale = steps, torch.ones(1)
-        zero = insert.tensor(f"{name}.output_zero_point", torch.zeros(1, dtype=torch.int32))
+            x = insert.call(aten.mul.Tensor, x, insert.tensor(f"{name}.output_inv_steps", 1.0 / steps))
+            scale = torch.ones(1)
+        else:
+            scale, bits = torch.tensor([codes.args[1]], dtype=torch.float32), _bits(codes.args[4])
         step = insert.tensor(f"{name}.output_scale", scale)
         inverse = insert.tensor(f"{name}.output_inv_scale", 1.0 / scale)
-        if ratio is not None:
-            x = insert.call(aten.mul.Tensor, x, insert.tensor(f"{name}.output_inv_steps", 1.0 / ratio))
+        zero = insert.tensor(f"{name}.output_zero_point", torch.zeros(1, dtype=torch.int32))
         lowered = insert.call(ops.quantize.default, x, inverse, zero, None, bits)
         value = insert.call(ops.dequantize.default, lowered, step, zero)
-        if ratio is not None:
-            value = insert.call(aten.mul.Tensor, value, insert.tensor(f"{name}.output_steps", ratio))
+        if several:
+            value = insert.call(aten.mul.Tensor, value, insert.tensor(f"{name}.output_steps", steps))
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
     return gm

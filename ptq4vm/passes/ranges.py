@@ -36,7 +36,7 @@ def set_states(members: Members, states: Mapping[ScanFakeQuantize, States], conf
             )
         if config.state.reparameterize:
             channels, tokens, factors = determine_factors(found.total)  # a sum: what it is more goes into the steps
-            set_factors(members.gm, scan, channels, factors)
+            set_factors(members.gm, scan.name, channels, factors)
         else:
             channels, tokens, factors = (torch.ones(n) for n in (found.total.shape[2], 1, found.total.shape[1]))
         scaled = channels * factors.view(-1, 1)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph import Insertion, LinearSite, aten, attribute, has_attribute, set_tensor
+from ptq4vm.graph import Insertion, LinearSite, aten, attribute, has_attribute
 from ptq4vm.passes.tokens import token_map
-from ptq4vm.quantizer import FIRST_ROWS, QuantizedScan, ScanSite
+from ptq4vm.quantizer import ScanSite
 
 CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
-"""Buffers beside a scan: r_C (E,), 1 / r_C, and what B and C are multiplied by, (S,) or for rows of a weight (N, 1)."""
+"""Buffers beside a scan: r_C and 1 / r_C (E,), 1 / r_D and r_D (S,), which B and C are multiplied by."""
 
 SMALLEST = 1e-15
 """Added to every factor, as in the paper."""
@@ -39,9 +39,8 @@ def insert_factors(
         u, delta, A, B, C, *rest = scan.node.args
         channels, states = (int(size) for size in A.meta["val"].shape)  # type: ignore[union-attr]
         inverse = insert.tensor(f"{scan.name}.{INVERSE_CHANNELS}", torch.ones(channels))
-        scan.node.meta[FIRST_ROWS] = {}
         mixing = [
-            _multiplied(insert, value, scan, leaf, states, owners if integrate else {})
+            _multiplied(insert, value, f"{scan.name}.{leaf}", states, owners if integrate else {})
             for value, leaf in ((B, B_FACTOR), (C, C_FACTOR))
         ]
         scan.node.args = (insert.call(aten.mul.Tensor, u, inverse), delta, A, *mixing, *rest)
@@ -53,19 +52,18 @@ def insert_factors(
     return gm
 
 
-def _multiplied(
-    insert: Insertion, value: Any, scan: ScanSite, leaf: str, states: int, owners: Mapping[Node, LinearSite]
-) -> Any:
-    """B or C (B, L, S) times a buffer: (S,), or (N, 1) of all rows of the weight that makes it."""
-    found, name = token_map(value), f"{scan.name}.{leaf}"
+def _multiplied(insert: Insertion, value: Any, name: str, states: int, owners: Mapping[Node, LinearSite]) -> Any:
+    """B or C (B, L, S) times a buffer (S,), or made by a weight whose rows are multiplied by it."""
+    found = token_map(value)
     linear = owners.get(found.source) if found is not None else None
     if found is None or linear is None or len(linear.node.args) > 2:
         return insert.call(aten.mul.Tensor, value, insert.tensor(name, torch.ones(states)))
     before = Insertion(insert.gm, linear.node)
     x, weight = linear.node.args
-    factor = before.tensor(name, torch.ones(linear.out_features, 1))
+    around = [found.first, linear.out_features - found.last]
+    rows = before.call(aten.constant_pad_nd.default, before.tensor(name, torch.ones(states)), around, 1.0)
+    factor = before.call(aten.unsqueeze.default, rows, 1)
     linear.node.args = (x, before.call(aten.mul.Tensor, weight, factor))
-    scan.node.meta[FIRST_ROWS][leaf] = found.first
     return value
 
 
@@ -75,31 +73,11 @@ def factors_of(gm: GraphModule, name: str) -> dict[str, Tensor]:
     return {name: attribute(gm, name) for name in names if has_attribute(gm, name)}
 
 
-def set_factors(gm: GraphModule, scan: QuantizedScan, channels: Tensor, states: Tensor) -> None:
-    """Gives a scan r_C and r_D, in place."""
-    name, rows = scan.name, scan.fake.first_rows
-    attribute(gm, f"{name}.{CHANNELS}").copy_(channels)
-    attribute(gm, f"{name}.{INVERSE_CHANNELS}").copy_(1 / channels)
-    for leaf, value in ((B_FACTOR, 1 / states), (C_FACTOR, states)):
-        factor = attribute(gm, f"{name}.{leaf}")
-        if leaf in rows:
-            factor[rows[leaf] : rows[leaf] + len(states), 0] = value
-        else:
-            factor.copy_(value)
-
-
-def fold_factors(gm: GraphModule) -> GraphModule:
-    """Rows of a weight that no quantizer folds, times their factor: a constant."""
-    for node in gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor):
-        if all(isinstance(arg, Node) and arg.op == "get_attr" for arg in node.args):
-            weight, factor = (str(arg.target) for arg in node.args)
-            if factor.endswith((B_FACTOR, C_FACTOR)):
-                value = attribute(gm, weight).detach() * attribute(gm, factor)
-                with gm.graph.inserting_before(node):
-                    folded = gm.graph.get_attr(set_tensor(gm, f"{factor}_weight", value))
-                folded.meta.update(node.meta)
-                node.replace_all_uses_with(folded)
-    return gm
+def set_factors(gm: GraphModule, name: str, channels: Tensor, states: Tensor) -> None:
+    """Gives the scan of that name r_C and r_D, in place."""
+    values = {CHANNELS: channels, INVERSE_CHANNELS: 1 / channels, B_FACTOR: 1 / states, C_FACTOR: states}
+    for leaf, value in values.items():
+        attribute(gm, f"{name}.{leaf}").copy_(value)
 
 
 def determine_factors(mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,11 +9,12 @@ spread over all of them too. Shapes: x (B, L, D), W (N, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, LinearSite, aten, is_constant, is_view
+from ptq4vm.graph import Insertion, LinearSite, aten, is_view
 
 _FACTORS = {aten.dropout.default, aten.mul.Tensor}
 
@@ -33,6 +34,12 @@ def writes_stream(node: Node) -> bool:
     for user in node.users:
         if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
             return True
-        if user.target is aten.add.Tensor and all(isinstance(arg, Node) and not is_constant(arg) for arg in user.args):
+        if user.target is aten.add.Tensor and all(map(_has_batch, user.args)):
             return True
     return False
+
+
+def _has_batch(value: Any) -> bool:
+    """Whether a value differs from image to image: an axis of it is not fixed."""
+    shape = value.meta["val"].shape if isinstance(value, Node) else ()
+    return not all(isinstance(size, int) for size in shape)

@@ -5,10 +5,9 @@
 Packed linears at the sizes of Vim (197 tokens) and VMamba against what oneDNN makes of bfloat16 with its own packed
 weights (and GELU, where ours has it and gives codes), and F.linear in float32; scan and convolution against the PyTorch
 reference operators, forward, and forward with backward; norms and convolutions that give codes against the same
-operators one by one; the scans of whole blocks, with the steps' linears, for one image; a scan with its state as codes against one in
-float32. Medians, of one thread's
-processor time; the linears' and scans' inputs are codes. The share is that of the fastest int8 linear found, one whose
-operands fit the second cache.
+operators one by one; the scans of whole blocks, with the steps' linears, for one image; a scan with its state as
+codes against one in float32. Medians, of one thread's processor time; the linears' and scans' inputs are codes. The
+share is that of the fastest int8 linear found, one whose operands fit the second cache.
 """
 
 from __future__ import annotations

@@ -106,6 +106,16 @@ def test_compilations_of_one_model_share_their_weights(quantized, images, monkey
     gc.collect()
 
 
+def test_weights_are_shared_on_one_device_alone():
+    """Tensors of two devices cannot even be compared."""
+    devices, kept = ("cpu", "meta", "cpu"), []
+    for device in devices:
+        gm = torch.fx.GraphModule({}, torch.fx.Graph())
+        gm.register_buffer("weight", torch.ones(3, device=device))
+        kept.append(backend._share_constants(gm, frozenset({1})).get_buffer("weight"))
+    assert tuple(value.device.type for value in kept) == devices and kept[2] is kept[0]
+
+
 def test_a_wrong_resolution_is_named(quantized):
     compiled = torch.compile(quantized, backend="ptq4vm", options=FAST)
     with pytest.raises(Exception, match="resolution"):

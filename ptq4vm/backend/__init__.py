@@ -66,7 +66,7 @@ _constants: WeakValueDictionary[Any, Tensor] = WeakValueDictionary()
 def _share_constants(gm: GraphModule, origin: frozenset[int]) -> GraphModule:
     """Lets all compilations of a model, one for each kind of batch, hold the same rearranged weights."""
     for name, value in list(gm.named_buffers()):
-        other = _constants.setdefault((origin, name), value)
+        other = _constants.setdefault((origin, name, value.device), value)
         if other is not value and other.dtype == value.dtype and torch.equal(other, value):
             set_tensor(gm, name, other)
     return gm

@@ -313,6 +313,13 @@ def simulated_codes_and_their_gradients(gpu, images, tokens, channels, bits, per
     assert all(a.shape == b.shape and relative(a, b.double()) <= 2e-5 for a, b in zip(ours, theirs, strict=True))
 
 
+WITHOUT_CUDA = {
+    "selective_scan_backward", "causal_conv1d_backward", "selective_scan_quantized",
+    "fake_quantize", "fake_quantize_backward",
+}  # fmt: skip
+"""What the library for GPUs leaves to the references: gradients, and what is simulated to learn or to measure."""
+
+
 def name_of(schema: str) -> str:
     return schema.split("(", 1)[0]
 

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
-from ptq4vm.config import RECIPES, Granularity, Loss, QuantConfig
+from ptq4vm.config import RECIPES, Granularity, Loss, Outputs, QuantConfig, State
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
@@ -46,11 +46,14 @@ from ptq4vm.report import model_bytes, table
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 VARIANTS = ("plain", "hard")
-LADDER = tuple(name for name in RECIPES if name != "best")
+KSCALED = ("state_naive", "state", "kscaled_naive", "kscaled_linears", "kscaled", "ptq4vm+state")
+"""Recipes of the second paper, and the mix of both."""
+
+LADDER = tuple(name for name in RECIPES if name not in ("best", *KSCALED))
 
 
 def learns(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
-    """`best` with a part of its learning changed."""
+    """A recipe with a part of its learning changed."""
 
     def change(config: QuantConfig) -> QuantConfig:
         assert config.learning is not None
@@ -75,12 +78,26 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best+smooth_scales": learns(smooth_rate=1e-2),
     "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
     "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
+    "minmax+class_token": with_(class_token_in_float=True),
+    "kscaled-k_scaled": with_(outputs=Outputs(k_scaled=False)),
+    "kscaled-reparameterization": with_(state=State(reparameterize=False)),
+    "kscaled-integration": with_(state=State(integrate=False)),
+    "kscaled-power_of_two": with_(power_of_two=False),
+    "kscaled-truncation": with_(range_search=False),
+    "kscaled-bias_correction": with_(bias_correction=False),
+    "kscaled+per_channel_weights": with_(per_tensor_weights=False),
 }
+"""Recipes with one thing less or more."""
+
+
+def base_of(recipe: str) -> str:
+    """What an ablation changes."""
+    return re.split("[-+]", recipe)[0] if recipe in ABLATIONS else recipe
 
 
 def config_of(recipe: str, bits: int, seed: int, epochs: int | None) -> QuantConfig:
     """A recipe or an ablation; `epochs` in place of the preset's."""
-    config = QuantConfig.recipe("best" if recipe in ABLATIONS else recipe, bits, seed=seed)
+    config = QuantConfig.recipe(base_of(recipe), bits, seed=seed)
     if epochs is not None and config.learning is not None:
         config = learns(epochs=epochs)(config)
     return ABLATIONS[recipe](config) if recipe in ABLATIONS else config
@@ -271,15 +288,16 @@ def pivot(heading: str, models: list[str], cells: dict[tuple[str, str], str]) ->
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """What leaving a stage out of `best` adds to KL · 1000: the mean of the differences by seed, and their range."""
+    """What leaving a stage out of a recipe adds to KL · 1000: the mean of the differences by seed, and their range."""
     seeds = {
         (row["recipe"], row["model"], row["seed"], row["images"], row["epochs"]): 1e3 * row["divergence"]
         for row in rows
     }
     found: dict[tuple[str, str], list[float]] = {}
     for (recipe, model, *run), divergence in seeds.items():
-        whole = seeds.get(("best", model, *run))
-        if recipe.startswith("best-") and whole is not None:
+        base = base_of(recipe)
+        whole = seeds.get((base, model, *run))
+        if recipe.startswith(f"{base}-") and whole is not None:
             found.setdefault((recipe, model), []).append(divergence - whole)
     return {
         key: f"{statistics.mean(values):+.1f} ({min(values):+.1f} … {max(values):+.1f})"

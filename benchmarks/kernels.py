@@ -131,10 +131,16 @@ def scans(rounds: int) -> None:
         B, C = (torch.randn(8, TOKENS, states) for _ in range(2))
         A, D, bias = -torch.rand(768, states), torch.randn(768), torch.randn(768)
         inputs = (u, delta, A, B, C, D, z, bias, True)
+        state_scales = torch.full((TOKENS,), 0.05), torch.full((TOKENS,), 20.0)
         grad = torch.ones_like(u)
         backward = torch.ops.ptq4vm.selective_scan_backward
         pairs = {
             f"scan, {states} states": (ops.selective_scan, reference.selective_scan, inputs),
+            f"scan, {states} states as codes": (
+                ops.selective_scan_quantized,
+                reference.selective_scan_quantized,
+                (*inputs, *state_scales, 8),
+            ),
             f"scan, {states} states, backward": (backward, reference.selective_scan_backward, (grad, *inputs)),
         }
         compare(pairs, rounds)

@@ -106,6 +106,14 @@ struct Scan {
   bool softplus;
 };
 
+// reference.selective_scan_quantized. Scales are float32 (scales,): token t has the ones at t % scales.
+struct QuantizedScan {
+  Scan scan;
+  const float *state_scale, *state_inv_scale;
+  int64_t scales;
+  int low, high;
+};
+
 constexpr int64_t PANEL = 256;  // channels
 
 // Its adjoint. Gradients of what is shared between images are written for every image, those of what is shared between

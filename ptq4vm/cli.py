@@ -39,7 +39,7 @@ KINDS = (
 )
 PRESETS = (
     "w8a8, w6a6, w4a4, or a recipe with its bits: best4, ptq4vm4, ptq4vm_released4, pts+truncation4, pts4, "
-    "per_token_dynamic4, per_tensor4, smoothquant4, minmax4"
+    "per_token_dynamic4, per_tensor4, smoothquant4, minmax4, kscaled8, kscaled_linears8, state8, ptq4vm+state8"
 )
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""

@@ -184,7 +184,7 @@ def _columns(rows: Sequence[dict[str, Any]], said: Container[str]) -> dict[str, 
     """Headings of a table of linears, without what is said above it and is the same for all."""
     from ptq4vm.inspection.layers import COLUMNS
 
-    shown = [key for key in rows[0] if key not in said or len({row[key] for row in rows}) > 1]
+    shown = [key for key in (rows[0] if rows else {}) if key not in said or len({row[key] for row in rows}) > 1]
     return {key: COLUMNS.get(key, key.replace("_", " ")) for key in shown}
 
 

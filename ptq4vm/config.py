@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 _Enum = TypeVar("_Enum", bound=enum.StrEnum)
+_Part = TypeVar("_Part", "Learning", "Outputs", "State")
 
 
 class Scheme(enum.StrEnum):
@@ -29,6 +30,19 @@ class Granularity(enum.StrEnum):
     """One scale per image and token, found at run time from that token's minimum and maximum."""
     PER_TOKEN = "per_token"
     """One static scale per token position (PTQ4VM section 4.1, "PTS"); binds the model to one token count."""
+    K_SCALED_TOKEN = "k_scaled_token"
+    """As many static scales as there are `clusters` of token positions of like magnitude (k-scaled paper)."""
+    K_SCALED_CHANNEL = "k_scaled_channel"
+    """The same of channels. At run time x is multiplied by a vector, as smoothing does, and W by its inverse."""
+
+    @property
+    def static_per_token(self) -> bool:
+        """Whether there is a table with the scale of every token."""
+        return self in (Granularity.PER_TOKEN, Granularity.K_SCALED_TOKEN)
+
+    @property
+    def k_scaled(self) -> bool:
+        return self in (Granularity.K_SCALED_TOKEN, Granularity.K_SCALED_CHANNEL)
 
 
 class RangeSearch(enum.StrEnum):
@@ -105,12 +119,60 @@ class Learning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outputs:
+    """Quantization of what operators give: linears, convolutions (their weights too), norms, SiLU and GELU, softplus,
+    scans before their skip connection (k-scaled paper). Linears outside the blocks, such as the head, are quantized
+    too."""
+
+    bits: int = 8
+    k_scaled: bool = True
+    """Several intervals, as the paper has them: over tokens for the results of scans and of linears that write to the
+    residual stream, over channels for those of depth-wise convolutions, SiLU and softplus; one elsewhere. False: one
+    everywhere."""
+
+    def __post_init__(self) -> None:
+        _check_bits("outputs.bits", self.bits)
+        _check_flag("outputs.k_scaled", self.k_scaled)
+
+    @property
+    def spec(self) -> QuantSpec:
+        return QuantSpec(bits=self.bits, scheme=Scheme.AFFINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Quantization of the scans' hidden state between tokens (k-scaled paper)."""
+
+    bits: int = 8
+    reparameterize: bool = True
+    """Divide the state by factors of its channels, tokens and states, so that one interval a step fits it."""
+    per_token: bool = True
+    """One interval for every step of the scan; False: one for all."""
+    integrate: bool = True
+    """Fold the factors of states into x_proj; False multiplies B and C by them when the model runs."""
+
+    def __post_init__(self) -> None:
+        _check_bits("state.bits", self.bits)
+        for name in ("reparameterize", "per_token", "integrate"):
+            _check_flag(f"state.{name}", getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig:
     """One recipe: `prepare` reads the granularity and the bits, `calibrate` the rest."""
 
     weight_bits: int = 8
     activation_bits: int = 8
     granularity: Granularity = Granularity.PER_TOKEN
+    """Of the inputs of linears."""
+    scheme: Scheme = Scheme.AFFINE
+    """Of the inputs of linears: symmetric ones have the zero point 0 and all codes."""
+    per_tensor_weights: bool = False
+    """One scale for a whole weight, as in the k-scaled paper, instead of one per output channel."""
+    clusters: int = 4
+    """K of the k-scaled granularities."""
+    power_of_two: bool = True
+    """Let the ratios of k-scaled intervals be powers of two wherever the k-scaled paper does; False for nowhere."""
     smoothing: float | None = 0.5
     """SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel, of root mean squares before a rotation; None for no
     smoothing."""
@@ -130,6 +192,14 @@ class QuantConfig:
     """Shell patterns of linears to keep in floating point, such as `layers.0.*` or `*.dt_proj*`."""
     eight_bit: tuple[str, ...] = ()
     """Shell patterns of linears whose weights and inputs get 8 bits whatever the others get."""
+    class_token_in_float: bool = False
+    """Keep the class token's row of the linears' inputs in floating point (PTQ4VM table 1)."""
+    outputs: Outputs | None = None
+    """Quantize what operators give, too; None for linears alone."""
+    state: State | None = None
+    """Quantize the scans' hidden state; None keeps it in floating point."""
+    bias_correction: bool = False
+    """b - E[x_q (W_q - W)] for every bias b of a quantized weight (k-scaled paper)."""
 
     def __post_init__(self) -> None:
         _check_bits("weight_bits", self.weight_bits)
@@ -141,17 +211,39 @@ class QuantConfig:
         if isinstance(search, bool):
             search = RangeSearch.SQUARED_ERROR if search else RangeSearch.MINMAX
         object.__setattr__(self, "range_search", _member("range_search", RangeSearch, search))
-        if self.granularity is Granularity.PER_TOKEN_DYNAMIC and self.range_search is not RangeSearch.MINMAX:
-            raise ValueError(
-                "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
-            )
-        for name in ("rotation", "gptq", "mirror"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        object.__setattr__(self, "learning", _learning(self.learning))
+        for name in _FLAGS:
+            _check_flag(name, getattr(self, name))
+        object.__setattr__(self, "scheme", _member("scheme", Scheme, self.scheme))
+        _check("clusters", self.clusters, int, lambda v: 1 <= v <= 256, "a whole number between 1 and 256")
+        object.__setattr__(self, "learning", _nested("learning", Learning, self.learning))
+        object.__setattr__(self, "outputs", _nested("outputs", Outputs, self.outputs))
+        object.__setattr__(self, "state", _nested("state", State, self.state))
+        self._check_together()
         _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
         for name in ("exclude", "eight_bit"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+
+    def _check_together(self) -> None:
+        """Refuses what no model has: fields that contradict each other."""
+        if self.granularity is Granularity.PER_TOKEN_DYNAMIC:
+            if self.range_search is not RangeSearch.MINMAX:
+                raise ValueError(
+                    "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off"
+                )
+            if self.scheme is Scheme.SYMMETRIC:
+                raise ValueError("dynamic scales are affine: leave scheme out, or choose a static granularity")
+        if self.scheme is Scheme.SYMMETRIC and self.range_search is RangeSearch.RELEASED:
+            raise ValueError("the released code's range search is affine: leave scheme out")
+        if self.granularity.k_scaled and self.scheme is not Scheme.SYMMETRIC:
+            raise ValueError(f"{self.granularity} has no zero points: give scheme='symmetric'")
+        if self.granularity is Granularity.K_SCALED_CHANNEL and self.smoothing is not None:
+            raise ValueError("scales of channels take the place of smoothing: give smoothing=None")
+        if self.rotation and self.outputs:
+            raise ValueError("rotation changes the channels of what outputs quantizes; turn one of them off")
+        if self.learning is not None and self.outputs:
+            raise ValueError("with outputs nothing is learned: give learning=None")
+        if self.gptq and self.bias_correction:
+            raise ValueError("gptq chooses weights after biases are corrected; turn one of them off")
 
     def weight(self, linear: str) -> QuantSpec:
         """Of the linear of that name."""
@@ -185,6 +277,11 @@ class QuantConfig:
     def smoothquant(cls, bits: int, **changes: Any) -> Self:
         """The paper's SmoothQuant baseline: `minmax` after smoothing with α = 0.5."""
         return cls.recipe("smoothquant", bits, **changes)
+
+    @classmethod
+    def kscaled(cls, bits: int = 8, **changes: Any) -> Self:
+        """The k-scaled paper: linears, convolutions, activations and the hidden state, all symmetric."""
+        return cls.recipe("kscaled", bits, **changes)
 
     @classmethod
     def recipe(cls, name: str, bits: int, **changes: Any) -> Self:
@@ -225,8 +322,11 @@ def _epochs(bits: int) -> int:
     return 10 if bits == 8 else 50 if bits >= 6 else 100
 
 
+_FLAGS = ("per_tensor_weights", "power_of_two", "rotation", "gptq", "mirror", "class_token_in_float", "bias_correction")
+
 _PER_TENSOR = {"granularity": Granularity.PER_TENSOR}
 _MINMAX = {"range_search": RangeSearch.MINMAX}
+_SECOND_PAPER = {"scheme": Scheme.SYMMETRIC, "per_tensor_weights": True, "smoothing": None}
 
 RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "minmax": lambda _: _PER_TENSOR | _MINMAX | {"smoothing": None},
@@ -245,10 +345,24 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         "mirror": True,
         "learning": Learning(epochs=10, loss=Loss.FISHER, scale_rate=1e-2, smooth_rate=0.0),
     },
+    "kscaled": lambda _: (
+        _SECOND_PAPER | _PER_TENSOR | {"outputs": Outputs(), "state": State(), "bias_correction": True}
+    ),
+    "kscaled_naive": lambda _: (
+        _SECOND_PAPER
+        | _PER_TENSOR
+        | _MINMAX
+        | {"outputs": Outputs(k_scaled=False), "state": State(reparameterize=False, per_token=False)}
+    ),
+    "kscaled_linears": lambda _: _SECOND_PAPER | {"granularity": Granularity.K_SCALED_TOKEN, "bias_correction": True},
+    "state": lambda _: {"exclude": ("*",), "state": State()},
+    "state_naive": lambda _: _MINMAX | {"exclude": ("*",), "state": State(reparameterize=False, per_token=False)},
+    "ptq4vm+state": lambda epochs: {"learning": Learning(epochs=epochs), "state": State()},
 }
 """What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.
 
-`per_tensor` and `per_token_dynamic` are `ptq4vm` at another granularity.
+`per_tensor` and `per_token_dynamic` are `ptq4vm` at another granularity. `kscaled` is the second paper, with
+`kscaled_naive` for its baseline; `state` quantizes nothing but the hidden state.
 """
 
 
@@ -264,6 +378,11 @@ def _check(name: str, value: Any, kinds: type | tuple[type, ...], holds: Callabl
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
 
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
 def _member(name: str, kind: type[_Enum], value: Any) -> _Enum:
     try:
         return kind(value)
@@ -271,14 +390,15 @@ def _member(name: str, kind: type[_Enum], value: Any) -> _Enum:
         raise ValueError(f"{name} must be one of {', '.join(kind)}; got {value!r}") from None
 
 
-def _learning(value: Any) -> Learning | None:
+def _nested(name: str, kind: type[_Part], value: Any) -> _Part | None:
+    """A part of a config: as it is, from its keys, or None."""
     if isinstance(value, Mapping):
-        known = _known("learning", Learning, value)
-        if "epochs" not in known:
+        known = _known(name, kind, value)
+        if kind is Learning and "epochs" not in known:
             raise ValueError("learning needs the key 'epochs'; to leave it out use null")
-        value = Learning(**known)
-    if value is not None and not isinstance(value, Learning):
-        raise ValueError(f"learning must be a Learning, its keys, or None; got {value!r}")
+        value = kind(**known)
+    if value is not None and not isinstance(value, kind):
+        raise ValueError(f"{name} must be of type {kind.__name__}, its keys, or None; got {value!r}")
     return value
 
 

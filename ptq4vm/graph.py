@@ -202,6 +202,13 @@ def parameter_of(node: Any) -> str | None:
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
+def is_constant(node: Node) -> bool:
+    """Whether a value depends on parameters and buffers alone."""
+    return node.op == "get_attr" or (
+        node.op == "call_function" and bool(node.all_input_nodes) and all(map(is_constant, node.all_input_nodes))
+    )
+
+
 def is_view(node: Any) -> bool:
     """Whether a node only selects and arranges elements of its first argument."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS
@@ -243,6 +250,14 @@ def attribute(gm: GraphModule, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def has_attribute(gm: GraphModule, name: str) -> bool:
+    try:
+        attribute(gm, name)
+    except AttributeError:
+        return False
+    return True
 
 
 def set_tensor(gm: GraphModule, name: str, value: Tensor) -> str:

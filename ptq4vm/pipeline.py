@@ -12,20 +12,30 @@ from torch import Tensor, fx, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.graph import Pipeline, capture, finish
+from ptq4vm.graph import Pipeline, capture, find_linears, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
+from ptq4vm.passes.class_token import class_tokens
+from ptq4vm.passes.correct import fold_corrections, insert_corrections
+from ptq4vm.passes.expose import convolution_weights, expose_operators, output_sites, read_site, scan_sites
 from ptq4vm.passes.lower import lower
+from ptq4vm.passes.reparameterize import fold_factors, insert_factors
 from ptq4vm.passes.rotate import insert_rotation
 from ptq4vm.passes.smooth import fold_smoothing, insert_smoothing
 from ptq4vm.quantizer import (
+    OutputSite,
+    Sites,
+    convolution_weight,
     insert_fake_quantizers,
     insert_integers,
+    quantized_convolutions,
     quantized_linears,
+    quantized_outputs,
+    quantized_scans,
     selected_linears,
 )
 from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
 
-BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing))
+BEFORE_LOWERING = Pipeline((insert_integers, fold_smoothing, fold_factors, fold_corrections))
 LOWERED = Pipeline((BEFORE_LOWERING, lower))
 
 
@@ -43,22 +53,48 @@ def prepared_from(
     gm: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig
 ) -> GraphModule:
     """`prepared_graph` from the canonical graph of `model`, which is changed in place."""
-    sites = selected_linears(gm, config)
+    if config.outputs is not None:
+        gm = finish(expose_operators(gm))
+    sites = find_sites(gm, config)
     linears = tuple(
         LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
-        for site in sites
+        for site in sites.linears
     )
-    if config.smoothing is not None:
-        gm = finish(insert_smoothing(gm, sites))
+    sources = {linear.name: read_site(linear, sites.outputs) for linear in sites.linears}
+    if config.state is not None and config.state.reparameterize:
+        gm = finish(insert_factors(gm, sites.scans, find_linears(gm), config.state.integrate))
+    gm = finish(
+        insert_smoothing(gm, [linear for linear in sites.linears if _is_smoothed(config, sources[linear.name])])
+    )
     if config.rotation:
-        gm = finish(insert_rotation(gm, sites))
+        gm = finish(insert_rotation(gm, sites.linears))
+    if config.bias_correction:
+        gm = finish(insert_corrections(gm, sites))
     gm = insert_fake_quantizers(gm, config, sites)
     for linear in quantized_linears(gm, [linear.name for linear in linears]):
-        linear.weight.name = linear.name
-        linear.input.name = linear.input.name or linear.name  # one input may feed several linears
+        source = sources[linear.name]
+        linear.input.follows = None if source is None else source.name
     shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
     record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
     return set_record(gm, record)
+
+
+def find_sites(gm: GraphModule, config: QuantConfig) -> Sites:
+    """What the config quantizes in a canonical graph, its operators exposed where outputs are quantized."""
+    linears = selected_linears(gm, config)
+    return Sites(
+        linears=linears,
+        class_tokens=class_tokens(gm, linears) if config.class_token_in_float else {},
+        outputs=output_sites(gm, linears, config.outputs.k_scaled) if config.outputs else (),
+        convolutions=convolution_weights(gm) if config.outputs else {},
+        scans=scan_sites(gm) if config.state else (),
+    )
+
+
+def _is_smoothed(config: QuantConfig, source: OutputSite | None) -> bool:
+    """Whether the channels of a linear's input are divided by a vector, that of smoothing or of step sizes."""
+    vector = config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL
+    return vector and source is None
 
 
 def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:
@@ -80,7 +116,15 @@ def skeleton(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantCon
     facts = record_of(prepared).linears
     for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):
         if not linear.input.dynamic:
-            count = fact.tokens if config.granularity is Granularity.PER_TOKEN else 1
+            count = fact.tokens if linear.input.per_token else 1
             linear.input.set_qparams(torch.ones(count), torch.zeros(count, dtype=torch.int32))
         linear.weight.scale = torch.ones(fact.out_features)
+    for output in quantized_outputs(prepared):
+        single = output.fake.granularity is Granularity.PER_TENSOR
+        output.fake.scale = torch.ones(1 if single else output.node.meta["val"].shape[output.fake.axis])
+    for convolution in quantized_convolutions(prepared):
+        convolution.weight.scale = torch.ones(len(convolution_weight(prepared, convolution)))
+    for scan in quantized_scans(prepared):
+        per_token = config.state is not None and (config.state.reparameterize or config.state.per_token)
+        scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
     return converted_graph(prepared, LOWERED)

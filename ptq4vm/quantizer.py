@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +12,16 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.config import QuantConfig, QuantSpec, matches
-from ptq4vm.fake_quantize import ActivationFakeQuantize, WeightFakeQuantize, quiet_import
-from ptq4vm.graph import LinearSite, attribute, find_linears
+from ptq4vm.config import Granularity, QuantConfig, QuantSpec, Scheme, State, matches
+from ptq4vm.fake_quantize import (
+    ActivationFakeQuantize,
+    OutputFakeQuantize,
+    ScanFakeQuantize,
+    WeightFakeQuantize,
+    constant,
+    quiet_import,
+)
+from ptq4vm.graph import LinearSite, attribute, find_linears, finish
 
 with quiet_import():
     import torchao.utils
@@ -23,21 +30,24 @@ with quiet_import():
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 
+CONVOLUTIONS = (ops.causal_conv1d.default, torch.ops.aten.conv2d.default)
+
+
 def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
-    """The linears that the config quantizes: those inside the model's blocks, less its exclusions.
+    """The linears that the config quantizes: those inside the model's blocks, less its exclusions; all with `outputs`.
 
     What lies between the blocks of a stage, such as a downsampling, is inside none. In a model without numbered
     blocks all linears count. Raises ValueError where nothing is left, where a pattern matches nothing, where a weight
     is not float32, and where an accumulator could overflow int32.
     """
     sites = find_linears(gm)
-    in_blocks = [site for site in sites if site.block is not None] or sites
+    in_blocks = [site for site in sites if site.block is not None or config.outputs is not None] or sites
     for key in ("exclude", "eight_bit"):
         for pattern in getattr(config, key):
             if not any(matches(site.name, (pattern,)) for site in sites):
                 raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(sites)}")
     chosen = [site for site in in_blocks if not matches(site.name, config.exclude)]
-    if not chosen:
+    if not chosen and config.state is None:
         raise ValueError(
             "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
             f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
@@ -65,39 +75,94 @@ def _names(sites: Sequence[LinearSite]) -> str:
     return ", ".join(site.name for site in sites[:6]) + (", …" if len(sites) > 6 else "")
 
 
-class TokenQuantizer(Quantizer):
-    """Annotates linears with our fake-quantizers: activations at the config's granularity, weights per channel."""
+@dataclass(frozen=True, slots=True)
+class OutputSite:
+    """A value to be quantized where it is made."""
 
-    def __init__(self, config: QuantConfig, sites: Sequence[LinearSite]) -> None:
+    name: str
+    node: Node
+    granularity: Granularity
+    axis: int
+    """Of the tokens or channels that have step sizes of their own."""
+    power_of_two: bool
+
+
+FIRST_ROWS = "ptq4vm.first_rows"
+"""The key in a scan's meta of the rows of weights that its factors begin at."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScanSite:
+    """A scan whose state is to be quantized."""
+
+    name: str
+    node: Node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sites:
+    """All that a config quantizes in one model."""
+
+    linears: Sequence[LinearSite] = ()
+    class_tokens: Mapping[str, int] = field(default_factory=dict)
+    """Of linears, by name: the token that stays in floating point."""
+    outputs: Sequence[OutputSite] = ()
+    convolutions: Mapping[str, Node] = field(default_factory=dict)
+    """Those with a weight to quantize, by name."""
+    scans: Sequence[ScanSite] = ()
+
+
+class TokenQuantizer(Quantizer):
+    """Annotates a graph with our fake-quantizers: inputs of linears at the config's granularity, weights, outputs."""
+
+    def __init__(self, config: QuantConfig, sites: Sites) -> None:
         super().__init__()
         self.config = config
-        self.names = {site.node.name: site.name for site in sites}
-        self.specs: dict[tuple[type, QuantSpec], QuantizationSpec] = {}
+        self.names = {site.node.name: site.name for site in sites.linears}
+        self.class_tokens = sites.class_tokens
+        self.outputs = {site.node.name: site for site in sites.outputs}
+        self.convolutions = {node.name for node in sites.convolutions.values()}
+        self.specs: dict[tuple[type, QuantSpec, int | None], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
-            name = self.names.get(node.name)
-            if name is None:
-                continue
-            specs = {
-                node.args[0]: self._spec(ActivationFakeQuantize, self.config.activation(name)),
-                node.args[1]: self._spec(WeightFakeQuantize, self.config.weight(name)),
-            }
-            node.meta["quantization_annotation"] = QuantizationAnnotation(input_qspec_map=specs, _annotated=True)
+            inputs: dict[Any, QuantizationSpec] = {}
+            if (name := self.names.get(node.name)) is not None:
+                kept = self.class_tokens.get(name)
+                inputs[node.args[0]] = self._spec(ActivationFakeQuantize, self.config.activation(name), kept)
+                inputs[node.args[1]] = self._spec(WeightFakeQuantize, self.config.weight(name))
+            elif node.name in self.convolutions:
+                assert self.config.outputs is not None
+                spec = QuantSpec(bits=self.config.outputs.bits, scheme=Scheme.SYMMETRIC)
+                inputs[node.args[1]] = self._spec(WeightFakeQuantize, spec)
+            output = self._output(self.outputs[node.name]) if node.name in self.outputs else None
+            if inputs or output:
+                node.meta["quantization_annotation"] = QuantizationAnnotation(
+                    input_qspec_map=inputs, output_qspec=output, _annotated=True
+                )
         return model
 
-    def _spec(self, kind: Any, spec: QuantSpec) -> QuantizationSpec:
+    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
         """One object for equal ones: linears that read one input then share its fake-quantizer."""
-        if (kind, spec) not in self.specs:
-            low, high = spec.bounds
-            make = kind.with_args(spec=spec, granularity=self.config.granularity)
-            self.specs[kind, spec] = QuantizationSpec(
-                dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high
-            )
-        return self.specs[kind, spec]
+        if (kind, spec, kept) not in self.specs:
+            make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
+            self.specs[kind, spec, kept] = _specification(spec, make)
+        return self.specs[kind, spec, kept]
+
+    def _output(self, site: OutputSite) -> QuantizationSpec:
+        assert self.config.outputs is not None
+        spec = self.config.outputs.spec
+        two = site.power_of_two and self.config.power_of_two
+        make = OutputFakeQuantize.with_args(spec=spec, granularity=site.granularity, axis=site.axis, power_of_two=two)
+        return _specification(spec, make)
 
     def validate(self, model: GraphModule) -> None:
         pass
+
+
+def _specification(spec: QuantSpec, make: Any) -> QuantizationSpec:
+    low, high = spec.bounds
+    return QuantizationSpec(dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +186,119 @@ class QuantizedLinear:
         return ops.rotate(ops.rotate(x) * inverse) if self.rotated else x * inverse
 
 
-def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sequence[LinearSite]) -> GraphModule:
-    """torchao's `prepare_pt2e` with our quantizer."""
-    return _quietly(prepare_pt2e, gm, TokenQuantizer(config, sites))
+@dataclass(frozen=True, slots=True)
+class QuantizedOutput:
+    """A value of a prepared graph that is quantized where it is made."""
+
+    name: str
+    node: Node
+    """The fake-quantizer's."""
+    fake: OutputFakeQuantize
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedConvolution:
+    """A convolution of a prepared graph with its weight's fake-quantizer."""
+
+    name: str
+    node: Node
+    weight: WeightFakeQuantize
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedScan:
+    """A scan of a prepared graph with a quantized state."""
+
+    name: str
+    node: Node
+    fake: ScanFakeQuantize
+
+
+def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sites) -> GraphModule:
+    """torchao's `prepare_pt2e` with our quantizer; then scans give way to those with a quantized state."""
+    outputs = {site.node.name: site.name for site in sites.outputs}
+    convolutions = {node.name: name for name, node in sites.convolutions.items()}
+    scans = {site.node.name: site.name for site in sites.scans}
+    gm = _quietly(prepare_pt2e, gm, TokenQuantizer(config, sites))
+    _insert_inputs(gm, config, sites)
+    for linear in quantized_linears(gm, [site.name for site in sites.linears]):
+        linear.weight.name = linear.name
+        linear.input.name = linear.input.name or linear.name  # one input may feed several linears
+    for node in list(gm.graph.nodes):
+        fake = _module(gm, node)
+        if isinstance(fake, OutputFakeQuantize):
+            made: Any = node.args[0]
+            fake.name = outputs[made.name]
+            node.meta.update({key: made.meta[key] for key in ("val", "nn_module_stack") if key in made.meta})
+        elif isinstance(fake, WeightFakeQuantize):
+            constant_node: Any = node.args[0]
+            node.meta["val"] = constant_node.meta["val"]
+        elif node.name in convolutions:
+            weight = _module(gm, node.args[1])
+            assert isinstance(weight, WeightFakeQuantize)
+            weight.name = convolutions[node.name]
+    for node in list(gm.graph.nodes):
+        if node.name in scans:
+            assert config.state is not None
+            _insert_state(gm, node, scans[node.name], config.state)
+    return finish(gm)
+
+
+def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
+    """Inputs of linears that read an output as it is: torchao takes that one's fake-quantizer for theirs."""
+    names = {site.node.name: site.name for site in sites.linears}
+    made: dict[Node, Node] = {}
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        x: Any = node.args[0]
+        if not isinstance(_module(gm, x), OutputFakeQuantize):
+            continue
+        if x not in made:
+            name = names[node.name]
+            kept = sites.class_tokens.get(name)
+            target = f"{x.name}_input"
+            gm.add_submodule(target, ActivationFakeQuantize(config.activation(name), config.granularity, kept))
+            with gm.graph.inserting_before(node):
+                made[x] = gm.graph.call_module(target, (x,))
+            made[x].meta.update(x.meta)
+        node.replace_input_with(x, made[x])
+
+
+def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:
+    fake = ScanFakeQuantize(QuantSpec(bits=state.bits, scheme=Scheme.AFFINE))
+    fake.name = name
+    fake.first_rows = node.meta.get(FIRST_ROWS, {})
+    target = f"{node.name}_state"
+    gm.add_submodule(target, fake)
+    with gm.graph.inserting_before(node):
+        replaced = gm.graph.call_module(target, node.args)
+    replaced.meta.update(node.meta)
+    node.replace_all_uses_with(replaced)
+    gm.graph.erase_node(node)
+
+
+def quantized_outputs(prepared: GraphModule) -> list[QuantizedOutput]:
+    """The values of a prepared graph that are quantized where they are made, in graph order."""
+    found = [(node, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    return [QuantizedOutput(fake.name, node, fake) for node, fake in found if isinstance(fake, OutputFakeQuantize)]
+
+
+def quantized_scans(prepared: GraphModule) -> list[QuantizedScan]:
+    """The scans of a prepared graph with a quantized state, in graph order."""
+    found = [(node, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    return [QuantizedScan(fake.name, node, fake) for node, fake in found if isinstance(fake, ScanFakeQuantize)]
+
+
+def convolution_weight(prepared: GraphModule, convolution: QuantizedConvolution) -> Tensor:
+    """The weight (N, …) as its fake-quantizer sees it."""
+    quantizer: Any = convolution.node.args[1]
+    return constant(prepared, quantizer.args[0]).detach().float()
+
+
+def quantized_convolutions(prepared: GraphModule) -> list[QuantizedConvolution]:
+    """The convolutions of a prepared graph with a quantized weight, in graph order."""
+    nodes = [node for node in prepared.graph.nodes if node.target in CONVOLUTIONS]
+    found = [(node, _module(prepared, node.args[1])) for node in nodes]
+    return [QuantizedConvolution(fake.name, node, fake) for node, fake in found if isinstance(fake, WeightFakeQuantize)]
 
 
 def insert_integers(gm: GraphModule) -> GraphModule:
@@ -154,12 +329,9 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
     return found
 
 
-Seen = dict[ActivationFakeQuantize, list[Tensor]]
-
-
-def tap_inputs(linears: Sequence[QuantizedLinear]) -> Seen:
+def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantize, list[Tensor]]:
     """What will reach each linear's input, piece by piece, until its tap is None; some linears share one."""
-    seen: Seen = {linear.input: [] for linear in linears}
+    seen: dict[ActivationFakeQuantize, list[Tensor]] = {linear.input: [] for linear in linears}
     for quantizer, pieces in seen.items():
         quantizer.tap = pieces.append
     return seen

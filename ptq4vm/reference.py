@@ -9,6 +9,7 @@ Codes are signed: [-2^(b-1), 2^(b-1) - 1] for activations, [1 - 2^(b-1), 2^(b-1)
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -313,19 +314,17 @@ def selective_scan_quantized(
     return (y if z is None else y * F.silu(z.to(y.dtype))).to(u.dtype).contiguous()
 
 
-def state_magnitudes(
+def scan_states(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool
-) -> tuple[Tensor, Tensor]:
-    """Sum and maximum over the images of |h_t| (L, S, E) in `selective_scan`."""
+) -> Iterator[Tensor]:
+    """The states h_t of `selective_scan`, (tokens, B, S, E) for chunks of tokens."""
     step, dt_u, _ = _scan_steps(u, delta, delta_bias, delta_softplus)
     a, b = A.to(step.dtype).t(), B.to(step.dtype).transpose(0, 1)
     h = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])
-    total, largest = step.new_zeros(2, u.shape[1], A.shape[1], A.shape[0])
     for chunk in _scan_chunks(u, A):
         _, states = _scan_chunk(step[chunk], dt_u[chunk], a, b[chunk], h)
         h = states[-1].clone()
-        total[chunk], largest[chunk] = states.abs_().sum(1), states.amax(1)
-    return total, largest
+        yield states
 
 
 def selective_scan_backward(

@@ -174,6 +174,24 @@ def scans(gpu, dtype, images, tokens, channels, states, optional, seed):
 
 
 @law(
+    "selective_scan_quantized",
+    images=IMAGES, tokens=TOKENS, channels=CHANNELS, states=st.sampled_from([1, 3, 16]), per_token=FLAG, seed=SEEDS,
+)  # fmt: skip
+def quantized_scans(gpu, images, tokens, channels, states, per_token, seed):
+    """Without decay, and of values so short that no sum is rounded: the same bits."""
+    random = draw(seed)
+
+    def quarters(*shape):
+        return torch.randint(-16, 17, shape, generator=random) / 4
+
+    u, delta = quarters(images, tokens, channels), quarters(images, tokens, channels).abs()
+    B, C, D = quarters(images, tokens, states), quarters(images, tokens, states), quarters(channels)
+    scale = 2.0 ** torch.randint(-2, 3, (tokens if per_token else 1,), generator=random)
+    inputs = (u, delta, torch.zeros(channels, states), B, C, D, None, None, False, scale, 1 / scale, 8)
+    assert torch.equal(gpu.selective_scan_quantized(*inputs), reference.selective_scan_quantized(*inputs))
+
+
+@law(
     "directional_scan", "directional_scan_quantize",
     dtype=DTYPES, K=st.integers(1, 4), shared=FLAG, images=IMAGES, tokens=st.sampled_from([1, 2, 17, 300]),
     channels=CHANNELS, rank=st.sampled_from([1, 3, 24, 70]), states=st.sampled_from([1, 3, 16]), optional=FLAG,

@@ -1,10 +1,12 @@
 """What the laws are tried on: empty, single and odd sizes, all numbers of bits, tensors in any layout."""
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Granularity, Learning, Loss, QuantConfig, RangeSearch
+from ptq4vm.config import Granularity, Learning, Loss, Outputs, QuantConfig, RangeSearch, Scheme, State
 
 EVERYTHING = QuantConfig(
     weight_bits=4,
@@ -54,6 +56,18 @@ def powers_of_two(*shape: int, seed: int = 0, low: int = -6, high: int = 3) -> T
     return 2.0 ** integers(low, high, *shape, seed=seed).float()
 
 
+def fitting(granularity: Granularity) -> dict[str, Any]:
+    """What else a config must say with a granularity."""
+    found: dict[str, Any] = {"granularity": granularity}
+    if granularity is Granularity.PER_TOKEN_DYNAMIC:
+        found["range_search"] = False
+    if granularity.k_scaled:
+        found["scheme"] = Scheme.SYMMETRIC
+    if granularity is Granularity.K_SCALED_CHANNEL:
+        found["smoothing"] = None
+    return found
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> QuantConfig:
     granularity = draw(st.sampled_from(Granularity))
@@ -67,17 +81,35 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         batch_size=st.integers(1, 512),
         only=st.lists(st.text(max_size=9), max_size=2).map(tuple),
     )
-    searches = [RangeSearch.MINMAX] if granularity is Granularity.PER_TOKEN_DYNAMIC else list(RangeSearch)
+    scheme = Scheme.SYMMETRIC if granularity.k_scaled else Scheme.AFFINE
+    outputs = draw(st.none() | st.builds(Outputs, bits=bits, k_scaled=st.booleans()))
+    several = granularity is Granularity.K_SCALED_CHANNEL
+    searches = {
+        granularity is Granularity.PER_TOKEN_DYNAMIC: [RangeSearch.MINMAX],
+        scheme is Scheme.SYMMETRIC: [RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR],
+    }.get(True, list(RangeSearch))
+    gptq = draw(st.booleans())
     return QuantConfig(
         weight_bits=draw(bits),
         activation_bits=draw(bits),
         granularity=granularity,
-        smoothing=draw(st.none() | st.floats(0, 1)),
+        scheme=scheme,
+        per_tensor_weights=draw(st.booleans()),
+        clusters=draw(st.integers(1, 256)),
+        power_of_two=draw(st.booleans()),
+        smoothing=None if several else draw(st.none() | st.floats(0, 1)),
         range_search=draw(st.sampled_from(searches)),
-        rotation=draw(st.booleans()),
-        gptq=draw(st.booleans()),
+        rotation=outputs is None and draw(st.booleans()),
+        gptq=gptq,
         mirror=draw(st.booleans()),
-        learning=draw(st.none() | learning),
+        learning=None if outputs else draw(st.none() | learning),
+        class_token_in_float=draw(st.booleans()),
+        outputs=outputs,
+        state=draw(
+            st.none()
+            | st.builds(State, bits=bits, **dict.fromkeys(("reparameterize", "per_token", "integrate"), st.booleans()))
+        ),
+        bias_correction=not gptq and draw(st.booleans()),
         seed=draw(seeds),
         exclude=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),
         eight_bit=tuple(draw(st.lists(st.text(max_size=9), max_size=3))),

@@ -44,6 +44,7 @@ def test_each_of_our_operators_has_a_category_that_is_not_other():
         "linear_packed": Category.LINEAR,
         "linear_gelu_quantize": Category.LINEAR,
         "selective_scan": Category.SCAN,
+        "selective_scan_quantized": Category.SCAN,
         "directional_scan": Category.SCAN,
         "directional_scan_quantize": Category.SCAN,
         "causal_conv1d": Category.CONV,

@@ -4,7 +4,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import bits, configs
+from strategies import bits, configs, fitting
 
 from ptq4vm.config import (
     RECIPES,
@@ -91,7 +91,7 @@ def test_json_of_another_kind_is_refused(text):
         ({"exclude": (3,)}, r"exclude must hold patterns of linears' names, got \[3\]"),
         ({"exclude": None}, "exclude must be a sequence of patterns, got None"),
         ({"range_search": "off"}, "range_search must be one of minmax, squared_error, released; got 'off'"),
-        ({"learning": "on"}, "learning must be a Learning, its keys, or None; got 'on'"),
+        ({"learning": "on"}, "learning must be of type Learning, its keys, or None; got 'on'"),
         ({"learning": {}}, "learning needs the key 'epochs'"),
         ({"learning": {"epochs": 0}}, "learning.epochs must be at least 1; for no learning use learning=None"),
         ({"learning": {"epochs": 1.5}}, "learning.epochs must be"),
@@ -195,5 +195,5 @@ def test_linears_named_for_eight_bits_get_them():
 
 @given(st.sampled_from(Granularity))
 def test_a_granularity_may_be_its_name(granularity):
-    config = QuantConfig(granularity=str(granularity), range_search=False)
+    config = QuantConfig(**fitting(granularity) | {"granularity": str(granularity)})
     assert config.granularity is granularity

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import fitting
 from torch import nn
 
 import ptq4vm
@@ -74,7 +75,8 @@ def test_the_bytes_of_a_model_are_those_of_its_tensors(inputs, outputs, dtype):
 @pytest.mark.parametrize("granularity", Granularity)
 @pytest.mark.parametrize("smoothing, weight_bits", [(None, 8), (0.5, 4)])
 def test_the_rows_of_a_graph_are_its_linears(small_vim, images, granularity, smoothing, weight_bits):
-    config = QuantConfig(weight_bits=weight_bits, granularity=granularity, smoothing=smoothing, range_search=False)
+    rest = {"smoothing": smoothing, "range_search": False} | fitting(granularity)
+    config = QuantConfig(weight_bits=weight_bits, **rest)
     quantized = ptq4vm.quantize(small_vim, [images], config, progress=False)
     found = linear_rows(quantized)
     assert [(row["name"], row["tokens"], row["in"], row["out"]) for row in found] == [
@@ -88,8 +90,9 @@ def test_the_rows_of_a_graph_are_its_linears(small_vim, images, granularity, smo
             assert row["input_scale_min"] is row["input_scale_max"] is None
         else:
             assert 0 < row["input_scale_min"] <= row["input_scale_max"]
-            assert granularity is Granularity.PER_TOKEN or row["input_scale_min"] == row["input_scale_max"]
-        assert smoothing is not None or row["smooth_min"] is None
+            assert granularity.static_per_token or row["input_scale_min"] == row["input_scale_max"]
+        steps_of_channels = granularity is Granularity.K_SCALED_CHANNEL
+        assert smoothing is not None or steps_of_channels or row["smooth_min"] is None
     assert smoothing is None or any(0 < (row["smooth_min"] or 0) < row["smooth_max"] for row in found)
     assert json.loads(json.dumps(found)) == found
     assert model_bytes(quantized) < model_bytes(small_vim)

@@ -1,7 +1,8 @@
-// selective_scan and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in
+// The scans and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in
 // operators.h.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <vector>
@@ -13,7 +14,17 @@ struct Scan {
   const double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
   int64_t batch, tokens, channels, states;
   bool softplus;
+  const double *state_scale = nullptr, *state_inv_scale = nullptr;  // as in QuantizedScan
+  int64_t scales = 1;
+  double low = 0, high = 0;
 };
+
+// What token t hands to the next of a state; NaN is the code 0.
+inline double kept(const Scan& s, double state, int64_t t) {
+  if (!s.state_scale) return state;
+  const double code = std::nearbyint(state * s.state_inv_scale[t % s.scales]);
+  return (code == code ? std::clamp(code, s.low, s.high) : 0) * s.state_scale[t % s.scales];
+}
 
 struct Gradients {
   double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;  // zeros at first; the last three may be null
@@ -33,7 +44,7 @@ void scan_channel(const Scan& s, int64_t b, int64_t e, std::vector<double>& step
     for (int64_t n = 0; n < s.states; n++) {
       const double before = t ? states[(t - 1) * s.states + n] : 0;
       const double h = std::exp(step * s.A[e * s.states + n]) * before + step * s.B[row + n] * s.u[at];
-      states[t * s.states + n] = h;
+      states[t * s.states + n] = kept(s, h, t);
       y += s.C[row + n] * h;
     }
     use(t, at, raw, y);

@@ -53,6 +53,7 @@ struct Kernels {
   void (*pack)(const Pack&, int64_t begin, int64_t end);                    // groups of 16 features
   void (*linear)(const Linear&, int64_t begin, int64_t end);                // blocks()
   void (*scan)(const Scan&, int64_t begin, int64_t end);                    // images × groups of LANES channels
+  void (*scan_quantized)(const QuantizedScan&, int64_t begin, int64_t end);  // images × groups of LANES channels
   void (*scan_backward)(const ScanBackward&, int64_t begin, int64_t end);   // images × panels of channels
   void (*directional_scan)(const DirectionalScan&, int64_t begin, int64_t end);  // images × panels of channels
   void (*choose_qparams)(const ChooseQparams&, int64_t begin, int64_t end);  // rows

@@ -1,4 +1,4 @@
-// What only the CPU has: gradients of the scan and of the convolution, and both in float64.
+// What only the CPU has: the scan with quantized states, gradients of the scan and of the convolution, and all in float64.
 #include "../run.h"
 #include "../scan_inputs.h"
 #include "float64.h"
@@ -11,6 +11,34 @@ float64::Scan exact(const ScanInputs& s) {
   return {in<double>(s.u), in<double>(s.delta), in<double>(s.A), in<double>(s.B),        in<double>(s.C),
           in<double>(s.D), in<double>(s.z),     in<double>(s.delta_bias), s.batch, s.tokens, s.channels,
           s.states,        s.softplus};
+}
+
+Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
+                                Optional bias, bool softplus, Tensor state_scale, Tensor state_inv_scale,
+                                int64_t bits) {
+  const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
+  check_bits(bits);
+  const int64_t scales = state_scale.numel();
+  check_shape("state_scale", state_scale, {scales});
+  STD_TORCH_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
+                  " tokens, the input has ", s.tokens, "; calibrate at this resolution");
+  check_shape("state_inv_scale", state_inv_scale, {scales});
+  state_scale = as(state_scale, s.type), state_inv_scale = as(state_inv_scale, s.type);
+  const int low = lowest(bits), high = -low - 1;
+  Tensor y = make(s.u, {s.batch, s.tokens, s.channels}, s.u.scalar_type());
+  if (s.type == ScalarType::Double) {
+    float64::Scan q = exact(s);
+    q.state_scale = in<double>(state_scale), q.state_inv_scale = in<double>(state_inv_scale);
+    q.scales = scales, q.low = low, q.high = high;
+    float64::scan(q, out<double>(y));
+    return y;
+  }
+  const QuantizedScan q{s.view(y.mutable_data_ptr(), float_type(y)), in<float>(state_scale),
+                        in<float>(state_inv_scale), scales, low, high};
+  const auto run = kernels().scan_quantized;
+  torch::stable::parallel_for(0, s.batch * groups(s.channels), 1,
+                              [&](int64_t begin, int64_t end) { run(q, begin, end); });
+  return typed(y, u);
 }
 
 Tensor sum_images(const Tensor& x) {
@@ -157,6 +185,7 @@ Tensor selective_scan_in_float64(const Tensor& u, const Tensor& delta, const Ten
 }  // namespace ptq4vm
 
 STABLE_TORCH_LIBRARY_IMPL(PTQ4VM_LIBRARY, PTQ4VM_KEY, m) {
+  PTQ4VM_IMPL(m, selective_scan_quantized);
   PTQ4VM_IMPL(m, selective_scan_backward);
   PTQ4VM_IMPL(m, causal_conv1d_backward);
 }

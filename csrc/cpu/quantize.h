@@ -52,11 +52,34 @@ inline void store_codes(int8_t* to, f32xw value, Grid grid) {
 #endif
 }
 
-// The codes as floats.
-inline f32xw rounded_codes(f32xw value, Grid grid) {
+// The codes less the zero point, as floats; NaN stays NaN.
+inline f32xw rounded_differences(f32xw value, Grid grid) {
   constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
   value = at_most(grid.high, at_least(grid.low, value * grid.inv_scale));
-  return ((value + MAGIC) - MAGIC) + static_cast<float>(grid.zero_point);
+  return (value + MAGIC) - MAGIC;
+}
+
+// The codes as floats.
+inline f32xw rounded_codes(f32xw value, Grid grid) {
+  return rounded_differences(value, grid) + static_cast<float>(grid.zero_point);
+}
+
+// Codes as floats. GCC would convert bytes one by one.
+inline f32xw load_codes(const int8_t* from) {
+#if defined(__AVX512F__)
+  return __builtin_convertvector((i32xw)_mm512_maskz_cvtepi8_epi32(0xffff, load_as<__m128i>(from)), f32xw);
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+#elif defined(__SSE2__)
+  const __m128i bytes = _mm_cvtsi32_si128(load_as<int32_t>(from)), zero = _mm_setzero_si128();
+  const __m128i upper = _mm_unpacklo_epi16(zero, _mm_unpacklo_epi8(zero, bytes));  // of each lane
+  return _mm_cvtepi32_ps(_mm_srai_epi32(upper, 24));
+#else
+  f32xw codes;
+  for (int64_t i = 0; i < WIDTH; i++) codes[i] = from[i];
+  return codes;
+#endif
 }
 
 // The first `count` of them, at least one.

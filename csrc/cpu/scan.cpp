@@ -1,4 +1,4 @@
-// reference.selective_scan and its adjoint, and fused.directional_scan(_quantize), in float32: outputs and gradients
+// reference.selective_scan, its adjoint, selective_scan_quantized, and fused.directional_scan(_quantize), in float32: outputs and gradients
 // differ from those in float64 by about 1e-6 of the largest. Sums over channels and tokens have one order, whatever the
 // division of work.
 // Channels lie in lanes, B and C of a token are broadcast. A chunk of tokens goes through three stages: what needs no
@@ -225,22 +225,91 @@ void read(Chunk& c, const Window& w) {
   }
 }
 
-template <Span SPAN, int N>
+// States that a chunk finds and leaves in floating point.
+struct Floats {
+  f32xw* values;
+
+  f32xw load(int64_t n) const { return values[n]; }
+  void store(int64_t n, f32xw h) const { values[n] = h; }
+
+  template <Span SPAN>
+  f32xw next(f32xw h, f32xw x, f32xw input, int64_t) const {
+    return decayed<SPAN>(h, x, input);
+  }
+
+  template <Span>
+  f32xw kept(f32xw state, int64_t) const {
+    return state;
+  }
+};
+
+// How the states of a chunk's tokens become codes, and the codes of the tokens before them states again.
+struct Rounding {
+  void begin(const QuantizedScan& q, int64_t token, const Mixing& mixing) {
+    const int64_t tokens = std::min(CHUNK, q.scan.tokens - token);
+    low = q.low, high = q.high;
+    zero_if_finite = 0.0f;
+    for (int64_t t = 0; t < tokens; t++) {
+      inv_scale[t] = q.state_inv_scale[(token + t) % q.scales];
+      // With zero the first token finds no state, whatever codes another image or panel has left.
+      scale_before[t] = token + t > 0 ? q.state_scale[(token + t - 1) % q.scales] : 0.0f;
+      zero_if_finite += 0.0f * inv_scale[t] + 0.0f * scale_before[t];
+    }
+    for (int64_t i = 0; i < tokens * q.scan.states; i++) zero_if_finite += 0.0f * mixing.B[i];
+  }
+
+  // Not finite either if a state of the chunk may be NaN: Span::any gives those the code 0.
+  f32xw longest(const Chunk& c, int64_t v, f32xw step) const {
+    for (int64_t t = 0; t < c.tokens; t++) step += 0.0f * c.drive[v][t];
+    return step + zero_if_finite;
+  }
+
+  float inv_scale[CHUNK], scale_before[CHUNK], zero_if_finite;
+  int low, high;
+};
+
+// States that are codes from one token to the next: int8 between chunks, floats within one.
+struct Codes {
+  int8_t* values;
+  const Rounding& rounding;
+  int low, high;
+
+  Codes(int8_t* values, const Rounding& rounding)
+      : values(values), rounding(rounding), low(rounding.low), high(rounding.high) {}
+
+  Grid grid(float inv_scale) const { return {inv_scale, 0, low, high}; }
+  f32xw load(int64_t n) const { return load_codes(values + n * WIDTH); }
+  void store(int64_t n, f32xw code) const { store_codes(values + n * WIDTH, code, grid(1.0f)); }
+
+  template <Span SPAN>
+  f32xw next(f32xw code, f32xw x, f32xw input, int64_t t) const {
+    return multiply_add(decay<SPAN>(x, -NORMAL) * rounding.scale_before[t], code, input);
+  }
+
+  template <Span SPAN>
+  f32xw kept(f32xw state, int64_t t) const {
+    const f32xw code = rounded_differences(state, grid(rounding.inv_scale[t]));
+    return SPAN == Span::any ? (code == code ? code : f32xw{}) : code;
+  }
+};
+
+template <Span SPAN, int N, class Kept>
 void recur_block(Chunk& c, int64_t v, const Mixing& mixing, int64_t S, int64_t first, const f32xw* rates,
-                 f32xw* states) {
+                 Kept states) {
   const float *B = mixing.B.data() + first, *C = mixing.C.data() + first;
   f32xw h[N], rate[N];
-  unroll<N>([&](auto n) { h[n] = states[n], rate[n] = rates[n]; });
+  unroll<N>([&](auto n) { h[n] = states.load(n), rate[n] = rates[n]; });
   for (int64_t t = 0; t < c.tokens; t++, B += S, C += S) {
     const f32xw step = c.step[v][t], drive = c.drive[v][t];
     f32xw y = c.y[v][t];
     unroll<N>([&](auto n) {
-      h[n] = decayed<SPAN>(h[n], step * rate[n], drive * B[n]);
-      y += h[n] * C[n];
+      const f32xw state = states.template next<SPAN>(h[n], step * rate[n], drive * B[n], t);
+      y += state * C[n];
+      h[n] = states.template kept<SPAN>(state, t);
     });
     c.y[v][t] = y;
   }
-  unroll<N>([&](auto n) { states[n] = h[n]; });
+  unroll<N>([&](auto n) { states.store(n, h[n]); });
 }
 
 // From the states before the chunk; `carry` is the gradient of those after it, and becomes that of those before it.
@@ -289,7 +358,9 @@ void recur_backward(Chunk& c, const Mixing& mixing, int64_t S, ChunkGrad& grad, 
 
 // The states of a panel of channels, and the decays' rates.
 struct States {
-  States(int64_t vectors, int64_t states) : S(states), rates(vectors * S), values(vectors * S), fastest(vectors * S) {}
+  States(int64_t vectors, int64_t states, bool quantized = false)
+      : S(states), rates(vectors * S), fastest(vectors * S), values(quantized ? 0 : vectors * S),
+        codes(quantized ? vectors * S * WIDTH : 0) {}
 
   void begin(const float* A, int64_t first, int64_t last, int64_t channels) {
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
@@ -304,17 +375,31 @@ struct States {
 
   // The v-th vector of the chunk, which is the at-th of the panel.
   void recur(Chunk& c, int64_t v, f32xw longest, const Mixing& mixing, int64_t at) {
-    for_states(S, [&](auto n, int64_t first) {
-      const int64_t i = at * S + first;
-      for_span(span_of(longest * fastest[i]), [&](auto span) {
-        recur_block<span(), n()>(c, v, mixing, S, first, &rates[i], &values[i]);
-      });
-    });
+    recur(c, v, longest, mixing, at, [&](int64_t i) { return Floats{&values[i]}; });
+  }
+
+  void recur(Chunk& c, int64_t v, f32xw longest, const Mixing& mixing, int64_t at, const Rounding& rounding) {
+    recur(c, v, rounding.longest(c, v, longest), mixing, at,
+          [&](int64_t i) { return Codes(&codes[i * WIDTH], rounding); });
   }
 
   int64_t S;
-  std::vector<f32xw> rates, values;  // (vectors, states)
-  std::vector<f32xw> fastest;        // of a block of states, at its first; infinite if one grows
+  std::vector<f32xw> rates;    // (vectors, states)
+  std::vector<f32xw> fastest;  // of a block of states, at its first; infinite if one grows
+  std::vector<f32xw> values;   // (vectors, states), or none
+  std::vector<int8_t> codes;   // (vectors, states, WIDTH), or none
+
+ private:
+  // kept(i) is a block's states, the first of which is the i-th.
+  template <class Kept>
+  void recur(Chunk& c, int64_t v, f32xw longest, const Mixing& mixing, int64_t at, Kept kept) {
+    for_states(S, [&](auto n, int64_t first) {
+      const int64_t i = at * S + first;
+      for_span(span_of(longest * fastest[i]), [&](auto span) {
+        recur_block<span(), n()>(c, v, mixing, S, first, &rates[i], kept(i));
+      });
+    });
+  }
 };
 
 // The backward of some images' panels, with the memory it needs.
@@ -650,12 +735,12 @@ class Directions {
   std::vector<f32xw> sums;  // (tokens, vectors)
 };
 
-}  // namespace
-
-void scan(const Scan& s, int64_t begin, int64_t end) {
+// `quantized` is null, or has the scan.
+void scan_groups(const Scan& s, const QuantizedScan* quantized, int64_t begin, int64_t end) {
   const int64_t groups = (s.channels + LANES - 1) / LANES;
   Mixing mixing(s.states);
-  States states(std::min(groups, end - begin) * LANES / WIDTH, s.states);
+  States states(std::min(groups, end - begin) * LANES / WIDTH, s.states, quantized);
+  Rounding rounding;
   Chunk c;
   while (begin < end) {
     const int64_t image = begin / groups, first = begin % groups * LANES;
@@ -665,6 +750,7 @@ void scan(const Scan& s, int64_t begin, int64_t end) {
     // All channels take a chunk before any takes the next: memory is read row by row.
     for (int64_t token = 0; token < s.tokens; token += CHUNK) {
       mixing.read(s, image, token);
+      if (quantized) rounding.begin(*quantized, token, mixing);
       for (int64_t e = first, at = 0; e < last; e += STRIP * WIDTH, at += STRIP) {
         const Window w(s, image, token, e, std::min(e + STRIP * WIDTH, last));
         read(c, w);
@@ -672,7 +758,12 @@ void scan(const Scan& s, int64_t begin, int64_t end) {
           const int64_t channel = e + v * WIDTH, left = last - channel;
           const f32xw skip = s.D ? load_lanes(s.D + channel, left) : f32xw{};
           const f32xw bias = s.delta_bias ? load_lanes(s.delta_bias + channel, left) : f32xw{};
-          states.recur(c, v, start(c, v, bias, s.D ? &skip : nullptr, s.softplus), mixing, at + v);
+          const f32xw longest = start(c, v, bias, s.D ? &skip : nullptr, s.softplus);
+          if (quantized) {
+            states.recur(c, v, longest, mixing, at + v, rounding);
+          } else {
+            states.recur(c, v, longest, mixing, at + v);
+          }
         }
         for (int64_t t = 0; t < w.tokens; t++) {
           if (s.z.data) {
@@ -684,6 +775,12 @@ void scan(const Scan& s, int64_t begin, int64_t end) {
     }
   }
 }
+
+}  // namespace
+
+void scan(const Scan& s, int64_t begin, int64_t end) { scan_groups(s, nullptr, begin, end); }
+
+void scan_quantized(const QuantizedScan& q, int64_t begin, int64_t end) { scan_groups(q.scan, &q, begin, end); }
 
 void scan_backward(const ScanBackward& b, int64_t begin, int64_t end) {
   const int64_t panels = (b.forward.channels + PANEL - 1) / PANEL;

@@ -12,6 +12,7 @@ void pack(const Pack&, int64_t, int64_t);
 void linear(const Linear&, int64_t, int64_t);
 void linear_amx(const Linear&, int64_t, int64_t);
 void scan(const Scan&, int64_t, int64_t);
+void scan_quantized(const QuantizedScan&, int64_t, int64_t);
 void scan_backward(const ScanBackward&, int64_t, int64_t);
 void choose_qparams(const ChooseQparams&, int64_t, int64_t);
 void dequantize(const Dequantize&, int64_t, int64_t);
@@ -29,8 +30,8 @@ void fake_quantize_backward(const FakeQuantizeBackward&, int64_t, int64_t);
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
+  static const Kernels table{quantize, pack, linear, scan, scan_quantized, scan_backward, directional_scan,
+                             choose_qparams, dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
                              conv_backward, fake_quantize, fake_quantize_backward};
   return table;
 }
@@ -38,8 +39,8 @@ const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear_amx, scan, scan_backward, directional_scan, choose_qparams,
-                             dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
+  static const Kernels table{quantize, pack, linear_amx, scan, scan_quantized, scan_backward, directional_scan,
+                             choose_qparams, dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
                              conv_backward, fake_quantize, fake_quantize_backward};
   return table;
 }

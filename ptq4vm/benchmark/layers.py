@@ -31,7 +31,7 @@ class Category(enum.StrEnum):
 
 _NAMES = {
     Category.LINEAR: "linear matmul bmm mm addmm linear_packed linear_gelu_quantize",
-    Category.SCAN: "selective_scan directional_scan directional_scan_quantize",
+    Category.SCAN: "selective_scan selective_scan_quantized directional_scan directional_scan_quantize",
     Category.CONV: "conv1d conv2d causal_conv1d conv1d_quantize conv2d_quantize",
     Category.NORM: "layer_norm rms_norm batch_norm group_norm norm_quantize",
     Category.LAYOUT: (

@@ -135,8 +135,8 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
             rms = norm.target is aten.rms_norm.default
             x, sizes, weight, *rest = arguments(norm)
             bias, eps = (None, rest[0]) if rms else rest[:2]
-            if len(sizes) != 1:
-                raise Left("it normalizes more than the channels")
+            if len(sizes) != 1 or x.meta["val"].dim() < 3:
+                raise Left("it does not normalize the channels of tokens")
             if eps is None:
                 eps = torch.finfo(x.meta["val"].dtype).eps
             terms = _residual(x)
@@ -154,7 +154,7 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
             pattern = f"residual + {pattern}"
             total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
             x.replace_all_uses_with(total)
-        swap(gm, quantize.node, insert.call(operator.getitem, pair, 1))
+        swap(gm, quantize.node, shaped_as(insert, insert.call(operator.getitem, pair, 1), quantize.node))
         note(gm, norm, pattern)
     return gm
 

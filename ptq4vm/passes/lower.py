@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops, reference
+from ptq4vm.fake_quantize import OUTPUT
 from ptq4vm.fake_quantize import quantized_decomposed as qdq
 from ptq4vm.graph import Insertion, aten, attribute
 
@@ -20,7 +21,10 @@ def lower(gm: GraphModule) -> GraphModule:
     """Lowers every linear whose input and weight are dequantized; others stay as they are."""
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         x, weight, *bias = node.args
-        if _target(weight) is not qdq.dequantize_per_channel.default or _target(x) not in _INPUTS:
+        row = None
+        if _target(x) is aten.slice_scatter.default:
+            x, row, *where = x.args
+        if _target(weight) is not qdq.dequantize_per_channel.default or _target(x) not in _INPUTS or OUTPUT in x.meta:
             continue
         name = str(weight.args[0].target).removesuffix(".weight_q")
         insert = Insertion(gm, node)
@@ -30,7 +34,36 @@ def lower(gm: GraphModule) -> GraphModule:
         arguments = (weight_q, weight.args[1], bias[0] if bias else None)
         dtype = node.meta["val"].dtype if "val" in node.meta else torch.float32
         product = insert.call(ops.linear.default, codes, scale, zero_point, *arguments, dtype)
+        if row is not None:
+            # the class token in floating point
+            exact = insert.call(aten.linear.default, row, weight, *bias)
+            product = insert.call(aten.slice_scatter.default, product, exact, *where)
         node.replace_all_uses_with(product)
+        gm.graph.erase_node(node)
+    return _lower_outputs(gm)
+
+
+def _lower_outputs(gm: GraphModule) -> GraphModule:
+    """What is quantized where it is made: the same codes, and floating point from them for whatever reads them."""
+    for node in [node for node in gm.graph.nodes if OUTPUT in node.meta]:
+        codes, name, insert = node.args[0], node.meta[OUTPUT], Insertion(gm, node)
+        x = codes.args[0]
+        if node.target is qdq.dequantize_per_tensor.default:
+            scale, ratio, bits = torch.tensor([codes.args[1]], dtype=torch.float32), None, _bits(codes.args[4])
+        else:
+            scale, axis, bits = attribute(gm, str(codes.args[1].target)), codes.args[3], _bits(codes.args[5])
+            steps = scale.view(-1, *[1] * (x.meta["val"].dim() - 1 - axis))
+            ratio, scale = steps, torch.ones(1)
+        zero = insert.tensor(f"{name}.output_zero_point", torch.zeros(1, dtype=torch.int32))
+        step = insert.tensor(f"{name}.output_scale", scale)
+        inverse = insert.tensor(f"{name}.output_inv_scale", 1.0 / scale)
+        if ratio is not None:
+            x = insert.call(aten.mul.Tensor, x, insert.tensor(f"{name}.output_inv_steps", 1.0 / ratio))
+        lowered = insert.call(ops.quantize.default, x, inverse, zero, None, bits)
+        value = insert.call(ops.dequantize.default, lowered, step, zero)
+        if ratio is not None:
+            value = insert.call(aten.mul.Tensor, value, insert.tensor(f"{name}.output_steps", ratio))
+        node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
     return gm
 
@@ -88,4 +121,5 @@ _INPUTS = {
 
 def is_lowered(gm: GraphModule) -> bool:
     """Whether the graph computes with integers."""
-    return bool(gm.graph.find_nodes(op="call_function", target=ops.linear.default))
+    integer = (ops.linear.default, ops.selective_scan_quantized.default)
+    return any(gm.graph.find_nodes(op="call_function", target=target) for target in integer)

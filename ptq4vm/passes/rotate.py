@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, LinearSite, aten, is_view, parameter_of
+from ptq4vm.graph import Insertion, LinearSite, aten, is_constant, is_view
 
 _FACTORS = {aten.dropout.default, aten.mul.Tensor}
 
@@ -22,19 +22,17 @@ def insert_rotation(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule
     """`linear(x, W)` → `linear(x R, W R)` where the linear writes to the residual stream; R is orthogonal and its own
     inverse."""
     for site in sites:
-        if _writes_stream(site.node):
+        if writes_stream(site.node):
             insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
             site.node.args = (*(insert.call(ops.rotate.default, value) for value in (x, weight)), *bias)
     return gm
 
 
-def _writes_stream(node: Node) -> bool:
+def writes_stream(node: Node) -> bool:
     """Whether a value is added to another that depends on the input, as it is or times a factor."""
     for user in node.users:
-        if (is_view(user) or user.target in _FACTORS) and _writes_stream(user):
+        if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
             return True
-        if user.target is aten.add.Tensor and all(
-            isinstance(arg, Node) and parameter_of(arg) is None for arg in user.args
-        ):
+        if user.target is aten.add.Tensor and all(isinstance(arg, Node) and not is_constant(arg) for arg in user.args):
             return True
     return False

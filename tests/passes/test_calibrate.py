@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from strategies import EVERYTHING, normal
+from strategies import EVERYTHING, fitting, normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
@@ -12,6 +12,7 @@ from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.observers import observe
 from ptq4vm.passes import calibrate as module
+from ptq4vm.passes import members
 from ptq4vm.passes.calibrate import gather
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
@@ -49,11 +50,11 @@ def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images
 
 @pytest.mark.parametrize("granularity", Granularity)
 def test_every_linear_gets_its_qparams(roads, granularity):
-    config = QuantConfig(granularity=granularity, range_search=False)
+    config = QuantConfig(**fitting(granularity) | {"range_search": False})
     for linear, fact in zip(
         linears_of(roads.calibrated(config)), record_of(roads.prepared(config)).linears, strict=True
     ):
-        tokens = {"per_token": (17,), "per_tensor": (1,)}.get(granularity)
+        tokens = {"per_token": (17,), "k_scaled_token": (17,), "per_token_dynamic": None}.get(granularity, (1,))
         assert (None if linear.input.scale is None else tuple(linear.input.scale.shape)) == tokens
         assert linear.weight.scale.shape == (fact.out_features,)
         assert linear.smooth is not None and linear.smooth.any()
@@ -71,7 +72,7 @@ def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
 def test_more_images_than_run_at_once(roads, images, monkeypatch):
     gm, again = roads.prepared(UNLEARNED), roads.prepared(UNLEARNED)
     calibrate(gm, [images], progress=False)
-    monkeypatch.setattr(module, "FORWARD_BATCH", 5)
+    monkeypatch.setattr(members, "FORWARD_BATCH", 5)
     calibrate(again, [images], progress=False)
     for a, b in zip(linears_of(gm), linears_of(again), strict=True):
         assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)

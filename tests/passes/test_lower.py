@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowering import check, constant, in_order
 from public_models import slow_but
-from strategies import EVERYTHING, normal
+from strategies import EVERYTHING, fitting, normal
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, calibrate, convert, ops, prepare
@@ -76,9 +76,7 @@ def test_they_are_for_any_shape_and_bits(
     config = QuantConfig(
         weight_bits=weight_bits,
         activation_bits=activation_bits,
-        granularity=granularity,
-        smoothing=0.5 if smooth else None,
-        range_search=granularity is not Granularity.PER_TOKEN_DYNAMIC,
+        **{"smoothing": 0.5 if smooth else None} | fitting(granularity),
     )
     torch.manual_seed(seed)
     x = normal(images, tokens, channels, seed=seed)

@@ -1,0 +1,119 @@
+"""k-scaled quantization: K step sizes for tokens or channels of like magnitude (k-scaled paper).
+
+Shapes: x (images, …) with one axis of J tokens or channels; indices and step sizes are (J,). The steps are looked up
+once, so at run time there is one table and no index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq4vm import reference
+from ptq4vm.config import QuantSpec, RangeSearch
+
+ROUNDS = 100
+"""Of Lloyd's algorithm, at most; in one dimension it stops after a few."""
+
+
+class Statistics:
+    """Of a value x (images, …), over all images: what its step sizes are found from."""
+
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        """Of the tokens or channels, J of them."""
+        self.count = 0
+        self.sum = self.size = self.largest = torch.zeros(())
+        """Of x and of |x|, and max|x|; (J,) each."""
+        self.samples: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        rows = x.float().transpose(0, self.axis).flatten(1)
+        sizes = rows.abs()
+        self.sum = self.sum + rows.sum(1, dtype=torch.float64)
+        self.size = self.size + sizes.sum(1, dtype=torch.float64)
+        self.largest = torch.maximum(self.largest, sizes.amax(1))
+        self.count += rows.shape[1]
+        if sum(sample.numel() for sample in self.samples) < KEPT:
+            self.samples.append(rows)
+
+    def step_size(self, spec: QuantSpec, search: RangeSearch) -> Tensor:
+        """(1,) for all of it."""
+        values = torch.cat([sample.flatten() for sample in self.samples])
+        return symmetric_scale(values.unsqueeze(0), self.largest.amax(0, keepdim=True), spec, search)
+
+    def step_sizes(self, clusters: int, spec: QuantSpec, search: RangeSearch, power_of_two: bool) -> Tensor:
+        """(J,), of which at most `clusters` differ.
+
+        Tokens or channels are clustered by mean|x|. A cluster's step is max|x| / 127.5, or the truncation of it with
+        the least squared error. With `power_of_two` it is the first cluster's times a power of two: the one above or
+        the one below, whichever errs less (the paper takes the nearer one).
+        """
+        rows = torch.cat(self.samples, 1)
+        index = cluster(self.size / self.count, clusters)
+        steps: list[Tensor] = []
+        for k in index.unique():
+            values, largest = rows[index == k].reshape(1, -1), self.largest[index == k].amax(0, keepdim=True)
+            step = symmetric_scale(values, largest, spec, search)
+            if power_of_two and steps:
+                exponent = torch.log2(step / steps[0])
+                step = least_error(
+                    values, steps[0] * torch.exp2(torch.stack((exponent.floor(), exponent.ceil()), 1)), spec
+                )
+            steps.append(step)
+        return torch.cat(steps)[index]
+
+
+KEPT = 2**24
+"""Values of one tensor that are kept to score truncations: the first images'. Maxima and means are those of all."""
+
+
+def cluster(magnitudes: Tensor, clusters: int) -> Tensor:
+    """Which of at most K clusters each magnitude (J,) is in: k-means from quantiles, clusters in order of size.
+
+    No cluster is empty: the numbers are 0, 1, … without gaps.
+    """
+    values = magnitudes.double()
+    centers = torch.quantile(values, (torch.arange(clusters, dtype=torch.float64) + 0.5) / clusters).unique()
+    for _ in range(ROUNDS):
+        index = (values.unsqueeze(1) - centers).abs().argmin(1)
+        moved = torch.stack([values[index == k].mean() for k in index.unique()])
+        if torch.equal(moved, centers):
+            break
+        centers = moved
+    return (values.unsqueeze(1) - centers).abs().argmin(1).unique(return_inverse=True)[1]
+
+
+FRACTIONS = torch.arange(100, 9, -2) / 100
+"""Candidate step sizes, as fractions of the one that reaches max|x|."""
+
+SAMPLES, LARGEST_SAMPLE = 2**19, 2**15
+"""Values that are scored, of all rows and of one; of more, some are drawn. The full range is that of all."""
+
+
+def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
+    """Step size (rows,) of rows of values (rows, n): max|x| / (2^(b-1) - 1/2), or less where that errs less.
+
+    `largest` (rows,) are the maxima, which may be those of more values.
+    """
+    low, high = spec.bounds
+    full = (largest / ((high - low) / 2)).clamp(min=reference.EPSILON)
+    if search is RangeSearch.MINMAX:
+        return full
+    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON), spec)
+
+
+def least_error(values: Tensor, candidates: Tensor, spec: QuantSpec) -> Tensor:
+    """Of candidate steps (rows, m) those (rows,) with the least squared error on values (rows, n)."""
+    wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
+    if values.shape[1] > wanted:
+        # drawn, since every n-th value may always be the same channel's
+        chosen = torch.randint(values.shape[1], (wanted,), generator=torch.Generator().manual_seed(0))
+        values = values[:, chosen.to(values.device)]
+    errors = torch.stack([_error(values.float(), scale, *spec.bounds) for scale in candidates.unbind(1)], 1)
+    return candidates.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
+
+
+def _error(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+    step = scale.unsqueeze(1)
+    return (torch.round(values * (1.0 / step)).clamp(low, high) * step - values).square().sum(1)

@@ -1,0 +1,132 @@
+"""Reparameterization: without quantization nothing changes, and factors fold into x_proj."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import normal, seeds
+from torch import nn
+
+from ptq4vm import QuantConfig, calibrate, convert, prepare
+from ptq4vm.config import State
+from ptq4vm.models.scans import Direction, initial_states, scan_tokens
+from ptq4vm.passes.reparameterize import determine_factors, set_factors
+from ptq4vm.quantizer import quantized_scans
+from ptq4vm.reference import scan_states, selective_scan
+
+DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip")
+
+
+class Scans(nn.Module):
+    """Tokens (B, L, E) of a 3×4 map, scanned along some directions, with what a block has around a scan."""
+
+    def __init__(self, names, channels, states, rank, gate, seed):
+        super().__init__()
+        self.directions = [Direction.parse(name) for name in names]
+        self.gate = gate
+        draw = torch.Generator().manual_seed(seed)
+
+        def parameter(*shape):
+            return nn.Parameter(torch.randn(shape, generator=draw) / shape[-1] ** 0.5)
+
+        self.x_proj = nn.ParameterList(parameter(rank + 2 * states, channels) for _ in names)
+        self.dt_proj = nn.ParameterList(parameter(channels, rank) for _ in names)
+        self.dt_bias = nn.ParameterList(parameter(channels) for _ in names)
+        self.D = nn.ParameterList(parameter(channels) for _ in names)
+        self.A_log = nn.ParameterList(nn.Parameter(initial_states(channels, states)) for _ in names)
+
+    def forward(self, x):
+        total = torch.zeros_like(x)
+        for i, direction in enumerate(self.directions):
+            u = direction.scan(x, 3, 4)
+            weights = (self.x_proj[i], self.dt_proj[i], self.dt_bias[i], self.A_log[i], self.D[i])
+            total = total + direction.restore(scan_tokens(u, u if self.gate else None, *weights), 3, 4)
+        return total
+
+
+@settings(max_examples=15)
+@given(
+    names=st.lists(st.sampled_from(DIRECTIONS), min_size=1, max_size=4, unique=True),
+    channels=st.sampled_from([1, 3, 8]),
+    states=st.sampled_from([1, 2, 16]),
+    rank=st.sampled_from([1, 3]),
+    gate=st.booleans(),
+    integrate=st.booleans(),
+    spread=st.sampled_from([0.5, 2.0, 6.0]),
+    seed=seeds,
+)
+def test_nothing_changes_without_quantization(names, channels, states, rank, gate, integrate, spread, seed):
+    model = Scans(names, channels, states, rank, gate, seed)
+    x = normal(2, 12, channels, seed=seed)
+    config = QuantConfig(exclude=("*",), state=State(integrate=integrate))
+    prepared = prepare(model, (x,), config)
+    scans = quantized_scans(prepared)
+    assert len(scans) == len(names)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for scan in scans:
+            factors = (torch.exp(spread * torch.randn(n, generator=draw)) for n in (channels, states))
+            set_factors(prepared, scan, *factors)
+        exact = model.double()(x.double())
+        assert (prepared(x) - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@given(seed=seeds, integrate=st.booleans())
+@settings(max_examples=10)
+def test_powers_of_two_fold_exactly(seed, integrate):
+    """Integrated or not, and not multiplied at all: the same bits."""
+    model, x = Scans(("h", "v_flip"), 4, 3, 2, True, seed), normal(3, 12, 4, seed=seed)
+    prepared = prepare(model, (x,), QuantConfig(exclude=("*",), state=State(integrate=integrate)))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for scan in quantized_scans(prepared):
+            assert bool(scan.fake.first_rows) == integrate
+            set_factors(prepared, scan, *(2.0 ** torch.randint(-9, 9, (n,), generator=draw) for n in (4, 3)))
+        assert torch.equal(
+            prepared(x), prepare(model, (x,), QuantConfig(exclude=("*",), state=State(reparameterize=False)))(x)
+        )
+
+
+def test_integrated_factors_are_in_x_proj_and_cost_nothing():
+    model, x = Scans(("h", "v"), 4, 3, 2, False, 0), normal(6, 12, 4)
+    config = QuantConfig(exclude=("*",), state=State())
+    with_them, without = (
+        convert(calibrate(prepare(model, (x,), QuantConfig(exclude=("*",), state=state)), [x], progress=False))
+        for state in (config.state, State(reparameterize=False))
+    )
+    counts = [
+        len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) for gm in (with_them, without)
+    ]
+    assert counts[0] == counts[1] + 4  # r_C before and after each scan
+    for node in with_them.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        assert node.args[1].op == "get_attr"
+
+
+def test_the_factors_are_those_of_the_paper():
+    """R_* is the mean over the other axes, r_* = R_*^p_*, and the exponents sum to one."""
+    mean = normal(5, 3, 4, seed=1).abs()
+    channels, tokens, states = determine_factors(mean)
+    means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
+    powers = [
+        torch.log(found) / torch.log(wanted) for found, wanted in zip((channels, tokens, states), means, strict=True)
+    ]
+    spread = torch.stack([value.std(correction=0) for value in means])
+    for power, share in zip(powers, spread / spread.sum(), strict=True):
+        assert torch.allclose(power, share.expand_as(power), rtol=1e-3)
+
+
+def test_states_of_one_size_have_no_factors():
+    channels, tokens, states = determine_factors(torch.ones(5, 3, 4))
+    assert all(torch.allclose(value, torch.ones_like(value)) for value in (channels, tokens, states))
+
+
+@given(seed=seeds, images=st.integers(1, 3), tokens=st.sampled_from([1, 2, 19]), states=st.sampled_from([1, 3]))
+def test_the_states_of_a_scan(seed, images, tokens, states):
+    """Read one state at a time, with C = 1 for it."""
+    u, delta, B = (normal(images, tokens, n, seed=seed + i) for i, n in enumerate((5, 5, states)))
+    A = -normal(5, states, seed=seed).abs()
+    found = torch.cat(list(scan_states(u, delta, A, B, None, True)))
+    for s in range(states):
+        C = torch.zeros(images, tokens, states)
+        C[..., s] = 1
+        h = selective_scan(u, delta, A, B, C, None, None, None, True)
+        assert torch.allclose(found[:, :, s].transpose(0, 1), h, rtol=1e-5, atol=1e-6)

@@ -1,6 +1,7 @@
 """The CUDA library without a GPU: its glue, compiled with g++ and linked to the emulated kernels of cuda_emulator.py.
 
-Its operators are called `ptq4vm_emulated::` and take tensors of the CPU.
+Its operators are called `ptq4vm_emulated::` and take tensors of the CPU. `gpu.of(1)` has them for tensors of the second
+GPU, as far as the library sees: their memory is the CPU's.
 """
 
 import ctypes
@@ -13,6 +14,9 @@ from pathlib import Path
 import torch
 from cuda_cutlass import host_flags
 from cuda_emulator import COMPILER, SOURCES, compile_emulated
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ptq4vm import ops
 
@@ -22,6 +26,59 @@ KERNELS = ("quantize", "norm", "rotate", "conv", "conv2d", "scan", "directional_
 LINEARS = ("linear_s8", "linear_s4")
 DEFINES = (f"-DPTQ4VM_LIBRARY={NAMESPACE}", "-DPTQ4VM_KEY=CPU", "-DPTQ4VM_CUDA")
 DEFINES += ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
+
+
+CPU = -1
+"""The index of the device of its tensors."""
+
+
+def _named(x: Tensor, device: torch.device) -> Tensor:
+    """x under the name of another device: the same memory, which must outlive the result."""
+    storage = x.untyped_storage()
+    storage = torch._C._construct_storage_from_data_pointer(storage.data_ptr(), device, storage.nbytes())
+    if device.type == "cpu":
+        return torch.empty(0, dtype=x.dtype).set_(storage, x.storage_offset(), x.shape, x.stride())
+    shape = {"size": x.shape, "stride": x.stride(), "storage_offset": x.storage_offset(), "dtype": x.dtype}
+    return torch._C._construct_CUDA_Tensor_From_Storage_And_Metadata(shape, storage)
+
+
+def on_gpu(x: Tensor, device: int) -> Tensor:
+    """x under the name of a GPU. Only a torch with CUDA can."""
+    there = _named(x, torch.device("cuda", device))
+    there.memory = x
+    return there
+
+
+def on_cpu(x: Tensor) -> Tensor:
+    return _named(x, torch.device("cpu")) if x.is_cuda else x
+
+
+class _AtenOfGpus(TorchDispatchMode):
+    """What the glue asks of torch is done on the CPU; results are where the first tensor is."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        device = next(x.device for x in tree_leaves(args) if isinstance(x, Tensor))
+        args, kwargs = tree_map_only(Tensor, on_cpu, (args, kwargs or {}))
+        result = function(*args, **kwargs)
+        return tree_map_only(Tensor, lambda x: on_gpu(x, device.index), result) if device.type == "cuda" else result
+
+
+class OfGpu:
+    """The operators for tensors of one GPU; those that are given are moved there, and results back."""
+
+    def __init__(self, gpu: "Emulated", device: int) -> None:
+        self._gpu, self._device = gpu, device
+
+    def __getattr__(self, name: str):
+        def operator(*arguments):
+            there = tree_map_only(Tensor, lambda x: x if x.is_cuda else on_gpu(x, self._device), arguments)
+            keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # that of the emulated kernel
+            with _AtenOfGpus():
+                results = getattr(self._gpu, name).default.redispatch(keys, *there)
+            assert {x.device for x in tree_leaves(results)} == {torch.device("cuda", self._device)}
+            return tree_map_only(Tensor, lambda x: on_cpu(x).clone(), results)
+
+        return operator
 
 
 class Emulated:
@@ -49,13 +106,16 @@ class Emulated:
         return getattr(getattr(torch.ops, NAMESPACE), name)
 
     @contextmanager
-    def on(self, capability: int = 80, stream: int = 0) -> Iterator[None]:
-        """What the operators take the GPU for, and the stream that is current."""
-        self._library.ptq4vm_emulate(capability, ctypes.c_void_p(stream))
+    def on(self, capability: int = 80, stream: int = 0, device: int = CPU) -> Iterator[None]:
+        """What the operators take a GPU for, and the stream that is current there."""
+        self._library.ptq4vm_emulate(device, capability, ctypes.c_void_p(stream))
         try:
             yield
         finally:
-            self._library.ptq4vm_emulate(80, None)
+            self._library.ptq4vm_emulate(device, 80, None)
+
+    def of(self, device: int) -> "OfGpu":
+        return OfGpu(self, device)
 
     def launches(self) -> list[int]:
         """The streams of all kernels since the last call."""

@@ -4,14 +4,18 @@ import gc
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch.utils._pytree import tree_map_only
 
 import ptq4vm
-from ptq4vm import backend, convert, native
+from ptq4vm import backend, convert, native, ops
 from ptq4vm.config import QuantConfig
+from ptq4vm.graph import attribute
 
 FAST = {"inductor": False}
 
@@ -114,6 +118,49 @@ def test_weights_are_shared_on_one_device_alone():
         gm.register_buffer("weight", torch.ones(3, device=device))
         kept.append(backend._share_constants(gm, frozenset({1})).get_buffer("weight"))
     assert tuple(value.device.type for value in kept) == devices and kept[2] is kept[0]
+
+
+def test_a_model_on_a_gpu_is_compiled_without_asking_it(quantized, images, monkeypatch):
+    """On the second of two GPUs, which are not here: its graph is Dynamo's, its tensors have no numbers."""
+    there = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was started"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
+    monkeypatch.setattr(native, "serves", lambda device: True)
+    monkeypatch.setattr(FakeTensor, "data_ptr", lambda x: id(x), raising=False)
+    seen, outputs = [], []
+    monkeypatch.setattr(
+        backend, "_share_constants", lambda *a, f=backend._share_constants: seen.append(f(*a)) or seen[-1]
+    )
+
+    def moved(gm, example_inputs):
+        """Compiles the graph as Dynamo would have made it there, and runs the one that is here."""
+        graph, values = torch.fx.Graph(), {}
+        graph.output(graph.graph_copy(gm.graph, values))
+        mode = next(node for node in graph.nodes if node.op == "placeholder").meta["example_value"].fake_mode
+        monkeypatch.setattr(mode, "allow_non_fake_inputs", True)  # constants that fusing adds
+
+        def move(x):
+            with mode:
+                return x.to(there)
+
+        for node in graph.nodes:
+            node.meta["example_value"] = tree_map_only(torch.Tensor, move, node.meta.get("example_value"))
+            if (argument := node.meta.get("grapharg")) is not None:
+                value = node.meta["example_value"]
+                node.meta["grapharg"] = SimpleNamespace(example=value, source=argument.source)
+        inputs = [node.meta["example_value"] for node in graph.nodes if node.op == "placeholder"]
+        compiled = backend.ptq4vm_backend(torch.fx.GraphModule(gm, graph), inputs, options=FAST)
+        with mode:
+            outputs.extend(compiled(*inputs))
+        return gm.forward
+
+    with torch.inference_mode():
+        torch.compile(quantized, backend=moved, fullgraph=True)(images)
+    (gm,) = seen
+    assert {value.device for value in (*gm.state_dict().values(), *outputs)} == {there}
+    linears = [node for node in gm.graph.nodes if node.target is ops.linear_packed.default]
+    layouts = [[attribute(gm, node.args[i].target).dim() for i in (3, 5)] for node in linears]
+    assert layouts and all(weight == scale + 1 for weight, scale in layouts)  # in rows, not in the CPU's tiles
 
 
 def test_a_wrong_resolution_is_named(quantized):

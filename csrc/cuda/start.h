@@ -1,8 +1,6 @@
 // How an operator starts its kernels, and what it says when that fails.
 #pragma once
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include <stdexcept>
 
 #include "../glue.h"
@@ -15,9 +13,7 @@ namespace cuda {
 template <class F>
 void launch(const char* name, const Tensor& on, F start) {
   const int device = on.get_device_index();
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (on.is_cuda()) guard.emplace(device);
-  use_device(device);
+  const auto current = use_device(device);
   std::string problem;
   try {
     start(current_stream(device));

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
 namespace ptq4vm {
@@ -25,9 +26,11 @@ Stream current_stream(int device) {
 }
 
 // The toolkit is linked statically, and what it holds for current is not what torch's one does.
-void use_device(int device) {
+std::shared_ptr<void> use_device(int device) {
+  auto guard = std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
   const cudaError_t error = cudaSetDevice(device);
   STD_TORCH_CHECK(error == cudaSuccess, "GPU ", device, ": ", cudaGetErrorString(error));
+  return guard;
 }
 
 int capability(int device) {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_glue import NAMESPACE, Emulated
+from cuda_glue import NAMESPACE, Emulated, on_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_laws import WITHOUT_CUDA, laws_of, name_of
@@ -71,6 +71,33 @@ def test_every_kernel_is_on_the_current_stream(gpu, name, capability, data):
     with gpu.on(capability, stream):
         KERNELS[name].check(gpu, **data.draw(KERNELS[name].arguments()))
     assert set(gpu.launches()) <= {stream}
+
+
+# --- one of several GPUs ---
+
+several = pytest.mark.skipif(torch.version.cuda is None, reason="a torch without CUDA has no tensors of GPUs")
+
+
+@several
+@pytest.mark.parametrize("name", KERNELS)
+@given(st.data())
+@settings(DRAWN, max_examples=6)
+def test_a_law_holds_on_the_gpu_of_the_tensors(gpu, name, data):
+    """Its stream, its compute capability, and its memory."""
+    gpu.launches()
+    device = data.draw(st.sampled_from([0, 1]))
+    with gpu.on(80, 0x70, device=0), gpu.on(90, 0x71, device=1):
+        KERNELS[name].check(gpu.of(device), **data.draw(KERNELS[name].arguments()))
+    assert set(gpu.launches()) <= {0x70 + device}
+
+
+@several
+def test_an_error_has_the_number_of_the_gpu(gpu):
+    with pytest.raises(RuntimeError, match="ptq4vm::rotate on GPU 1: so many channels"):
+        gpu.of(1).rotate(torch.zeros(1, 65536))
+    zero_point = on_gpu(torch.zeros(1, dtype=torch.int32), 0)
+    with pytest.raises(RuntimeError, match="the first is on GPU 1, another on GPU 0"):
+        gpu.of(1).quantize(torch.ones(2, 3), torch.ones(1), zero_point, None, 8)
 
 
 # --- bad input ---

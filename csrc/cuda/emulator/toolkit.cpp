@@ -1,46 +1,43 @@
-// No device; the compute capability and the stream are those that a test asks for.
+// No device; the compute capabilities and the streams are those that a test asks for.
 #include "../toolkit.h"
 
 #include <climits>
+#include <map>
 #include <stdexcept>
 
 namespace ptq4vm {
 namespace cuda {
 namespace {
 
+struct Gpu {
+  int capability = 80;
+  Stream stream = nullptr;
+};
+
 constexpr int NONE = INT_MIN;
 
-int emulated = 80, used = NONE;
-Stream stream = nullptr;
+std::map<int, Gpu> gpus;  // by the index of the device, which is -1 for tensors of the CPU
+int used = NONE;
 
-// What holds for current is forgotten after every operator, since others may change it.
-void check(int device) {
+Gpu& gpu(int device) {
   if (device != used) throw std::logic_error("the device was not made current");
+  return gpus[device];
 }
 
 }  // namespace
 
-void use_device(int device) { used = device; }
-
-Stream current_stream(int device) {
-  check(device);
-  return stream;
+std::shared_ptr<void> use_device(int device) {
+  used = device;
+  return {nullptr, [](void*) { used = NONE; }};
 }
 
-int capability(int device) {
-  check(device);
-  return emulated;
-}
-
-const char* take_error() {
-  used = NONE;
-  return nullptr;
-}
+Stream current_stream(int device) { return gpu(device).stream; }
+int capability(int device) { return gpu(device).capability; }
+const char* take_error() { return nullptr; }
 
 }  // namespace cuda
 }  // namespace ptq4vm
 
-extern "C" void ptq4vm_emulate(int capability, void* stream) {
-  ptq4vm::cuda::emulated = capability;
-  ptq4vm::cuda::stream = stream;
+extern "C" void ptq4vm_emulate(int device, int capability, void* stream) {
+  ptq4vm::cuda::gpus[device] = {capability, stream};
 }

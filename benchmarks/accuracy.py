@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
-from ptq4vm.config import RECIPES, Granularity, Loss, Outputs, QuantConfig, State
+from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantConfig, State
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
@@ -80,7 +80,9 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
     "minmax+class_token": with_(class_token_in_float=True),
     "kscaled-k_scaled": with_(outputs=Outputs(k_scaled=False)),
-    "kscaled-reparameterization": with_(state=State(reparameterize=False)),
+    "state+powers": with_(state=State(factors=Factors.POWERS)),
+    "kscaled+powers": with_(state=State(factors=Factors.POWERS)),
+    "kscaled-reparameterization": with_(state=State(factors=None)),
     "kscaled-integration": with_(state=State(integrate=False)),
     "kscaled-power_of_two": with_(power_of_two=False),
     "kscaled-truncation": with_(range_search=False),

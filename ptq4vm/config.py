@@ -66,6 +66,15 @@ class Loss(enum.StrEnum):
     `ptq4vm.passes.importance`."""
 
 
+class Factors(enum.StrEnum):
+    """What the hidden state is divided by, found from the states h of the calibration images."""
+
+    MAXIMA = "maxima"
+    """r_C = max|h| of each channel, and r_D that of each state of what remains."""
+    POWERS = "powers"
+    """Powers of the means of |h|, which sum to one (k-scaled paper, factor-determining)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantSpec:
     """How one tensor becomes integers."""
@@ -144,8 +153,8 @@ class State:
     """Quantization of the scans' hidden state between tokens (k-scaled paper)."""
 
     bits: int = 8
-    reparameterize: bool = True
-    """Divide the state by factors of its channels, tokens and states, so that one interval a step fits it."""
+    factors: Factors | None = Factors.MAXIMA
+    """Divide the state by factors of its channels and states, so that one interval a step fits it; None: by nothing."""
     per_token: bool = True
     """One interval for every step of the scan; False: one for all."""
     integrate: bool = True
@@ -153,8 +162,10 @@ class State:
 
     def __post_init__(self) -> None:
         _check_bits("state.bits", self.bits)
-        for name in ("reparameterize", "per_token", "integrate"):
+        for name in ("per_token", "integrate"):
             _check_flag(f"state.{name}", getattr(self, name))
+        if self.factors is not None:
+            object.__setattr__(self, "factors", _member("state.factors", Factors, self.factors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,11 +363,11 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
         _SECOND_PAPER
         | _PER_TENSOR
         | _MINMAX
-        | {"outputs": Outputs(k_scaled=False), "state": State(reparameterize=False, per_token=False)}
+        | {"outputs": Outputs(k_scaled=False), "state": State(factors=None, per_token=False)}
     ),
     "kscaled_linears": lambda _: _SECOND_PAPER | {"granularity": Granularity.K_SCALED_TOKEN, "bias_correction": True},
     "state": lambda _: {"exclude": ("*",), "state": State()},
-    "state_naive": lambda _: _MINMAX | {"exclude": ("*",), "state": State(reparameterize=False, per_token=False)},
+    "state_naive": lambda _: _MINMAX | {"exclude": ("*",), "state": State(factors=None, per_token=False)},
     "ptq4vm+state": lambda epochs: {"learning": Learning(epochs=epochs), "state": State()},
 }
 """What each recipe sets, given the paper's epochs of learning: PTQ4VM's baselines and ladder, its released code, ours.

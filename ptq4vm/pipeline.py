@@ -68,7 +68,7 @@ def prepared_from(
         for site in sites.linears
     )
     sources = {linear.name: read_site(linear, sites.outputs) for linear in sites.linears}
-    if config.state is not None and config.state.reparameterize:
+    if config.state is not None and config.state.factors is not None:
         gm = finish(insert_factors(gm, sites.scans, find_linears(gm), config.state.integrate))
     gm = finish(
         insert_smoothing(gm, [linear for linear in sites.linears if _is_smoothed(config, sources[linear.name])])
@@ -132,6 +132,6 @@ def skeleton(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantCon
     for convolution in quantized_convolutions(prepared):
         convolution.weight.scale = torch.ones(len(convolution_weight(prepared, convolution)))
     for scan in quantized_scans(prepared):
-        per_token = config.state is not None and (config.state.reparameterize or config.state.per_token)
+        per_token = config.state is not None and (config.state.per_token or config.state.factors is not None)
         scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
     return converted_graph(prepared, LOWERED)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Granularity, Learning, Loss, Outputs, QuantConfig, RangeSearch, Scheme, State
+from ptq4vm.config import Factors, Granularity, Learning, Loss, Outputs, QuantConfig, RangeSearch, Scheme, State
 
 EVERYTHING = QuantConfig(
     weight_bits=4,
@@ -107,7 +107,13 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         outputs=outputs,
         state=draw(
             st.none()
-            | st.builds(State, bits=bits, **dict.fromkeys(("reparameterize", "per_token", "integrate"), st.booleans()))
+            | st.builds(
+                State,
+                bits=bits,
+                factors=st.sampled_from([*Factors, None]),
+                per_token=st.booleans(),
+                integrate=st.booleans(),
+            )
         ),
         bias_correction=not gptq and draw(st.booleans()),
         seed=draw(seeds),

@@ -37,12 +37,14 @@ class States:
 
     def __init__(self) -> None:
         self.total = self.largest = self.sample = torch.zeros(())
+        self.count = 0
 
     def add(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> None:
         """Of the arguments of `ops.selective_scan`."""
         _, _, _, bias, softplus = rest
         sizes = torch.cat([states.abs() for states in reference.scan_states(u, delta, A, B, bias, softplus)])
         self.total = self.total + sizes.sum(1)
+        self.count += sizes.shape[1]
         self.largest = torch.maximum(self.largest, sizes.amax(1))
         if not self.sample.dim():
             self.sample = sizes[:, :: max(1, sizes.shape[1] // STATE_IMAGES)].clone()

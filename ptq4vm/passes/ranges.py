@@ -34,8 +34,9 @@ def set_states(members: Members, states: Mapping[ScanFakeQuantize, States], conf
             raise ValueError(
                 f"{scan.name}: its state has values that are not finite; check the checkpoint and the images"
             )
-        if config.state.reparameterize:
-            channels, tokens, factors = determine_factors(found.total)  # a sum: what it is more goes into the steps
+        if config.state.factors is not None:
+            mean = found.total / found.count
+            channels, tokens, factors = determine_factors(config.state.factors, mean, found.largest)
             set_factors(members.gm, scan.name, channels, factors)
         else:
             channels, tokens, factors = (torch.ones(n) for n in (found.total.shape[2], 1, found.total.shape[1]))

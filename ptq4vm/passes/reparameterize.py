@@ -1,4 +1,4 @@
-"""Reparameterization of the scans' hidden state, so that one interval fits it (k-scaled paper).
+"""Reparameterization of the scans' hidden state, so that one interval a step fits it (k-scaled paper).
 
 h'[l, s, c] = h[l, s, c] / (r_C[c] · r_L[l] · r_D[s]) for channels c, tokens l and states s. The scan of u / r_C with
 B / r_D and C · r_D has the states h / (r_C · r_D) and the result y / r_C, with the skip connection and the gate or
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4vm import reference
+from ptq4vm.config import Factors
 from ptq4vm.graph import Insertion, LinearSite, aten, attribute, has_attribute
 from ptq4vm.passes.tokens import token_map
 from ptq4vm.quantizer import ScanSite
@@ -22,8 +24,8 @@ from ptq4vm.quantizer import ScanSite
 CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
 """Buffers beside a scan: r_C and 1 / r_C (E,), 1 / r_D and r_D (S,), which B and C are multiplied by."""
 
-SMALLEST = 1e-15
-"""Added to every factor, as in the paper."""
+SMALLEST = 1e-4
+"""The least factor, as a part of the largest. (The paper adds 1e-15 to each, and what u is divided by may be that.)"""
 
 
 def insert_factors(
@@ -80,13 +82,26 @@ def set_factors(gm: GraphModule, name: str, channels: Tensor, states: Tensor) ->
         attribute(gm, f"{name}.{leaf}").copy_(value)
 
 
-def determine_factors(mean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """r_C (E,), r_L (L,), r_D (S,) from the mean over images of |h| (L, S, E) (k-scaled paper, factor-determining).
+def determine_factors(factors: Factors, mean: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r_C (E,), r_L (L,), r_D (S,) from the mean and the maximum over images of |h|, both (L, S, E).
 
-    R_* is the mean over the two other axes; r_* = R_*^p_*, where p_* is R_*'s standard deviation's share of the three.
+    MAXIMA: the largest |h| of each channel; then, divided by that, of each state; then of each token.
+    POWERS: r_* = R_*^p_*, where R_* is the mean over the two other axes and p_* its standard deviation's share of the
+    three.
     """
+    if factors is Factors.MAXIMA:
+        channels = _bounded(largest.amax((0, 1)))
+        left = largest / channels
+        states = _bounded(left.amax((0, 2)))
+        return channels, _bounded((left / states.unsqueeze(1)).amax((1, 2))), states
     means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
     spread = torch.stack([value.std(correction=0) for value in means])
-    shares = spread / spread.sum().clamp(min=SMALLEST)
-    channels, tokens, states = (value.pow(share) + SMALLEST for value, share in zip(means, shares, strict=True))
+    shares = spread / spread.sum().clamp(min=reference.EPSILON)
+    channels, tokens, states = (_bounded(value.pow(share)) for value, share in zip(means, shares, strict=True))
     return channels, tokens, states
+
+
+def _bounded(values: Tensor) -> Tensor:
+    """Factors to divide by, of states that stay zero too."""
+    largest = values.amax()
+    return torch.where(largest > 0, values.clamp(min=SMALLEST * largest), 1.0)

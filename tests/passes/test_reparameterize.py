@@ -1,5 +1,6 @@
 """Reparameterization: without quantization nothing changes, and factors fold into x_proj."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from strategies import normal, seeds
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.config import State
+from ptq4vm.config import Factors, State
 from ptq4vm.models.scans import Direction, initial_states, scan_tokens
 from ptq4vm.passes.reparameterize import determine_factors, set_factors
 from ptq4vm.quantizer import quantized_scans
@@ -80,9 +81,7 @@ def test_powers_of_two_fold_exactly(seed, integrate):
     with torch.no_grad():
         for scan in quantized_scans(prepared):
             set_factors(prepared, scan.name, *(2.0 ** torch.randint(-9, 9, (n,), generator=draw) for n in (4, 3)))
-        assert torch.equal(
-            prepared(x), prepare(model, (x,), QuantConfig(exclude=("*",), state=State(reparameterize=False)))(x)
-        )
+        assert torch.equal(prepared(x), prepare(model, (x,), QuantConfig(exclude=("*",), state=State(factors=None)))(x))
 
 
 def test_integrated_factors_are_in_x_proj_and_cost_nothing():
@@ -90,7 +89,7 @@ def test_integrated_factors_are_in_x_proj_and_cost_nothing():
     config = QuantConfig(exclude=("*",), state=State())
     with_them, without = (
         convert(calibrate(prepare(model, (x,), QuantConfig(exclude=("*",), state=state)), [x], progress=False))
-        for state in (config.state, State(reparameterize=False))
+        for state in (config.state, State(factors=None))
     )
     counts = [
         len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) for gm in (with_them, without)
@@ -100,10 +99,10 @@ def test_integrated_factors_are_in_x_proj_and_cost_nothing():
         assert node.args[1].op == "get_attr"
 
 
-def test_the_factors_are_those_of_the_paper():
+def test_powers_are_those_of_the_paper():
     """R_* is the mean over the other axes, r_* = R_*^p_*, and the exponents sum to one."""
     mean = normal(5, 3, 4, seed=1).abs()
-    channels, tokens, states = determine_factors(mean)
+    channels, tokens, states = determine_factors(Factors.POWERS, mean, mean)
     means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
     powers = [
         torch.log(found) / torch.log(wanted) for found, wanted in zip((channels, tokens, states), means, strict=True)
@@ -113,9 +112,32 @@ def test_the_factors_are_those_of_the_paper():
         assert torch.allclose(power, share.expand_as(power), rtol=1e-3)
 
 
-def test_states_of_one_size_have_no_factors():
-    channels, tokens, states = determine_factors(torch.ones(5, 3, 4))
-    assert all(torch.allclose(value, torch.ones_like(value)) for value in (channels, tokens, states))
+@given(seed=seeds, spread=st.sampled_from([0.1, 1.0]))
+def test_maxima_leave_nothing_above_one(seed, spread):
+    """And every channel, every state and every token of states that are a product of the three reaches it."""
+    factors = [torch.exp(spread * normal(n, seed=seed + i)) for i, n in enumerate((4, 5, 3))]
+    product = factors[0] * factors[2].view(-1, 1) * factors[1].view(-1, 1, 1)
+    for largest, exact in ((product, True), (product * normal(5, 3, 4, seed=seed).abs(), False)):
+        channels, tokens, states = determine_factors(Factors.MAXIMA, largest, largest)
+        left = largest / (channels * states.view(-1, 1) * tokens.view(-1, 1, 1))
+        assert left.max() <= 1 + 1e-5
+        if exact:
+            assert torch.allclose(left, torch.ones_like(left), rtol=1e-4)
+
+
+@pytest.mark.parametrize("factors", Factors)
+def test_states_of_one_size_have_no_factors(factors):
+    for size in (1.0, 0.0):
+        found = determine_factors(factors, torch.full((5, 3, 4), size), torch.full((5, 3, 4), size))
+        assert all(torch.allclose(value, torch.ones_like(value)) for value in found)
+
+
+@pytest.mark.parametrize("factors", Factors)
+def test_a_channel_that_stays_zero_has_a_factor_one_can_divide_by(factors):
+    largest = torch.ones(5, 3, 4)
+    largest[:, :, 1], largest[:, 2] = 0, 0
+    for values in determine_factors(factors, largest, largest):
+        assert values.min() >= 0.99e-4 * values.max()
 
 
 @given(seed=seeds, images=st.integers(1, 3), tokens=st.sampled_from([1, 2, 19]), states=st.sampled_from([1, 3]))

@@ -24,7 +24,7 @@ test: lint  ## lint, then the tests that take seconds (JOBS=2 workers)
 	$(PYTEST)
 
 test-all: lint  ## lint, then every test that needs no GPU
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --hypothesis-profile=thorough
 
 lint: venv  ## ruff, mypy and the import rules
 	$(RUN)/ruff check .

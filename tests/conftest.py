@@ -16,8 +16,9 @@ from ptq4vm.config import QuantConfig
 if TYPE_CHECKING:
     from ptq4vm.models import Vim
 
-settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
-settings.load_profile("repeatable")
+settings.register_profile("short", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile("thorough", settings.get_profile("short"), max_examples=50)  # of `make test-all`
+settings.load_profile("short")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -63,6 +63,7 @@ def test_the_hard_model_has_the_three_phenomena(digits, hard):
     assert max(figure.long_tail for name, figure in figures.items() if "out_proj" in name) > 20
 
 
+@pytest.mark.slow
 def test_at_four_bits_minmax_fails_on_it_and_ptq4vm_does_not(digits, hard, hard_w4a4):
     _, calibration, test = digits
     minmax = calibrate(prepare(hard, (test[0][0][:2],), QuantConfig.minmax(4)), calibration, progress=False)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import timm
 import torch
+from public_models import slow_but
 from safetensors.torch import load_file
 from strategies import EVERYTHING, normal
 from torch import nn
@@ -28,7 +29,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(("w4a4", "per tensor", "everything"), CONFIGS))
 def test_a_loaded_model_is_the_saved_one(roads, small_vim, images, tmp_path, name):
     quantized = convert(roads.calibrated(CONFIGS[name]))
     assert save(quantized, tmp_path / "model") == tmp_path / "model"
@@ -55,9 +56,10 @@ def test_saving_what_was_loaded_gives_the_same_bytes(saved, small_vim, tmp_path)
 NANO = {"depth": 1, "num_classes": 7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "size"),
-    [pytest.param({}, (32, 32), marks=pytest.mark.slow), ({"img_size": (16, 32), "in_chans": 1}, (16, 32))],
+    [({}, (32, 32)), ({"img_size": (16, 32), "in_chans": 1}, (16, 32))],
     ids=str,
 )
 def test_a_model_that_timm_knows_is_built_from_its_name(tmp_path, options, size):
@@ -81,6 +83,7 @@ def test_our_models_are_built_again_as_they_were_asked_for(tmp_path):
     assert torch.equal(load(tmp_path / "model")(x), quantized(x))
 
 
+@pytest.mark.slow
 def test_a_model_that_timm_makes_otherwise_is_refused_but_not_confused(tmp_path):
     """Of timm's own models only the name is known: without the model itself the tensors do not fit."""
     model = timm.create_model("deit_tiny_patch16_224", depth=2, img_size=32, num_classes=10).eval()

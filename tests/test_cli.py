@@ -219,6 +219,7 @@ def test_inspect_says_what_differs(run, file):
     assert code == 0 and "float16 (1), float32 (1)" in out and "of none of the families known here (local_vim" in out
 
 
+@pytest.mark.slow
 def test_a_file_decides_classes_image_size_and_averaging(run, file, tmp_path, photos):
     torch.manual_seed(1)
     model = create(MODEL, num_classes=20, img_size=48)
@@ -289,6 +290,7 @@ def test_a_file_in_place_of_a_name_is_told(run, file):
     )
 
 
+@pytest.mark.slow
 def test_benchmark_compares_kinds_and_saved_models(run, saved, tmp_path):
     copy = str(shutil.copytree(saved, tmp_path / "copy"))
     options = ("--batch-size", 2, "--repeats", 2, "--csv", tmp_path / "out" / "times.csv")
@@ -305,6 +307,7 @@ def test_benchmark_compares_kinds_and_saved_models(run, saved, tmp_path):
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_benchmark_quantizes_a_model_given_by_name(run):
     code, out, _ = run("benchmark", MODEL, "--batch-size", 1, "--repeats", 1)
     assert code == 0 and "time / quantized" in out and "slowest" not in out

@@ -112,7 +112,7 @@ def test_another_number_of_classes_or_channels_is_told(name, options):
 
 @pytest.mark.parametrize(
     "name",
-    slow_but(("vim_tiny_patch16_224", "local_vim_tiny"), [n for n in NAMES if family(n) in ("vim", "local_vim")]),
+    slow_but(("local_vim_tiny",), [n for n in NAMES if family(n) in ("vim", "local_vim")]),
 )
 def test_another_image_size_is_told(name):
     size = 3 * timm.get_pretrained_cfg(name).input_size[-1]

@@ -75,7 +75,7 @@ ROTATED = {
 }
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_every_family_is_fused(lowered, name):
     gm = fuse(copied(lowered(name)))
     assert counted(gm) == EXPECTED[name]
@@ -142,7 +142,7 @@ def sets():
 
 @pytest.mark.parametrize("isa", sets())
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, name, config, isa):
     gm = fuse(copied(lowered(name, config)))
     before = native.isa()
@@ -170,7 +170,7 @@ def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
             assert (ours - theirs).abs().median() <= 0.02 * theirs.abs().max()
 
 
-@pytest.mark.parametrize("name", SAMPLED)
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_bfloat16_activations_cost_less_than_quantization(lowered, name):
     """The trained models' logits move less than W8A8 itself has moved them."""
     plain = lowered(name)

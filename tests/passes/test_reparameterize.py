@@ -44,7 +44,7 @@ class Scans(nn.Module):
         return total
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     names=st.lists(st.sampled_from(DIRECTIONS), min_size=1, max_size=4, unique=True),
     channels=st.sampled_from([1, 3, 8]),
@@ -72,7 +72,7 @@ def test_nothing_changes_without_quantization(names, channels, states, rank, gat
 
 
 @given(seed=seeds, integrate=st.booleans())
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_powers_of_two_fold_exactly(seed, integrate):
     """Integrated or not, and not multiplied at all: the same bits."""
     model, x = Scans(("h", "v_flip"), 4, 3, 2, True, seed), normal(3, 12, 4, seed=seed)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.checkpoint import load, save
-    from ptq4vm.config import Granularity, Learning, QuantConfig
+    from ptq4vm.config import Granularity, Learning, Outputs, QuantConfig, State
 
 __version__ = "0.1.0"
 
@@ -30,12 +30,16 @@ _HOMES = {
     "QuantConfig": "config",
     "Learning": "config",
     "Granularity": "config",
+    "Outputs": "config",
+    "State": "config",
 }
 
 __all__ = [
     "Granularity",
     "Learning",
+    "Outputs",
     "QuantConfig",
+    "State",
     "calibrate",
     "convert",
     "fuse",

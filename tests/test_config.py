@@ -102,6 +102,7 @@ def test_json_of_another_kind_is_refused(text):
         ({"learning": {"epochs": 1, "smooth_rate": "fast"}}, "learning.smooth_rate must be"),
         ({"learning": {"epochs": 1, "loss": "mse"}}, "learning.loss must be one of cosine, fisher; got 'mse'"),
         ({"learning": {"epochs": 1, "only": "*.in_proj"}}, "learning.only must be a sequence of patterns"),
+        ({"state": {"factors": "means"}}, "state.factors must be one of maxima, powers; got 'means'"),
         ({"gptq": 1}, "gptq must be true or false, got 1"),
         ({"rotation": None}, "rotation must be true or false, got None"),
         ({"mirror": "yes"}, "mirror must be true or false, got 'yes'"),

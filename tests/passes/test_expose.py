@@ -130,6 +130,17 @@ def test_the_state_alone(roads, images, small_vim):
         assert 0 < (lowered(images) - exact).norm() <= 0.05 * exact.norm()
 
 
+def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
+    """They are in the steps, which then are one number times them."""
+    several, one = (
+        quantized_scans(roads.calibrated(QuantConfig.recipe("state", 8, state=State(per_token=each))))[0].fake.scale
+        for each in (True, False)
+    )
+    assert len(several) == len(one) == 17 and len(one.unique()) > 1
+    ratios = several / one
+    assert ratios.max() <= 1.5 * ratios.min() < one.max() / one.min()
+
+
 @pytest.mark.slow
 def test_both_papers_at_once_learn(roads, images):
     from ptq4vm.config import Learning

@@ -453,6 +453,7 @@ def test_an_interrupt_of_another_command_is_just_that(run, monkeypatch):
     assert run("doctor") == (130, "", "ptq4vm: interrupted\n")
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_says_so(run, tmp_path, monkeypatch):
     def interrupted(*args, **options):
         raise KeyboardInterrupt
@@ -504,6 +505,7 @@ def test_help_and_version_come_without_torch():
         assert done.returncode == 0 and "ptq4vm" in done.stdout and not done.stderr
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_read_by_a_new_process(saved):
     command = [sys.executable, "-m", "ptq4vm", "inspect", saved, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -84,10 +84,6 @@ ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
     "kscaled+powers": with_(state=State(factors=Factors.POWERS)),
     "kscaled-reparameterization": with_(state=State(factors=None)),
     "kscaled-integration": with_(state=State(integrate=False)),
-    "kscaled-power_of_two": with_(power_of_two=False),
-    "kscaled-truncation": with_(range_search=False),
-    "kscaled-bias_correction": with_(bias_correction=False),
-    "kscaled+per_channel_weights": with_(per_tensor_weights=False),
 }
 """Recipes with one thing less or more."""
 

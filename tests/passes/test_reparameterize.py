@@ -10,7 +10,7 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.config import Factors, State
 from ptq4vm.models.scans import Direction, initial_states, scan_tokens
-from ptq4vm.passes.reparameterize import determine_factors, set_factors
+from ptq4vm.passes.reparameterize import determine_factors, factors_of, set_factors
 from ptq4vm.quantizer import quantized_scans
 from ptq4vm.reference import scan_states, selective_scan
 
@@ -123,6 +123,18 @@ def test_maxima_leave_nothing_above_one(seed, spread):
         assert left.max() <= 1 + 1e-5
         if exact:
             assert torch.allclose(left, torch.ones_like(left), rtol=1e-4)
+
+
+@pytest.mark.parametrize("factors", Factors)
+def test_seeing_every_image_twice_changes_nothing(factors):
+    """The factors are of a mean or a maximum over images, however many and in however many batches."""
+    model, x = Scans(("h",), 4, 3, 2, False, 0), normal(6, 12, 4)
+    config = QuantConfig(exclude=("*",), state=State(factors=factors))
+    once, twice = (calibrate(prepare(model, (x,), config), batches, progress=False) for batches in ([x], [x, x]))
+    (scan,) = quantized_scans(once)
+    found, again = factors_of(once, scan.name), factors_of(twice, scan.name)
+    assert len(found) == 4 and all(value.unique().numel() > 1 for value in found.values())
+    assert all(torch.allclose(again[name], value, rtol=1e-5) for name, value in found.items())
 
 
 @pytest.mark.parametrize("factors", Factors)

@@ -1,0 +1,10 @@
+"""What the tests of the command line give it."""
+
+MODEL = "vim_nano_patch4_32"
+WEIGHTS = ("--checkpoint", "random")
+CONFIG = {"weight_bits": 4, "activation_bits": 8, "range_search": False}
+
+
+def calibration(output, data="digits", config="w8a8", *more) -> list[str]:
+    command = ["quantize", MODEL, "--data-dir", str(data), "--output", str(output), *WEIGHTS]
+    return [*command, "--config", str(config), "--images", "4", "--batch-size", "2", *more]

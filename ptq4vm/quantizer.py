@@ -115,17 +115,18 @@ class TokenQuantizer(Quantizer):
         super().__init__()
         self.config = config
         self.names = {site.node.name: site.name for site in sites.linears}
+        self.groups = _groups(sites.linears)
         self.class_tokens = sites.class_tokens
         self.outputs = {site.node.name: site for site in sites.outputs}
         self.convolutions = {node.name for node in sites.convolutions.values()}
-        self.specs: dict[tuple[type, QuantSpec, int | None], QuantizationSpec] = {}
+        self.specs: dict[tuple[type, QuantSpec, int | None, str | None], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
             inputs: dict[Any, QuantizationSpec] = {}
             if (name := self.names.get(node.name)) is not None:
-                kept = self.class_tokens.get(name)
-                inputs[node.args[0]] = self._spec(ActivationFakeQuantize, self.config.activation(name), kept)
+                kept, group = self.class_tokens.get(name), self.groups[name]
+                inputs[node.args[0]] = self._spec(ActivationFakeQuantize, self.config.activation(name), kept, group)
                 inputs[node.args[1]] = self._spec(WeightFakeQuantize, self.config.weight(name))
             elif node.name in self.convolutions:
                 assert self.config.outputs is not None
@@ -138,12 +139,13 @@ class TokenQuantizer(Quantizer):
                 )
         return model
 
-    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
-        """One object for equal ones: linears that read one input then share its fake-quantizer."""
-        if (kind, spec, kept) not in self.specs:
+    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None, group: str | None = None) -> QuantizationSpec:
+        """One object for equal ones: linears of a group that read one input then share its fake-quantizer."""
+        key = kind, spec, kept, group
+        if key not in self.specs:
             make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
-            self.specs[kind, spec, kept] = _specification(spec, make)
-        return self.specs[kind, spec, kept]
+            self.specs[key] = _specification(spec, make)
+        return self.specs[key]
 
     def _output(self, site: OutputSite) -> QuantizationSpec:
         assert self.config.outputs is not None
@@ -154,6 +156,16 @@ class TokenQuantizer(Quantizer):
 
     def validate(self, model: GraphModule) -> None:
         pass
+
+
+def _groups(linears: Sequence[LinearSite]) -> dict[str, str | None]:
+    """Which linears, by name, may share the fake-quantizer of one input: those that are calibrated together.
+
+    Those of one block, or all where there are no blocks; what is in no block is alone.
+    """
+    if all(site.block is None for site in linears):
+        return {site.name: None for site in linears}
+    return {site.name: site.name if site.block is None else f"block {site.block}" for site in linears}
 
 
 def _specification(spec: QuantSpec, make: Any) -> QuantizationSpec:
@@ -242,21 +254,22 @@ def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sites) -
 
 def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
     """Inputs of linears that read an output as it is: torchao takes that one's fake-quantizer for theirs."""
-    names = {site.node.name: site.name for site in sites.linears}
-    made: dict[Node, Node] = {}
+    names, groups = {site.node.name: site.name for site in sites.linears}, _groups(sites.linears)
+    made: dict[tuple[Node, QuantSpec, int | None, str | None], Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         x: Any = node.args[0]
         if not isinstance(_module(gm, x), OutputFakeQuantize):
             continue
-        if x not in made:
-            name = names[node.name]
-            kept = sites.class_tokens.get(name)
-            target = f"{x.name}_input"
-            gm.add_submodule(target, ActivationFakeQuantize(config.activation(name), config.granularity, kept))
+        name = names[node.name]
+        spec, kept = config.activation(name), sites.class_tokens.get(name)
+        key = x, spec, kept, groups[name]
+        if key not in made:
+            target = f"{node.name}_input"
+            gm.add_submodule(target, ActivationFakeQuantize(spec, config.granularity, kept))
             with gm.graph.inserting_before(node):
-                made[x] = gm.graph.call_module(target, (x,))
-            made[x].meta.update(x.meta)
-        node.replace_input_with(x, made[x])
+                made[key] = gm.graph.call_module(target, (x,))
+            made[key].meta.update(x.meta)
+        node.replace_input_with(x, made[key])
 
 
 def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:
@@ -322,6 +335,19 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
             found.append(QuantizedLinear(names[len(found)], node, x, w, *_before(prepared, node)))
     assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
     return found
+
+
+def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
+    """What was decided about the fake-quantizers of a prepared graph before calibration, in graph order."""
+    found = [(node.name, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    return [
+        (name, [f"{key}={value}" for key, value in vars(fake).items() if key in _SETTINGS])
+        for name, fake in found
+        if fake is not None
+    ]
+
+
+_SETTINGS = ("spec", "name", "granularity", "kept", "follows", "axis", "power_of_two")
 
 
 def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantize, list[Tensor]]:

@@ -66,10 +66,12 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
         )
     for convolution in members.convolutions:
         weight = convolution.weight
+        _check_weight(convolution.name, convolution_weight(members.gm, convolution))
         weight.scale = _weight_scale(convolution_weight(members.gm, convolution).flatten(1), weight.spec, config)
     scales = {output.name: output.fake.scale for output in whole.outputs}
     for linear in members.linears:
         x = torch.cat(seen.inputs[linear.input]).float()
+        _check_weight(linear.name, weight_of(linear))
         _check_finite(linear, x)
         if linear.input.follows is not None:
             scale = scales[linear.input.follows]
@@ -78,6 +80,12 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
         else:
             _set_input(linear, x, config)
         linear.weight.scale = _weight_scale(weight_of(linear), linear.weight.spec, config)
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"{name}: {bad} of its {weight.numel()} weights are not finite; check the checkpoint")
 
 
 def _check_finite(linear: QuantizedLinear, x: Tensor) -> None:

@@ -12,13 +12,25 @@ from ptq4vm.record import record_of
 WEIGHT = normal(5, 4, seed=3)
 
 
-def stem(values):
-    return {"h": values["x"] * 2}
+def piece(function, *outputs, results=()):
+    """A part that computes a function of named values."""
+
+    def run(values):
+        return dict(zip(outputs, function(values), strict=True))
+
+    run.outputs, run.results = outputs, results
+    return run
 
 
-def head(values):
-    """Logits from the first two of three tokens, the second twice as loud."""
-    return {"y": (values["h"][:, 0] + 2 * values["h"][:, 1]) @ WEIGHT.t()}
+stem = piece(lambda values: [values["x"] * 2], "h")
+
+
+def logits(values):
+    """From the first two of three tokens, the second twice as loud."""
+    return [(values["h"][:, 0] + 2 * values["h"][:, 1]) @ WEIGHT.t()]
+
+
+head = piece(logits, "y", results=("y",))
 
 
 def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
@@ -35,9 +47,8 @@ def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
 
 def test_outputs_that_are_no_logits_count_by_their_squared_error(monkeypatch):
     monkeypatch.setattr(importance_module, "PROBES", 4000)
-    features = importance(
-        [stem, lambda values: {"y": values["h"] * torch.tensor([1.0, 3.0])}], {"x": normal(2, 3, 2)}, 0, False
-    )
+    scaled = piece(lambda values: [values["h"] * torch.tensor([1.0, 3.0])], "y", results=("y",))
+    features = importance([stem, scaled], {"x": normal(2, 3, 2)}, 0, False)
     torch.testing.assert_close(features[0]["h"] - FLOOR, torch.tensor([0.2, 1.8]).expand(3, 2), rtol=0.1, atol=0)
 
 

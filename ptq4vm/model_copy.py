@@ -49,8 +49,7 @@ def make_permanent(model: nn.Module) -> nn.Module:
     """Replaces weights that are computed before every forward by parameters with their values, in place."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            _unparametrize(module)
         for hook in list(module._forward_pre_hooks.values()):
             if isinstance(hook, prune.BasePruningMethod):
                 prune.remove(module, hook._tensor_name)
@@ -59,6 +58,15 @@ def make_permanent(model: nn.Module) -> nn.Module:
             elif isinstance(hook, SpectralNorm):
                 remove_spectral_norm(module, hook.name)
     return model
+
+
+def _unparametrize(module: nn.Module) -> None:
+    """As `parametrize.remove_parametrizations`, which changes the class, and that is the class of the original too."""
+    values = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
 def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -115,18 +115,17 @@ class TokenQuantizer(Quantizer):
         super().__init__()
         self.config = config
         self.names = {site.node.name: site.name for site in sites.linears}
-        self.groups = _groups(sites.linears)
         self.class_tokens = sites.class_tokens
         self.outputs = {site.node.name: site for site in sites.outputs}
         self.convolutions = {node.name for node in sites.convolutions.values()}
-        self.specs: dict[tuple[type, QuantSpec, int | None, str | None], QuantizationSpec] = {}
+        self.specs: dict[tuple[type, QuantSpec, int | None], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
             inputs: dict[Any, QuantizationSpec] = {}
             if (name := self.names.get(node.name)) is not None:
-                kept, group = self.class_tokens.get(name), self.groups[name]
-                inputs[node.args[0]] = self._spec(ActivationFakeQuantize, self.config.activation(name), kept, group)
+                kept = self.class_tokens.get(name)
+                inputs[node.args[0]] = self._spec(ActivationFakeQuantize, self.config.activation(name), kept)
                 inputs[node.args[1]] = self._spec(WeightFakeQuantize, self.config.weight(name))
             elif node.name in self.convolutions:
                 assert self.config.outputs is not None
@@ -139,13 +138,12 @@ class TokenQuantizer(Quantizer):
                 )
         return model
 
-    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None, group: str | None = None) -> QuantizationSpec:
-        """One object for equal ones: linears of a group that read one input then share its fake-quantizer."""
-        key = kind, spec, kept, group
-        if key not in self.specs:
+    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
+        """One object for equal ones: linears that read one input then share its fake-quantizer."""
+        if (kind, spec, kept) not in self.specs:
             make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
-            self.specs[key] = _specification(spec, make)
-        return self.specs[key]
+            self.specs[kind, spec, kept] = _specification(spec, make)
+        return self.specs[kind, spec, kept]
 
     def _output(self, site: OutputSite) -> QuantizationSpec:
         assert self.config.outputs is not None
@@ -253,23 +251,33 @@ def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sites) -
 
 
 def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
-    """Inputs of linears that read an output as it is: torchao takes that one's fake-quantizer for theirs."""
+    """A fake-quantizer for every input and group of linears that read it.
+
+    torchao makes one for all that read a value, and takes that of an output for the linears that read it as it is.
+    """
     names, groups = {site.node.name: site.name for site in sites.linears}, _groups(sites.linears)
     made: dict[tuple[Node, QuantSpec, int | None, str | None], Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        x: Any = node.args[0]
-        if not isinstance(_module(gm, x), OutputFakeQuantize):
+        if node.name not in names:
             continue
-        name = names[node.name]
+        x, name = node.args[0], names[node.name]
         spec, kept = config.activation(name), sites.class_tokens.get(name)
-        key = x, spec, kept, groups[name]
+        output = isinstance(_module(gm, x), OutputFakeQuantize)
+        key = x if output else x.args[0], spec, kept, groups[name]
         if key not in made:
-            target = f"{node.name}_input"
-            gm.add_submodule(target, ActivationFakeQuantize(spec, config.granularity, kept))
-            with gm.graph.inserting_before(node):
-                made[key] = gm.graph.call_module(target, (x,))
-            made[key].meta.update(x.meta)
+            made[key] = x if not output and x not in made.values() else _input(gm, node, key[0], x, config, spec, kept)
         node.replace_input_with(x, made[key])
+
+
+def _input(
+    gm: GraphModule, linear: Node, source: Node, like: Node, config: QuantConfig, spec: QuantSpec, kept: int | None
+) -> Node:
+    target = f"{linear.name}_input"
+    gm.add_submodule(target, ActivationFakeQuantize(spec, config.granularity, kept))
+    with gm.graph.inserting_before(linear):
+        node = gm.graph.call_module(target, (source,))
+    node.meta.update(like.meta)
+    return node
 
 
 def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:

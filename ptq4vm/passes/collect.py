@@ -100,7 +100,7 @@ def select_inputs(item: Any, names: Sequence[str], place: str) -> list[Tensor]:
         kinds = ", ".join(type(value).__name__ for value in values)
         wanted = f"{len(names)} tensor{'s' * (len(names) > 1)} ({', '.join(names)})"
         raise ValueError(f"{place}: the model takes {wanted}; the loader gave ({kinds})")
-    return [value.detach().as_subclass(Tensor) for value in values]
+    return [value.as_subclass(Tensor) if value.layout is torch.strided else value for value in values]
 
 
 def _checked(node: Node, value: Tensor, place: str) -> Tensor:
@@ -123,7 +123,7 @@ def _checked(node: Node, value: Tensor, place: str) -> Tensor:
             f"{place}: input {name!r} is {value.dtype}, and the model was prepared for {want.dtype}; convert it as the "
             "example inputs were, with the same scaling and normalization"
         )
-    copied = value.to(want.dtype, copy=True)
+    copied = value.detach().to(want.dtype, copy=True)
     if not torch.isfinite(copied).all():
         raise ValueError(f"{place}: input {name!r} has values that are not finite")
     return copied

@@ -2,6 +2,7 @@ import dataclasses
 import logging
 
 import pytest
+import small_models
 import torch
 from strategies import EVERYTHING, fitting, normal
 from torch import nn
@@ -139,6 +140,14 @@ def test_one_seed_gives_the_same_bytes_and_another_others(roads, images, tmp_pat
     assert run(2, "other")[0] != one[0]
 
 
+def test_every_block_has_an_order_of_images_of_its_own(monkeypatch, images):
+    seeds = []
+    monkeypatch.setattr(module, "learn_block", lambda *args: seeds.append(args[5]))
+    config = dataclasses.replace(small_models.LEARNED, seed=40)
+    calibrate(prepare(small_models.blocks(), (normal(2, 5, 8),), config), [normal(4, 5, 8)], progress=False)
+    assert seeds == [41, 42]  # the stem, which does not learn, has 40
+
+
 # --- an interrupted run ---
 
 
@@ -234,6 +243,24 @@ def test_activations_that_are_not_finite_name_the_layer():
     message = r"layers\.1\.0: its input has values that are not finite for 4 of 4 calibration images; .*exclude"
     with pytest.raises(ValueError, match=message):
         calibrate(prepared, [x], progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["layers.1.fc1", "layers.0.fc2"])
+def test_weights_that_are_not_finite_name_the_layer(name, value):
+    model = small_models.blocks()
+    with torch.no_grad():
+        model.get_parameter(f"{name}.weight")[1, 2] = value
+    prepared = prepare(model, (normal(2, 5, 8),), UNLEARNED)
+    with pytest.raises(ValueError, match=rf"^{name}: 1 of its 128 weights are not finite; check the checkpoint"):
+        calibrate(prepared, [normal(4, 5, 8)], progress=False)
+
+
+def test_outputs_that_are_not_finite_name_the_block():
+    model = small_models.blocks(flow=lambda m, x: m.head(m.layers[1](m.layers[0](x)).mean(1)))
+    model.layers[1].gain.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"^layers\.1: its output .* not finite for 4 of 4 calibration images"):
+        calibrate(prepare(model, (normal(2, 5, 8),), UNLEARNED), [normal(4, 5, 8)], progress=False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -105,6 +105,7 @@ def _calibrate_parts(
             if stored is not None:
                 reports.append(stored[1])
             elif members:
+                _check_outputs(part, rounded_next)
                 report["cosine_loss"] = _stream_loss(rounded_next, targets, members.linears)
                 reports.append(report)
                 saved.write(index, members.tensors(), report)
@@ -122,7 +123,7 @@ def _run(part: Part, values: Values, members: Members, mode: Mode) -> Values:
 @torch.no_grad()
 def _stream_loss(outputs: Values, targets: Values, members: Sequence[QuantizedLinear]) -> float:
     """1 - cosine similarity of the residual stream after a block, mean over tokens."""
-    last = list(outputs)[-1:]
+    last = [name for name, value in outputs.items() if value.is_floating_point()][-1:]
     channels = len(members[-1].weight.calculate_qparams()[0]) if members else 0
     return block_loss(streams(outputs, last), streams(targets, last), channels).item()
 

@@ -106,7 +106,9 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
         copied(node)
     results = set(output.all_input_nodes)
     scalars = [node for node in body if node in results and _is_tensor(node) and str(_batch(node)) not in images]
-    before = {source for node in scalars for source in _with_batch(node, inside, images)}
+    # what learning can compare where an output itself has no batch or no gradient
+    idle = [node for node in body if node in results and (node in scalars or not _is_float(node))]
+    before = {source for node in idle for source in _with_batch(node, inside, images)}
     outputs = [
         node
         for node in body
@@ -128,16 +130,21 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
 
 
 def _with_batch(node: Node, inside: set[Node], images: set[str]) -> set[Node]:
-    """The nearest values with the batch as their first axis that a value of a piece is computed from."""
+    """The nearest floating-point values with the batch as their first axis that one of a piece is computed from."""
     found: set[Node] = set()
     for source in node.all_input_nodes:
         if source in inside:
-            found |= {source} if str(_batch(source)) in images else _with_batch(source, inside, images)
+            batched = str(_batch(source)) in images and _is_float(source)
+            found |= {source} if batched else _with_batch(source, inside, images)
     return found
 
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
+
+
+def _is_float(node: Node) -> bool:
+    return _is_tensor(node) and node.meta["val"].is_floating_point()
 
 
 def _batch(node: Node) -> Any:

@@ -55,9 +55,9 @@ def streams(values: Values, targets: Sequence[str]) -> Values:
 
     A block hands on its residual stream whole (VMamba), or as the mixer's output and the stream before it (Vim).
     """
+    floats = [value for value in values.values() if value.is_floating_point()]
     return {
-        name: sum((value for value in values.values() if value.shape == values[name].shape), torch.zeros(()))
-        for name in targets
+        name: sum((value for value in floats if value.shape == values[name].shape), torch.zeros(())) for name in targets
     }
 
 

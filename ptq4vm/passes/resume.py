@@ -89,7 +89,7 @@ def finished_blocks(
     except FileExistsError as error:
         raise ValueError(f"resume_dir {folder} is a file; give it a folder") from error
     with _locked(folder):
-        for leftover in folder.glob(".*.tmp"):
+        for leftover in (*folder.glob(".block_*.tmp"), *folder.glob(f".{MANIFEST}.*.tmp")):
             leftover.unlink()
         facts = run_facts(prepared, parts, images, config)
         path = folder / MANIFEST

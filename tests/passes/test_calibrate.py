@@ -283,6 +283,7 @@ def test_an_empty_loader_is_an_error(roads, loader):
 def test_progress_shows_block_epoch_and_loss(roads, images, capsys):
     calibrate(roads.prepared(LEARNED), [images])
     error = capsys.readouterr().err
+    assert "images: 12image" in error
     assert "4/4" in error and "block=layers.1" in error and "epoch=2" in error and "loss=" in error
 
 

@@ -72,6 +72,16 @@ def test_any_flow_is_calibrated_and_stays_near(flow, block, name):
             assert (found == exact).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(
+    "flow", ["a scalar from a dead end", "scalars alone", "classes alone", "a class from a dead end"]
+)
+def test_blocks_of_outputs_without_batch_or_gradient_learn(flow):
+    prepared = prepare(blocks(flow=FLOWS[flow]), (X[:2],), LEARNED)
+    report = record_of(calibrate(prepared, [X], progress=False)).blocks
+    assert [block["block"] for block in report] == ["layers.0", "layers.1"]
+    assert all(0 < block["loss_after"] <= block["loss_before"] and block["cosine_loss"] > 0 for block in report)
+
+
 @pytest.mark.parametrize("flow", ["one sum", "dense"])
 @pytest.mark.parametrize("name", ["minmax", "kscaled"])
 def test_each_block_has_a_quantizer_of_its_own_for_the_tensor_that_they_share(flow, name):

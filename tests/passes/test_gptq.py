@@ -211,9 +211,7 @@ def test_moments_or_weights_that_are_not_finite_are_an_error(bad):
 def test_a_layer_that_cannot_be_rounded_is_named(monkeypatch):
     prepared = prepare(blocks(), (normal(2, 5, 8),), dataclasses.replace(BEST, learning=None))
     monkeypatch.setattr(Moments, "add", lambda self, x, seen: self.own.fill_(float("inf")))
-    with pytest.raises(
-        ValueError, match=r"^layers\.0\.fc1: GPTQ cannot round its weight \(products.*exclude the layer"
-    ):
+    with pytest.raises(ValueError, match=r"^layers\.0\.fc1: GPTQ cannot round its weight \(products.*exclude"):
         calibrate(prepared, [normal(8, 5, 8)], progress=False)
 
 

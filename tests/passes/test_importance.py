@@ -53,9 +53,8 @@ def test_what_does_not_matter_still_counts_a_tenth_of_the_mean():
 
 def test_an_output_on_the_way_counts_too():
     """What the model returns of an early block, and what only a scalar depends on."""
-    early = piece(
-        lambda values: [values["x"] * 2, values["x"] * 3, values["x"].sum() * 4], "h", "g", "s", results=("g", "s")
-    )
+    three = lambda values: [values["x"] * 2, values["x"] * 3, values["x"].sum() * 4]  # noqa: E731
+    early = piece(three, "h", "g", "s", results=("g", "s"))
     early.outputs = ("h", "g")
     first, _ = importance([early, head], {"x": normal(3, 3, 4)}, 0, False)
     assert set(first) == {"h", "g"} and (first["g"] > 0.1).all()

@@ -179,15 +179,23 @@ def test_the_released_search_sums_the_power_two_and_four_tenths():
     assert not torch.allclose(weight_scale(weight, symmetric(4), SEARCH), want, rtol=1e-6)
 
 
-@given(bits, seeds, st.sampled_from(STATIC), st.sampled_from((MINMAX, RangeSearch.RELEASED)))
-def test_zero_points_are_rounded_to_nearest(count, seed, granularity, search):
-    """The code of the low end is the lowest one, but for half a step."""
+@given(bits, seeds)
+def test_zero_points_are_rounded_to_nearest(count, seed):
+    """The low end's code is the lowest one, but for half a step."""
     x = silu_like(3, 5, 64, seed=seed)
-    scale, zero_point = input_qparams(x, affine(count), granularity, search)
-    low = x.amin((0, 2)) if granularity is Granularity.PER_TOKEN else x.amin().view(1)
-    if search is MINMAX:
-        exact = affine(count).bounds[0] - low.clamp(max=0) / scale
-        assert ((zero_point - exact).abs() <= 0.5 + 1e-3).all()
-    else:  # whichever low end was chosen, the range is between two ends whose code is whole
-        ends = (zero_point - affine(count).bounds[0]) * scale
-        assert (ends <= -low.clamp(max=0) + scale / 2 * (1 + 1e-3)).all()
+    scale, zero_point = input_qparams(x, affine(count), Granularity.PER_TOKEN, MINMAX)
+    exact = affine(count).bounds[0] - x.amin((0, 2)).clamp(max=0) / scale
+    assert ((zero_point - exact).abs() <= 0.5 + 1e-3).all()
+
+
+@given(bits, seeds)
+def test_the_released_search_finds_one_of_its_hundred_ranges_with_the_nearest_zero_point(count, seed):
+    x, (first, last) = silu_like(3, 5, 64, seed=seed), affine(count).bounds
+    low, high = x.amin((0, 2)).unsqueeze(1), x.amax((0, 2)).unsqueeze(1)
+    alphas = torch.arange(1, 101) / 100
+    lows, highs = torch.lerp(low, high, alphas).clamp(max=0), torch.lerp(high, low, alphas).clamp(min=0)
+    scales = (highs - lows) / (last - first)
+    zeros = (first - lows / scales.clamp(min=1e-8)).round()
+    scale, zero_point = input_qparams(x, affine(count), Granularity.PER_TOKEN, RangeSearch.RELEASED)
+    near = torch.isclose(scales, scale.unsqueeze(1), rtol=1e-5) & (zeros == zero_point.unsqueeze(1))
+    assert near.any(1).all()

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from hypothesis import given
-from strategies import integers, powers_of_two, seeds
+from strategies import integers, normal, powers_of_two, seeds
 from torch import nn
 
 from ptq4vm.graph import Pipeline, capture, find_linears, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
+from ptq4vm.passes.ranges import _root_mean_square
 from ptq4vm.passes.smooth import fold_smoothing, insert_smoothing, smoothing_scale
 
 aten = torch.ops.aten
@@ -133,3 +134,9 @@ def test_floors_are_those_of_the_released_code():
     assert smoothing_scale(one, zero, 0.0).item() == pytest.approx(1e5)
     assert smoothing_scale(one, one * 1e8, 0.0).item() == pytest.approx(1e-5)
     assert smoothing_scale(zero, zero, 0.5).item() == pytest.approx(10)
+
+
+@given(seeds)
+def test_root_mean_squares_do_not_overflow(seed):
+    rows = normal(5, 7, seed=seed)
+    assert torch.allclose(_root_mean_square(rows * 2.0**80) / 2.0**80, _root_mean_square(rows))

@@ -72,11 +72,19 @@ def test_any_flow_is_calibrated_and_stays_near(flow, block, name):
             assert (found == exact).float().mean() > 0.9
 
 
-@pytest.mark.parametrize(
-    "flow", ["a scalar from a dead end", "scalars alone", "classes alone", "a class from a dead end"]
-)
-def test_blocks_of_outputs_without_batch_or_gradient_learn(flow):
-    prepared = prepare(blocks(flow=FLOWS[flow]), (X[:2],), LEARNED)
+class Reducing(Block):
+    """Hands on its result or, where asked, only what it comes down to."""
+
+    def forward(self, x, reduce=None):
+        y = super().forward(x)
+        return y if reduce is None else reduce(y)
+
+
+@pytest.mark.parametrize("reduce", [torch.Tensor.mean, lambda y: y.argmax(1), lambda y: y.mean((0, 1)).argmax()])
+def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
+    """Where that has no batch, or no gradient."""
+    model = blocks(block=Reducing, flow=lambda m, x: (m.head(m.layers[1](x).mean(1)), m.layers[0](x, reduce)))
+    prepared = prepare(model, (X[:2],), LEARNED)
     report = record_of(calibrate(prepared, [X], progress=False)).blocks
     assert {block["block"] for block in report} == {"layers.0", "layers.1"}
     assert all(0 < block["loss_after"] <= block["loss_before"] and block["cosine_loss"] > 0 for block in report)

@@ -24,16 +24,21 @@ from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import Stage, prepared_record, update_record
 
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def _with_gradients(verb: Callable[P, R]) -> Callable[P, R]:
+def _with_gradients(verb: Callable[_P, _R]) -> Callable[_P, _R]:
     """The same verb, which computes the same whatever its caller has set: no_grad, inference_mode, autocast."""
 
     @functools.wraps(verb)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
             return verb(*args, **kwargs)
 
     return run

@@ -172,14 +172,19 @@ def verbs(model, x, config):
     return prepared, quantized, ptq4vm.fuse(quantized)
 
 
-@pytest.fixture(scope="module", params=[LEARNED, BEST], ids=["ptq4vm", "best"])
-def without(request):
-    return request.param, verbs(blocks(), normal(8, 5, 8), request.param)
+FAST = {("ptq4vm", "no_grad"), ("best", "inference_mode")}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_gradients_may_be_off_around_everything_or_around_one_verb(without, mode):
-    config, want = without
+@pytest.mark.parametrize(
+    ("recipe", "mode"),
+    [
+        pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+        for case in itertools.product(("ptq4vm", "best"), MODES)
+    ],
+)
+def test_gradients_may_be_off_around_everything_or_around_one_verb(recipe, mode):
+    config = {"ptq4vm": LEARNED, "best": BEST}[recipe]
+    want = verbs(blocks(), normal(8, 5, 8), config)
     with MODES[mode]():
         model, x = blocks(), normal(8, 5, 8)
         found = verbs(model, x, config)

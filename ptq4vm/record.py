@@ -14,6 +14,9 @@ from ptq4vm.config import QuantConfig
 
 _KEY = "ptq4vm"
 
+FUSIONS = "ptq4vm.fusions"
+"""The key in a fused graph's `meta` of every `ptq4vm.passes.patterns.Fusion`."""
+
 
 class Stage(enum.StrEnum):
     """How far a graph has come; what `convert` gives is converted, with integers or with Q/DQ nodes."""

@@ -19,7 +19,7 @@ import math
 import operator
 import re
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -493,7 +493,7 @@ def _fits(kind: str, value: Any) -> bool:
         return True
     if isinstance(value, (list, tuple)):
         return "List[" in kind and all(_fits(kind, item) for item in value)
-    given: Hashable = type(value)
+    given: Any = type(value)
     return _accepts(kind, given)
 
 

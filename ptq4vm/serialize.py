@@ -84,8 +84,9 @@ def dumps(gm: GraphModule) -> bytes:
         "model": describe_record(record_of(gm)),
     }
     data = serialize(stored)
-    content["sha256"] = _digest(content, *_split(data))
-    return serialize(stored, metadata={KEY: json.dumps(content, separators=(",", ":"), allow_nan=False)})
+    text = json.dumps({"sha256": "", **content}, separators=(",", ":"), allow_nan=False)
+    signed = text.replace(_UNSIGNED, f'"sha256":"{_digest(text, *_split(data))}"', 1)
+    return serialize(stored, metadata={KEY: signed})
 
 
 def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -204,7 +205,8 @@ def read_content(data: bytes) -> dict[str, Any]:
                 f"it has format version {version}, written by ptq4vm {content.get('ptq4vm_version')}; this is ptq4vm "
                 f"{__version__}, which reads up to {FORMAT_VERSION}: upgrade ptq4vm"
             )
-        if content.pop("sha256") != _digest(content, table, body):
+        digest = content.pop("sha256")
+        if digest != _digest(text.replace(f'"sha256":"{digest}"', _UNSIGNED, 1), table, body):
             raise CheckpointError("its SHA-256 differs from the one it was saved with: it was truncated or edited")
         return content
 
@@ -217,9 +219,12 @@ def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
     return json.loads(data[8 : 8 + size]), memoryview(data)[8 + size :]
 
 
-def _digest(content: dict[str, Any], table: dict[str, Any], body: memoryview) -> str:
-    """SHA-256 of the graph and the record, of names, types and places of the tensors, and of their bytes."""
-    digest = hashlib.sha256(json.dumps([content, sorted(table.items())], separators=(",", ":")).encode())
+_UNSIGNED = '"sha256":""'
+
+
+def _digest(text: str, table: dict[str, Any], body: memoryview) -> str:
+    """SHA-256 of the text without a digest, of names, types and places of the tensors, and of their bytes."""
+    digest = hashlib.sha256(json.dumps([text, sorted(table.items())]).encode())
     digest.update(body)
     return digest.hexdigest()
 
@@ -230,8 +235,7 @@ def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Modul
     parameters, hidden = set(facts["parameters"]), set(facts["not_persistent"])
     values = {}
     for name, value in stored.items():
-        # copies, since matrix products round differently where the file's memory is not aligned
-        values[name] = value.clone()
+        values[name] = _aligned(value)
         if (order := facts["dim_orders"].get(name)) is not None:
             values[name] = values[name].permute([order.index(axis) for axis in range(len(order))])
         if name in facts["complex"]:
@@ -244,6 +248,14 @@ def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Modul
             owner, _, leaf = name.rpartition(".")
             root.get_submodule(owner)._non_persistent_buffers_set.add(leaf)
     return root
+
+
+def _aligned(value: Tensor) -> Tensor:
+    """A copy, since matrix products round differently where memory is not aligned; by numpy, on one thread."""
+    copied = torch.empty(value.shape, dtype=value.dtype)
+    if value.numel():
+        copied.view(-1).view(torch.uint8).numpy()[:] = value.reshape(-1).view(torch.uint8).numpy()
+    return copied
 
 
 def read_record(model: dict[str, Any]) -> Record:

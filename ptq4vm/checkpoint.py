@@ -7,11 +7,11 @@ record for people and for programs that look for it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -23,9 +23,10 @@ from ptq4vm.serialize import (
     METHOD,
     CheckpointError,
     NotPortable,
+    assemble,
     describe_record,
     dumps,
-    loads,
+    read_content,
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -49,7 +50,7 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     if record.stage is not Stage.CONVERTED or not is_lowered(quantized):
         raise ValueError("only lowered models are saved: call ptq4vm.convert(prepared) without lower=False")
     data = dumps(quantized)
-    config = describe_record(record) | {"weights_sha256": hashlib.sha256(data).hexdigest()}
+    config = describe_record(record) | {"model_sha256": read_content(data)["sha256"]}
     for path in leftovers(folder):
         _log.warning("%s was left by a process that was killed while it saved a model here: delete it", path)
     replace_file(folder / WEIGHTS, lambda temporary: temporary.write_bytes(data))
@@ -99,7 +100,9 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
     for attempt in range(2):
         data = _read(folder)
         try:
-            return loads(data, operators)
+            content = read_content(data)
+            _compare_config(folder / CONFIG, content)
+            return assemble(content, data, operators)
         except NotPortable:
             from ptq4vm import checkpoint_v1
 
@@ -113,6 +116,26 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
                 f"{folder / WEIGHTS}: {error}; copy the folder again or quantize the model again"
             ) from error
     raise AssertionError
+
+
+def _compare_config(path: Path, content: dict[str, Any]) -> None:
+    """Refuses a config.json that is of this model and says something else: it was edited, in vain."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        same = config["model_sha256"] == content["sha256"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} beside it is corrupt ({type(error).__name__}: {error}); delete it") from error
+    if not same:
+        _log.warning("%s describes another model than %s beside it; it is not read", path, WEIGHTS)
+        return
+    changed = [key for key, value in content["model"].items() if config.get(key) != value]
+    if changed:
+        raise CheckpointError(
+            f"{path} beside it was edited ({', '.join(changed)}); it only repeats what {WEIGHTS} holds, so that an "
+            "edit changes nothing: undo it or delete the file"
+        )
 
 
 def _read(folder: Path) -> bytes:

@@ -301,12 +301,12 @@ def describe(gm: GraphModule) -> dict[str, Any]:
         if stack := _stack_of(node):
             entry["scope"] = stacks.setdefault(stack, len(stacks))
         nodes.append(entry)
-    names, spec_in, spec_out = _signature(gm)
+    signature = _signature(gm)
     return {
         "name": re.sub(r"\W", "_", type(gm).__name__, flags=re.ASCII),
-        "arguments": names,
-        "input_structure": _encode_structure(spec_in),
-        "output_structure": _encode_structure(spec_out),
+        "arguments": list(signature.orig_args),
+        "input_structure": _encode_structure(signature.in_spec),
+        "output_structure": _encode_structure(signature.out_spec),
         "inputs": [_describe_input(node) for node in gm.graph.find_nodes(op="placeholder")],
         "scopes": [[list(level) for level in stack] for stack in stacks],
         "nodes": nodes,
@@ -339,16 +339,12 @@ def _stack_of(node: Node) -> tuple[tuple[str, str], ...]:
     return tuple((path, kind if isinstance(kind, str) else kind.__qualname__) for path, kind in stack)
 
 
-def _signature(gm: GraphModule) -> tuple[list[str], Any, Any]:
+def _signature(gm: GraphModule) -> _PyTreeInfo:
     """The names of the arguments, and the structures of inputs and output."""
     codegen = gm.graph._codegen
-    if isinstance(codegen, _PyTreeCodeGen):
-        info = codegen.pytree_info
-        out = info.out_spec if info.out_spec is not None else pytree.tree_structure(True)
-        return list(info.orig_args), info.in_spec, out
-    placeholders = [str(node.target) for node in gm.graph.find_nodes(op="placeholder")]
-    output = fx.map_arg(gm.graph.output_node().args[0], lambda node: True)
-    return placeholders, pytree.tree_structure(((True,) * len(placeholders), {})), pytree.tree_structure(output)
+    if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info.out_spec is None:
+        raise GraphFormatError("a graph without a signature cannot be written; ptq4vm.prepare makes one with")
+    return codegen.pytree_info
 
 
 def _describe_input(node: Node) -> dict[str, Any]:
@@ -437,7 +433,12 @@ def _build_node(
     }
     if isinstance(target, torch._ops.OpOverload):
         _check_arguments(target, arguments, options)
+    elif options or (target is not check_input and not all(isinstance(value, _NUMBERS) for value in arguments)):
+        raise GraphFormatError(f"{called} takes nodes and numbers, not {_shortened((arguments, options))}")
     return graph.create_node("call_function", target, tuple(arguments), options, name=name)
+
+
+_NUMBERS = (Node, bool, int, float, slice, type(None))
 
 
 def tensor_at(root: nn.Module, path: str) -> Any:

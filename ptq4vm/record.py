@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,4 +97,5 @@ def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...])
     if fixed_size is not None and [height, width] != default_size:
         arguments["img_size"] = [height, width]
     preprocessing = {key: cfg[key] for key in _PREPROCESSING if key in cfg} | {"input_size": input_shapes[0]}
-    return {"name": name, "arguments": arguments, "preprocessing": preprocessing}
+    # as JSON brings it back
+    return json.loads(json.dumps({"name": name, "arguments": arguments, "preprocessing": preprocessing}))

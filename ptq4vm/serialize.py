@@ -167,9 +167,13 @@ def loads(data: bytes, operators: Sequence[str] = ()) -> GraphModule:
 
     `operators` are names of operators that are allowed besides ours and aten's.
     """
-    content = read_content(data)
-    record = read_record(content["model"])
+    return assemble(read_content(data), data, operators)
+
+
+def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()) -> GraphModule:
+    """The graph of a file, from what `read_content` found in it; raises CheckpointError."""
     with _refusing():
+        record = read_record(content["model"])
         root = _place_tensors(deserialize(data), content["tensors"])
         graph, name = build(content["graph"], root, operators)
         gm = PortableGraph(root, graph, name)
@@ -205,7 +209,7 @@ def read_content(data: bytes) -> dict[str, Any]:
                 f"it has format version {version}, written by ptq4vm {content.get('ptq4vm_version')}; this is ptq4vm "
                 f"{__version__}, which reads up to {FORMAT_VERSION}: upgrade ptq4vm"
             )
-        digest = content.pop("sha256")
+        digest = content["sha256"]
         if digest != _digest(text.replace(f'"sha256":"{digest}"', _UNSIGNED, 1), table, body):
             raise CheckpointError("its SHA-256 differs from the one it was saved with: it was truncated or edited")
         return content

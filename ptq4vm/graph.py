@@ -5,7 +5,6 @@ Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import re
@@ -20,6 +19,7 @@ from torch.export import Dim, export
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
+from ptq4vm.model_copy import copied_model
 
 aten = torch.ops.aten
 
@@ -32,13 +32,12 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     """The model, in evaluation mode, as an ATen graph with a dynamic batch; the caller's model is left alone.
 
     The first axis of every example tensor is the batch. Raises `CaptureError`, which names the module that
-    torch.export could not follow, and ValueError for example inputs without tensors.
+    torch.export could not follow, and ValueError for example inputs without tensors or a model that cannot be copied.
     """
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
-    model = copy.deepcopy(model).eval()
-    # torch.export specializes a batch of one
-    inputs = tuple(_at_least_two(value) for value in example_inputs)
+    model = copied_model(model)
+    inputs = tuple(_example(value) for value in example_inputs)
     try:
         gm = _export(model, inputs)
     except Exception as error:
@@ -49,9 +48,14 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     return finish(fx.GraphModule(gm, gm.graph, type(model).__name__))
 
 
-def _at_least_two(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
-        return torch.cat((value, value))
+def _example(value: Any) -> Any:
+    """An ordinary tensor without gradients, of two images where there are fewer: torch.export specializes a batch of
+    one or none."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().clone()
+    if value.dim() and len(value) < 2:
+        return torch.cat((value, value)) if len(value) else value.new_zeros((2, *value.shape[1:]))
     return value
 
 

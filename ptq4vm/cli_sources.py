@@ -129,10 +129,11 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
     return tuple(resolve_model_data_config(model)["input_size"])
 
 
-def dataset_for(source: str, split: str, model: nn.Module) -> ImageDataset:
+def dataset_for(source: str, split: str, model: nn.Module, *, labels: bool = False) -> ImageDataset:
+    """Images as the model takes them; with `labels` their classes must be the model's."""
     from ptq4vm.data import open_dataset, transform_for
 
-    classes: Any = getattr(model, "num_classes", 1000)
+    classes: Any = getattr(model, "num_classes", None) if labels else None
     return open_dataset(source, split, transform_for(model), num_classes=classes)
 
 
@@ -149,7 +150,7 @@ def loader_for(model: nn.Module, args: argparse.Namespace) -> Any:
 
     from ptq4vm.data import loader
 
-    dataset: Any = dataset_for(args.data_dir, args.split, model)
+    dataset: Any = dataset_for(args.data_dir, args.split, model, labels=True)
     if args.limit is not None and args.limit < len(dataset):
         dataset = Subset(dataset, [i * len(dataset) // args.limit for i in range(args.limit)])
     return loader(dataset, args.batch_size)

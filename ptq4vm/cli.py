@@ -157,7 +157,13 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     columns = {"model": "model", "images": "images", "top1": "top-1 %", "top5": "top-5 %"}
     if args.against is not None:
         columns |= {"agreement": f"% as {args.against}", "divergence": "KL"}
-    return Outcome(result=result, text=table([result], columns | {"loss": "loss", "seconds": "seconds"}))
+    lines = [table([result], columns | {"loss": "loss", "nonfinite": "not finite", "seconds": "seconds"})]
+    if found.nonfinite:
+        lines += [
+            f"{found.nonfinite} of {found.images} images hold NaN or infinity in their pixels or logits: they count as "
+            "wrong, and loss and KL are left out; do the weights fit the model?"
+        ]
+    return Outcome(result=result, text="\n".join(lines))
 
 
 def benchmark(args: argparse.Namespace) -> Outcome:

@@ -88,9 +88,10 @@ class Images(Dataset[tuple[Tensor, int]]):
 def open_dataset(source: str, split: str, transform: Transform, *, num_classes: int | None = None) -> ImageDataset:
     """`digits`, or the folder `source/<split>/<class>/*`, or without splits `source/<class>/*`.
 
-    A class is the place of its folder among all class folders, in the order of their names. They are those of the train
-    split, for every split. Folders named by ImageNet's ids (n01440764) have their places in ImageNet if `num_classes` is
-    the size of one, or is not given: so a part of ImageNet can be measured. Hidden and system folders are no classes.
+    A class is the place of its folder among all class folders, in the order of their names. They are those of the
+    train split, for every split. Folders named by ImageNet's ids (n01440764) have their places in ImageNet if
+    `num_classes` is the size of one, or is not given: so a part of ImageNet can be measured. Hidden and system folders
+    are no classes.
 
     Args:
         num_classes: those of the model. None asks for no check, for images whose classes do not matter.
@@ -289,8 +290,8 @@ def _class_names(
             return names
     where = " in the train split" if train else ""
     raise ValueError(
-        f"{root}: {len(lists[0])} class folders{where} ({_listing(lists[0])}), but the model has {num_classes} classes: "
-        "which is which cannot be told; make a folder for each class, in the train split if there is one"
+        f"{root}: {len(lists[0])} class folders{where} ({_listing(lists[0])}), but the model has {num_classes} "
+        "classes: which is which cannot be told; make a folder for each class, in the train split if there is one"
     )
 
 

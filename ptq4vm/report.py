@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Real
@@ -42,9 +43,22 @@ def mebibytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
 
 
+def to_json(value: Any) -> str:
+    """JSON of everybody: null for NaN and infinity, for which it has no words, and no raw control characters."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """A file that exists is replaced only once the new one is complete."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = to_json(value) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

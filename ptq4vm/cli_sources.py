@@ -80,19 +80,20 @@ def named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained=checkpoint is None, **options).eval()
     if checkpoint not in (None, RANDOM):
-        load_checkpoint(model, checkpoint, ema=ema)
+        for note in load_checkpoint(model, checkpoint, ema=ema).notes:
+            print(f"{note} …", file=sys.stderr)
     return model
 
 
 def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
     """The number of classes and the size of images that a file has weights for, where they are not the name's."""
     from ptq4vm.inspection.contents import from_command_line
-    from ptq4vm.models.checkpoints import read_checkpoint
-    from ptq4vm.models.recognize import match, registered
+    from ptq4vm.models.checkpoints import open_checkpoint
+    from ptq4vm.models.recognize import match, names_of, registered
 
     if name.partition(".")[0] not in registered():
         return {}
-    found = match(name, read_checkpoint(checkpoint, ema=ema))
+    found = match(name, open_checkpoint(checkpoint, ema=ema, names=names_of(name)).weights)
     if not found.arguments or not from_command_line(found):
         return {}
     print(f"{found}, as {checkpoint} has it …", file=sys.stderr)

@@ -114,6 +114,11 @@ def match(name: str, weights: Mapping[str, Tensor]) -> Match:
     return _match(_blueprints(name)[0], weights)
 
 
+def names_of(name: str) -> frozenset[str]:
+    """Names of the tensors of one registered classifier."""
+    return frozenset(_blueprints(name)[0].shapes)
+
+
 @functools.cache
 def registered() -> Mapping[str, str]:
     """The families of our models, by the models' names in timm's registry."""
@@ -132,8 +137,13 @@ def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
     return weights if translate is None else translate(weights)
 
 
+def escaped(text: str) -> str:
+    """Without line ends, control characters and halves of characters, which a terminal would act on or not print."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def listing(names: Iterable[object]) -> str:
-    shown = [str(name) for name in names]
+    shown = [escaped(str(name)) for name in names]
     more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
     return ", ".join(shown[:8]) + more
 

@@ -19,6 +19,7 @@ from ptq4vm.files import replace_file
 from ptq4vm.graph import attribute
 from ptq4vm.passes.patterns import source_of
 from ptq4vm.record import record_of
+from ptq4vm.text import escaped
 
 Row = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ Row = Mapping[str, Any]
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     """Aligned text, numbers to the right; `columns` gives the keys to show and their headings, else all are shown."""
     columns = columns or {key: key for key in _keys(rows)}
-    cells = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
+    cells = [list(map(escaped, columns.values()))] + [[_text(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(isinstance(row.get(key), Real | None) for row in rows) for key in columns]
     lines = (
@@ -123,6 +124,6 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, Real):
-        return str(value)
+        return escaped(str(value))
     large = isinstance(value, int) or abs(value) >= 1000  # type: ignore[operator]
     return f"{value:,.0f}" if large else f"{value:.4g}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
+from ptq4vm.text import escaped
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -135,11 +136,6 @@ def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
     """The weights under the names that the model has today."""
     translate = getattr(model, "checkpoint_filter", None)
     return weights if translate is None else translate(weights)
-
-
-def escaped(text: str) -> str:
-    """Without line ends, control characters and halves of characters, which a terminal would act on or not print."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def listing(names: Iterable[object]) -> str:

@@ -21,8 +21,8 @@ def finite_rows(x: Tensor) -> Tensor:
 def check_finite(model: nn.Module) -> nn.Module:
     """Make a model refuse inputs that hold NaN or infinity, and outputs that do.
 
-    Without it a quantized model returns finite logits for such an image: NaN becomes the zero point, infinity the
-    largest or smallest code. The check costs one pass over inputs and outputs. It belongs to this object alone: what is
+    Without it a quantized model returns finite logits for such an image: NaN becomes the code 0, infinity the largest
+    or smallest code. The check costs one pass over inputs and outputs. It belongs to this object alone: what is
     saved or fused from it does not check.
 
     Args:

@@ -123,6 +123,12 @@ def test_a_quantized_model_that_hides_nan_does_not_equal_its_original(roads, ima
     assert result.nonfinite == 2 and result.agreement == 100 * 10 / 12 and result.divergence is None
 
 
+def test_codes_have_no_value_for_nan_and_infinity():
+    x = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0]]])
+    codes = torch.ops.ptq4vm.quantize(x, torch.tensor([10.0]), torch.tensor([3], dtype=torch.int32), None, 8)
+    assert codes.tolist() == [[[0, 127, -128, 13]]]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_check_finite_refuses_what_the_codes_would_hide(roads, images, value):
     quantized = ptq4vm.check_finite(convert(roads.calibrated(QuantConfig.minmax(8))))

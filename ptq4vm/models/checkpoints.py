@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "params", "network", "net", "weights", "model_state")
 EMA_CONTAINERS = ("model_ema", "ema_model", "state_dict_ema", "ema", "params_ema", "ema_state_dict", "averaged_model")
+AXES = 64
+"""Torch indexes no tensors of more."""
 DEPTH = 4
 """Containers within containers, at most."""
 WRAPPERS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
@@ -245,6 +247,8 @@ def _oddity(value: Tensor) -> str | None:
         return f"a {type(value).__name__}"
     if value.is_complex() or value.dtype not in (*FLOATS, *INTEGERS, torch.bool, *_float8()):
         return f"of dtype {_dtype(value)}"
+    if value.ndim > AXES:
+        return f"of {value.ndim} axes"
     spread = sum((size - 1) * step for size, step in zip(value.shape, value.stride(), strict=True))
     held = math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step)
     return "a tensor whose values overlap in memory" if held > max(spread, 0) + 1 else None
@@ -294,9 +298,9 @@ def _reason(error: Exception) -> str:
 
 def _check_archive(path: Path) -> None:
     """Refuses an archive that claims more than it has: torch would ask for that much memory."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             claimed = sum(entry.file_size for entry in archive.infolist())
     except Exception as error:  # the reader of torch decides

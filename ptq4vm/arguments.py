@@ -1,7 +1,7 @@
 """What the operators ask of their arguments, said once: the Python side of csrc/glue.h, which asks the same.
 
-`check` runs before every implementation in Python, so that a user without a compiler reads the same refusals; shapes are
-those of `reference` and `fused`. Values (zero points, orders, sums) are looked at on the CPU only: a GPU would wait.
+`check` runs before every implementation in Python, so that a user without a compiler reads the same refusals; shapes
+are those of `reference` and `fused`. Values (zero points, orders, sums) are read on the CPU only: a GPU would wait.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ ARGUMENTS = {
     "directional_scan_quantize": _STEPS + "; inv_scale float L|1; zero_point zeros =inv_scale; inv_smooth float E; "
     "bits bits",
 }
-"""Each argument's kind and shape. A size is a letter that stands for the same number everywhere, `L|1` either of the two,
-`...` any axes, `*` a shape that another check knows, `=other` the shape of another argument, and `tokens` what scales of
-the operator's input are: (1,), (L,), or the input's shape without channels."""
+"""Each argument's kind and shape. A size is a letter that stands for the same number everywhere, `L|1` either of the
+two, `...` any axes, `*` a shape that another check knows, `=other` the shape of another argument, and `tokens` what
+scales of the operator's input are: (1,), (L,), or the input's shape without channels."""
 
 
 def check_placement(name: str, names: Sequence[str], arguments: Sequence[Any], gradients: bool) -> None:
@@ -281,7 +281,9 @@ def check_weight(x: Tensor, weight: Tensor) -> None:
     wanted = (x.shape[-1] + 1) // 2 if packed else x.shape[-1]
     if weight.shape[-1] != wanted:
         kind = "packed 4-bit" if packed else "int8"
-        raise ValueError(f"a {kind} weight for {x.shape[-1]} channels has {wanted} columns, this one {weight.shape[-1]}")
+        raise ValueError(
+            f"a {kind} weight for {x.shape[-1]} channels has {wanted} columns, this one {weight.shape[-1]}"
+        )
 
 
 def _check_most_channels(values: dict[str, Any]) -> None:
@@ -316,7 +318,7 @@ def _check_sums(name: str, sums: Tensor, channels: int) -> None:
 
 
 def _check_directions(values: dict[str, Any]) -> None:
-    order, projected, weight = values["order"], values["projected"], values["step_weight"]
+    projected, weight = values["projected"], values["step_weight"]
     (directions, channels, states), tokens = values["A"].shape, projected.shape[2]
     rank = projected.shape[-1] - 2 * states
     if not directions:

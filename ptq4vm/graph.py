@@ -324,7 +324,7 @@ def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any
 
     mode = _fake_mode(gm)
     arguments, options = fx.map_arg((args, kwargs or {}), value)
-    with mode, enable_python_dispatcher():
+    with mode, enable_python_dispatcher(), torch.no_grad():  # operators without gradients refuse parameters otherwise
         return target(*_to_fake(arguments, mode), **_to_fake(options, mode))
 
 

@@ -376,7 +376,7 @@ def _refusing(description: Any) -> Iterator[None]:
         yield
     except GraphFormatError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise GraphFormatError(f"it describes no graph ({type(error).__name__}: {str(error)[:200]})") from error
 
 

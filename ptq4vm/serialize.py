@@ -190,7 +190,7 @@ def _refusing() -> Iterator[None]:
         raise
     except (GraphFormatError, SafetensorError) as error:
         raise CheckpointError(str(error)) from error
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, SyntaxError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"it is corrupt ({type(error).__name__}: {reason})") from error
 
@@ -206,8 +206,8 @@ def read_content(data: bytes) -> dict[str, Any]:
         version = content["format_version"]
         if not isinstance(version, int) or version > FORMAT_VERSION:
             raise CheckpointError(
-                f"it has format version {version}, written by ptq4vm {content.get('ptq4vm_version')}; this is ptq4vm "
-                f"{__version__}, which reads up to {FORMAT_VERSION}: upgrade ptq4vm"
+                f"it has format version {version!r:.40}, written by ptq4vm {content.get('ptq4vm_version')!r:.40}; this "
+                f"is ptq4vm {__version__}, which reads up to {FORMAT_VERSION}: upgrade ptq4vm"
             )
         digest = content["sha256"]
         if digest != _digest(text.replace(f'"sha256":"{digest}"', _UNSIGNED, 1), table, body):

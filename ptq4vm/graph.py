@@ -336,6 +336,17 @@ def propagate(gm: GraphModule) -> GraphModule:
     return gm
 
 
+def example_inputs(gm: GraphModule, batch: int) -> tuple[Any, ...]:
+    """Zeros of the dtypes and shapes that a graph takes; inputs that are no tensors as they were captured."""
+    made = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else node.meta.get(RECORDED, (None, ()))
+        sizes = [size if isinstance(size, int) else batch for size in shape]
+        made.append(value if dtype is None else torch.zeros(sizes, dtype=dtype))
+    return tuple(made)
+
+
 RECORDED = "ptq4vm.input"
 """The key in the meta of a placeholder of a loaded graph: dtype and shape, whose dynamic axes have a name."""
 

@@ -25,7 +25,7 @@ from ptq4vm.serialize import METHOD, CheckpointError, check_qparams, read_record
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MOST = 2**14
+MOST = 2**15
 """The largest number among the arguments of a model that is built from a file."""
 
 

@@ -172,7 +172,7 @@ def loads(data: bytes, operators: Sequence[str] = ()) -> GraphModule:
 
 def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()) -> GraphModule:
     """The graph of a file, from what `read_content` found in it; raises CheckpointError."""
-    with _refusing():
+    with _refusing(), torch.inference_mode(False):  # tensors that were made in that mode cannot be learned or copied
         record = read_record(content["model"])
         root = _place_tensors(deserialize(data), content["tensors"])
         graph, name = build(content["graph"], root, operators)

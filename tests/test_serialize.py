@@ -412,3 +412,11 @@ def test_what_a_file_cannot_hold_is_refused_when_it_is_saved(tmp_path):
     with pytest.raises(ValueError, match=r"add_.* the operator aten::add_\.Tensor cannot be written: it changes"):
         save(quantized, tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_is_loaded_in_inference_mode_is_ordinary(small):
+    data, inputs, outputs = small
+    with torch.inference_mode():
+        loaded = loads(data)
+    assert not any(value.is_inference() for value in loaded.state_dict().values())
+    assert torch.equal(copy.deepcopy(loaded)(*inputs), outputs)

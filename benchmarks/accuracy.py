@@ -6,9 +6,10 @@
     python benchmarks/accuracy.py picture docs/accuracy.png                   # the same, to see
 
 Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
-so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. Names of recipes are those
-of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out, `best+…` adds one.
-Rows of ablations that are gone, since they did not help, stay in the table.
+so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. A row says the commit, the
+torch, the kernels and the date it was measured with; a row of another number of test images is another row. Names of
+recipes are those of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out,
+`best+…` adds one. Rows of ablations that are gone, since they did not help, stay in the table.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
+from ptq4vm import native
 from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantConfig, State
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
@@ -110,8 +114,10 @@ class Subject:
             harden(self.model)
         transform = transform_for(self.model)
         self.train = open_dataset(data_dir, "train", transform)
-        test: Any = open_dataset(data_dir, "test", transform)
-        if test_images is not None:  # from all over the split, whose folders are sorted by class
+        test: Any = open_dataset(data_dir, "test", transform, num_classes=self.model.num_classes)
+        if test_images is not None and test_images < len(
+            test
+        ):  # from all over the split, whose folders are sorted by class
             test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
         self.test = list(loader(test, 250))
         self.example = (self.test[0][0][:2],)
@@ -121,7 +127,7 @@ class Subject:
         self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
 
     def evaluate(self, module: torch.nn.Module) -> Any:
-        return evaluate(module, self.test, reference_predictions=self.logits, progress=False)
+        return evaluate(module, self.test, reference_predictions=self.logits, progress=False, check_finite=True)
 
     def row(self, config: QuantConfig, images: int) -> dict[str, Any]:
         """What quantizing with this config gives."""
@@ -134,6 +140,8 @@ class Subject:
         quantized = ptq4vm.convert(prepared)
         found = self.evaluate(ptq4vm.fuse(quantized))
         return {
+            **origin(),
+            "date": datetime.now(UTC).date().isoformat(),
             "top1": round(found.top1, 3),
             "fp_top1": round(self.top1, 3),
             "loss": round(self.top1 - found.top1, 3),
@@ -142,18 +150,41 @@ class Subject:
             "block_cosine": statistics.mean(block["cosine_loss"] for block in blocks if "cosine_loss" in block),
             "calibrate_s": round(seconds, 1),
             "bytes": model_bytes(quantized),
-            "test_images": found.images,
         }
 
 
-KEYS = ("model", "variant", "bits", "recipe", "seed", "images", "epochs")
+KEYS = ("model", "variant", "bits", "recipe", "seed", "images", "epochs", "test_images")
 """What makes a row another one."""
+
+
+@functools.cache
+def origin() -> dict[str, str]:
+    """Code, libraries and kernels that rows of this process are measured with."""
+    return {"commit": commit(), "torch": torch.__version__, "kernels": native.isa()}
+
+
+def commit() -> str:
+    """That of the checkout, with a + where files in it differ; `unknown` outside of one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/benchmarks/results")
+        return f"{git('rev-parse', '--short=12', 'HEAD').strip() or 'unknown'}{'+' if changed else ''}"
+    except OSError:  # there is no git
+        return "unknown"
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Whole lines; what an interrupted write left behind is no row."""
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Rows of old files may lack a key, and are of a number of test images that nobody knows then."""
+    return tuple(row.get(key) for key in KEYS)
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -185,12 +216,15 @@ def wanted(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     "seed": seed,
                     "images": options.images,
                     "epochs": options.epochs,
+                    "test_images": options.test_images,
                 }
 
 
 def run(options: argparse.Namespace) -> None:
-    done = {tuple(row.get(key) for key in KEYS) for row in read(options.output)}
-    missing = [row for row in wanted(options) if tuple(row[key] for key in KEYS) not in done]
+    done = {key_of(row) for row in read(options.output)}
+    total = len(open_dataset(options.data_dir, "test", lambda image: image))
+    rows = (row | {"test_images": min(row["test_images"] or total, total)} for row in wanted(options))
+    missing = [row for row in rows if key_of(row) not in done]
     subject, owner = None, None
     for row in (bar := tqdm(missing, desc="quantize and evaluate", unit="model")):
         bar.set_postfix_str(f"{row['model']} {row['variant']} {row['recipe']} {row['bits']} bits, seed {row['seed']}")
@@ -208,6 +242,7 @@ COLUMNS = {
     "bits": "bits",
     "recipe": "recipe",
     "epochs": "epochs",
+    "test_images": "test images",
     "seeds": "seeds",
     "top1": "top-1 %",
     "loss": "loss",
@@ -224,14 +259,14 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over the seeds; the spread is half of what lies between the lowest and the highest loss."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in KEYS if key != "seed"), []).append(row)
+        groups.setdefault(tuple(row.get(key) for key in KEYS if key != "seed"), []).append(row)
 
     def mean(found: list[dict[str, Any]], key: str) -> float:
         return statistics.mean(row[key] for row in found)
 
     result = [
         {
-            **{key: found[0][key] for key in ("model", "variant", "bits", "recipe", "epochs")},
+            **{key: found[0].get(key) for key in ("model", "variant", "bits", "recipe", "epochs", "test_images")},
             "seeds": len(found),
             "top1": round(mean(found, "top1"), 2),
             "loss": round(mean(found, "loss"), 2),
@@ -264,9 +299,12 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The recipe, and how long it learned where that differs among the rows."""
-    several = len({other["epochs"] for other in rows if other["recipe"] == row["recipe"]}) > 1
-    return f"{row['recipe']}, {row['epochs']} epochs" if several else row["recipe"]
+    """The recipe, and how long it learned and on how many images it was tested where that differs among the rows."""
+    text = row["recipe"]
+    for key, word in (("epochs", "epochs"), ("test_images", "test images")):
+        if len({other.get(key) for other in rows if other["recipe"] == row["recipe"]}) > 1:
+            text += f", {row[key]} {word}"
+    return text
 
 
 def sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -288,7 +326,8 @@ def pivot(heading: str, models: list[str], cells: dict[tuple[str, str], str]) ->
 def differences(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
     """What leaving a stage out of a recipe adds to KL · 1000: the mean of the differences by seed, and their range."""
     seeds = {
-        (row["recipe"], row["model"], row["seed"], row["images"], row["epochs"]): 1e3 * row["divergence"]
+        tuple(row.get(key) for key in ("recipe", "model", "seed", "images", "epochs", "test_images")): 1e3
+        * row["divergence"]
         for row in rows
     }
     found: dict[tuple[str, str], list[float]] = {}

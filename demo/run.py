@@ -77,6 +77,9 @@ class Subject:
         self.graph = canonical_graph(self.model, self.example)
         self.logits = predictions(self.model, self.test)
 
+    def evaluate(self, module: nn.Module) -> Any:
+        return evaluate(module, self.test, reference_predictions=self.logits, progress=False, check_finite=True)
+
     def prepared(self, config: QuantConfig) -> GraphModule:
         """As `ptq4vm.prepare`, from a graph that is captured once."""
         return prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
@@ -100,7 +103,7 @@ class Subject:
 
     def climb(self, seeds: int, epochs: dict[int, int], bar: tqdm) -> list[dict[str, Any]]:
         """A row a rung, with times measured side by side at the end."""
-        exact = evaluate(self.model, self.test, reference_predictions=self.logits, progress=False)
+        exact = self.evaluate(self.model)
         rows = [self.row("FP32", "FP32", self.model, [exact], [0.0])]
         modules: dict[str, nn.Module] = {"FP32": self.model}
         for bits in epochs:
@@ -113,9 +116,7 @@ class Subject:
                     ptq4vm.calibrate(prepared, self.calibration(seed), progress=False)
                     seconds.append(time.perf_counter() - started)
                     quantized = ptq4vm.convert(prepared)
-                    evaluations.append(
-                        evaluate(quantized, self.test, reference_predictions=self.logits, progress=False)
-                    )
+                    evaluations.append(self.evaluate(quantized))
                     bar.update()
                 rows.append(self.row(f"W{bits}A{bits}", method, quantized, evaluations, seconds))
                 modules[f"{bits} {method}"] = ptq4vm.fuse(quantized)

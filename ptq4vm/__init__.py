@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.checkpoint import load, save
     from ptq4vm.config import Granularity, Learning, Outputs, QuantConfig, State
+    from ptq4vm.finite import check_finite
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ _HOMES = {
     "quantize": "api",
     "save": "checkpoint",
     "load": "checkpoint",
+    "check_finite": "finite",
     "QuantConfig": "config",
     "Learning": "config",
     "Granularity": "config",
@@ -41,6 +43,7 @@ __all__ = [
     "QuantConfig",
     "State",
     "calibrate",
+    "check_finite",
     "convert",
     "fuse",
     "load",

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.graph import Pipeline
+from ptq4vm.graph import Pipeline, is_lowered
 from ptq4vm.model_copy import own_tensors
 from ptq4vm.passes.calibrate import calibrate_blocks
 from ptq4vm.passes.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.fuse import fuse as fuse_producers
-from ptq4vm.passes.lower import is_lowered
 from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_graph
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import Stage, prepared_record, update_record

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptq4vm import __version__, cli_inspect
 from ptq4vm.cli_sources import (
@@ -27,8 +28,10 @@ from ptq4vm.cli_sources import (
     named_model,
     open_both,
     open_model,
+    say,
     stage,
 )
+from ptq4vm.text import escaped
 
 if TYPE_CHECKING:
     from ptq4vm.config import QuantConfig
@@ -41,8 +44,14 @@ PRESETS = (
     "w8a8, w6a6, w4a4, or a recipe with its bits: best4, ptq4vm4, ptq4vm_released4, pts+truncation4, pts4, "
     "per_token_dynamic4, per_tensor4, smoothquant4, minmax4, kscaled8, kscaled_linears8, state8, ptq4vm+state8"
 )
-INTERRUPTED = 130
-"""128 + SIGINT, as shells report it."""
+INTERRUPTED, TERMINATED = 130, 143
+"""128 + SIGINT and 128 + SIGTERM, as shells report them."""
+LARGEST = 2**31 - 1
+"""Of a count on the command line."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came, and ends the command as SIGINT does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,32 +65,98 @@ class Outcome:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; wrong usage exits with 2 as argparse does."""
+    _prepare_streams()
     args = _parser().parse_args(argv)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _terminable(), contextlib.redirect_stdout(sys.stderr):
             outcome = args.command(args)
-    except KeyboardInterrupt:
-        print(f"ptq4vm: {_interrupted(args)}", file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as stop:
+        _complain(_interrupted(args))
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except Exception as error:
-        if not _is_expected(error):
+        message = _message(error, args)
+        if message is None:
             raise
-        print(f"ptq4vm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        _complain(f"error: {message}")
         return 1
+    return _show(outcome, args.json)
+
+
+def _prepare_streams() -> None:
+    """Printing never fails for a character, nor for the lack of a standard error."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`; only the main thread may say so."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
-        print(json.dumps(outcome.result, indent=2) if args.json else outcome.text, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; Python must not try to flush again when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it
+        say(f"ptq4vm: {text}")
+
+
+def _show(outcome: Outcome, as_json: bool) -> int:
+    """Prints the result and returns the exit code."""
+    from ptq4vm.report import to_json
+
+    text = to_json(outcome.result) if as_json else "\n".join(map(escaped, outcome.text.split("\n")))
+    try:
+        if sys.stdout is None:
+            raise OSError("it is closed")
+        print(text, flush=True)
+    except OSError as error:
+        with contextlib.suppress(OSError, AttributeError):  # Python must not try to flush again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # `| head` has seen enough
+            return outcome.code
+        _complain(f"error: the result cannot be written to standard output: {error}")
+        return 1
     return outcome.code
 
 
-def _is_expected(error: Exception) -> bool:
-    """Whether the message says all there is to say; anything else is our mistake and keeps its traceback."""
-    if isinstance(error, RuntimeError):
-        from ptq4vm.graph import CaptureError
+def _message(error: Exception, args: argparse.Namespace) -> str | None:
+    """All there is to say of what a user or the machine caused; None for our mistakes, which keep their traceback."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or re.search(MEMORY, text):
+        return f"out of memory ({text}); take fewer images at once, or a machine with more"
+    if isinstance(error, RuntimeError) and not _is_expected(error, text):
+        return None
+    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and type(error).__name__ not in READERS:
+        return None
+    files = [getattr(args, name, None) for name in ("output", "resume_dir", "csv", "picture")]
+    where = [str(file) for file in files if file is not None]
+    unnamed = re.search(FULL, text) and not any(file in text for file in where)
+    return f"{text}; it was writing {' or '.join(where)}" if unnamed and where else text
 
-        return isinstance(error, CaptureError)
-    return isinstance(error, (ValueError, OSError, ImportError))
+
+MEMORY = r"(?i)out of memory|can't allocate memory|cannot allocate memory|not enough memory|unable to allocate"
+FULL = r"(?i)no space left|disk quota|file too large|PytorchStreamWriter failed|read-only file system"
+READERS = ("SafetensorError", "UnpicklingError", "BadZipFile", "EOFError", "RecursionError")
+"""What readers and writers of files raise beside OSError; the packages are not imported to tell."""
+
+
+def _is_expected(error: RuntimeError, text: str) -> bool:
+    from ptq4vm.graph import CaptureError
+
+    return isinstance(error, (CaptureError, RecursionError)) or bool(re.search(rf"{FULL}|C\+\+ compiler", text))
 
 
 def _interrupted(args: argparse.Namespace) -> str:
@@ -96,11 +171,16 @@ def quantize(args: argparse.Namespace) -> Outcome:
     """Calibrate on images of the train split, convert, save."""
     import ptq4vm
     from ptq4vm.checkpoint import free_folder
+    from ptq4vm.cli_outputs import check_apart, check_folder
     from ptq4vm.data import calibration_batches
     from ptq4vm.record import record_of
     from ptq4vm.report import mebibytes, model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
+    check_folder(output)
+    if args.resume_dir is not None:
+        check_apart(output, args.resume_dir)
+        check_folder(args.resume_dir)
     check_ema(args)
     seconds: dict[str, float] = {}
     with stage("load", seconds):
@@ -157,17 +237,27 @@ def evaluate(args: argparse.Namespace) -> Outcome:
     columns = {"model": "model", "images": "images", "top1": "top-1 %", "top5": "top-5 %"}
     if args.against is not None:
         columns |= {"agreement": f"% as {args.against}", "divergence": "KL"}
-    return Outcome(result=result, text=table([result], columns | {"loss": "loss", "seconds": "seconds"}))
+    lines = [table([result], columns | {"loss": "loss", "nonfinite": "not finite", "seconds": "seconds"})]
+    if found.nonfinite:
+        lines += [
+            f"{found.nonfinite} of {found.images} images hold NaN or infinity in their pixels or logits: they count as "
+            "wrong, and loss and KL are left out; do the weights fit the model?"
+        ]
+    return Outcome(result=result, text="\n".join(lines))
 
 
 def benchmark(args: argparse.Namespace) -> Outcome:
     """Time a quantized model against other ways to run the same network, on random images."""
     from ptq4vm.benchmark.run import Plan, check_picture, run
+    from ptq4vm.cli_outputs import check_file
     from ptq4vm.record import record_of
     from ptq4vm.report import write_csv
 
     if args.picture is not None:
         check_picture(args.picture)
+    for file in (args.csv, args.picture):
+        if file is not None:
+            check_file(file)
     kinds = (args.kind, *args.against)
     twice = [kind for kind in kinds if kinds.count(kind) > 1]
     if twice:
@@ -204,12 +294,19 @@ def inspect(args: argparse.Namespace) -> Outcome:
 def export(args: argparse.Namespace) -> Outcome:
     """Compile a quantized model into a package that runs without Python code of this package."""
     from ptq4vm import backend, native
+    from ptq4vm.cli_outputs import check_file
     from ptq4vm.report import mebibytes
 
     if not is_saved(args.model):
         raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
+    if Path(args.output).suffix != ".pt2":
+        raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")
+    check_file(args.output)
+    if problem := native.problem():
+        raise ValueError(f"a package runs on the native library alone, and there is none: {problem}")
     import ptq4vm
 
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     path = backend.package(ptq4vm.load(args.model), args.output)
     size = path.stat().st_size
     result = {"output": str(path), "bytes": size, "library": str(native.LIBRARY)}
@@ -258,7 +355,7 @@ def _config(text: str, seed: int) -> QuantConfig:
         raise ValueError(f"{text!r} is no config: give {PRESETS}, or a .json file")
     try:
         return QuantConfig.from_json(Path(text).read_text(encoding="utf-8"))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{text}: {error}") from error
 
 
@@ -280,17 +377,35 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if silent else super()._get_help_string(action)
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def _between(low: int, high: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and at most {high}, got {value}")
+        return value
+
+    return count
+
+
+_count, _threads, _seed = _between(1, LARGEST), _between(1, 1024), _between(-LARGEST, 2**63 - 1)
+
+
+def _word(text: str) -> str:
+    """Type of all that are no numbers."""
+    if not text.strip() or "\0" in text:
+        raise argparse.ArgumentTypeError("must not be empty, nor hold a null character")
+    return text
+
+
+class _Parser(argparse.ArgumentParser):
+    """Repeats no words that a terminal would act on."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escaped(message))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="ptq4vm", description="Post-training quantization of Visual Mamba.", allow_abbrev=False
-    )
+    parser = _Parser(prog="ptq4vm", description="Post-training quantization of Visual Mamba.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ptq4vm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -299,6 +414,7 @@ def _parser() -> argparse.ArgumentParser:
         made = commands.add_parser(
             command.__name__, help=text, description=text, formatter_class=_Help, allow_abbrev=False
         )
+        made.register("type", None, _word)
         made.set_defaults(command=command)
         made.add_argument("--json", action="store_true", help="print one JSON object")
         return made
@@ -317,7 +433,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--config", default="w8a8", help=f"{PRESETS}, or a .json file")
     made.add_argument("--images", type=_count, default=256, metavar="N", help="images to calibrate with")
     made.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images read at once")
-    made.add_argument("--seed", type=int, default=0, help="chooses the images, and their order in a preset's learning")
+    made.add_argument(
+        "--seed", type=_seed, default=0, help="chooses the images, and their order in a preset's learning"
+    )
     made.add_argument("--resume-dir", metavar="DIR", help="keep finished blocks here, and continue from them")
 
     made = add(evaluate)
@@ -335,7 +453,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--kind", default="quantized", help=f"how MODEL runs: {KINDS}")
     made.add_argument("--against", nargs="+", default=[], metavar="KIND", help="compare with these, or saved folders")
     made.add_argument("--batch-size", type=_count, nargs="+", default=[8], metavar="N", help="images at once; else 8")
-    made.add_argument("--threads", type=_count, nargs="+", default=[1], metavar="N", help="CPU threads; else 1")
+    made.add_argument("--threads", type=_threads, nargs="+", default=[1], metavar="N", help="CPU threads; else 1")
     made.add_argument("--repeats", type=_count, default=20, metavar="N", help="rounds to time, after 3 to warm up")
     made.add_argument("--layers", action="store_true", help="time each operator, in FP32 and quantized")
     made.add_argument("--memory", action="store_true", help="measure what a forward adds to a fresh process")

@@ -12,6 +12,7 @@ from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq4vm.cli_outputs import check_folder
 from ptq4vm.cli_sources import check_ema, images_for, is_saved, named_model, open_model, stage
 
 if TYPE_CHECKING:
@@ -57,8 +58,8 @@ def _check_options(args: argparse.Namespace, saved: bool) -> None:
             raise ValueError(f"--{option} needs images to run the model on: give --data-dir DIR with it")
     if args.graph and args.data_dir is not None:
         raise ValueError("--graph tells what is fused and --data-dir measures layers: give one of them")
-    if args.output is not None and Path(args.output).exists() and not Path(args.output).is_dir():
-        raise FileExistsError(f"{args.output} is a file; choose a folder for the figures")
+    if args.output is not None:
+        check_folder(args.output)
     check_ema(args)
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptq4vm.text import escaped
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.fx import GraphModule
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 RANDOM = "random"
 """In place of a file of weights."""
+
+
+def say(text: str) -> None:
+    """A line on standard error, for people; what came from files cannot act on their terminal."""
+    print(escaped(text), file=sys.stderr, flush=True)
 
 
 def is_saved(name: str) -> bool:
@@ -42,13 +49,36 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
     import ptq4vm
     from ptq4vm.record import record_of
 
-    quantized = ptq4vm.load(name)
+    quantized: Any = ptq4vm.load(name)
     architecture = record_of(quantized).architecture
-    assert architecture is not None  # else `load` could not have built the model
     # as timm's own models say it
-    quantized.pretrained_cfg = architecture["preprocessing"]
-    quantized.num_classes = architecture["arguments"].get("num_classes", 0)  # a backbone has none
+    if architecture is None:
+        quantized.pretrained_cfg, quantized.num_classes = _preprocessing(name, quantized), _classes(quantized)
+    else:
+        quantized.pretrained_cfg = architecture["preprocessing"]
+        quantized.num_classes = architecture["arguments"].get("num_classes", 0)  # a backbone has none
     return quantized
+
+
+def _preprocessing(name: str, quantized: GraphModule) -> dict[str, Any]:
+    """Of a model that timm does not know, whose record has the size of its inputs alone."""
+    from ptq4vm.record import record_of
+
+    shapes = record_of(quantized).input_shapes
+    if len(shapes) != 1 or len(shapes[0]) != 3:
+        raise ValueError(f"{name} takes {' and '.join(map(str, shapes))}; the command line reads images of three axes")
+    say(f"{name} does not tell its preprocessing, that of ImageNet's models is taken …")
+    return {"input_size": tuple(shapes[0])}
+
+
+def _classes(quantized: GraphModule) -> int | None:
+    import torch
+
+    from ptq4vm.record import record_of
+
+    with torch.inference_mode():
+        logits = quantized(*(torch.zeros(1, *shape) for shape in record_of(quantized).input_shapes))
+    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
 
 
 def named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
@@ -78,31 +108,36 @@ def named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
         )
     options = {} if checkpoint in (None, RANDOM) else _options(name, checkpoint, ema)
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=checkpoint is None, **options).eval()
+    try:
+        model = timm.create_model(name, pretrained=checkpoint is None, **options).eval()
+    except Exception as error:
+        if checkpoint is not None:
+            raise
+        raise ValueError(f"the weights that timm has for {name} cannot be read: {error}; give --checkpoint") from error
     if checkpoint not in (None, RANDOM):
-        load_checkpoint(model, checkpoint, ema=ema)
+        for note in load_checkpoint(model, checkpoint, ema=ema).notes:
+            say(f"{checkpoint}: {note} …")
     return model
 
 
 def _options(name: str, checkpoint: str, ema: bool) -> dict[str, Any]:
     """The number of classes and the size of images that a file has weights for, where they are not the name's."""
     from ptq4vm.inspection.contents import from_command_line
-    from ptq4vm.models.checkpoints import read_checkpoint
-    from ptq4vm.models.recognize import match, registered
+    from ptq4vm.models.checkpoints import open_checkpoint
+    from ptq4vm.models.recognize import match, names_of, registered
 
     if name.partition(".")[0] not in registered():
         return {}
-    found = match(name, read_checkpoint(checkpoint, ema=ema))
+    found = match(name, open_checkpoint(checkpoint, ema=ema, names=names_of(name)).weights)
     if not found.arguments or not from_command_line(found):
         return {}
-    print(f"{found}, as {checkpoint} has it …", file=sys.stderr)
+    say(f"{found}, as {checkpoint} has it …")
     size = found.arguments.get("img_size")
     return {**found.arguments} | ({"pretrained_cfg_overlay": {"input_size": (3, size, size)}} if size else {})
 
 
 def open_both(name: str) -> tuple[nn.Module, GraphModule]:
     """A model in floating point, with random weights, and quantized: its folder's, or W8A8 with scales from noise."""
-    import timm
     import torch
 
     import ptq4vm
@@ -113,14 +148,28 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
         torch.manual_seed(0)
         if is_saved(name):
             quantized = ptq4vm.load(name)
-            architecture = record_of(quantized).architecture
-            assert architecture is not None
-            return timm.create_model(architecture["name"], **architecture["arguments"]).eval(), quantized
+            return _floating(name, record_of(quantized).architecture), quantized
         model = named_model(name, RANDOM, False)
     with stage("quantize", {}):
         noise = torch.randn(2, *_input_shape(model))
         config = ptq4vm.QuantConfig(range_search=RangeSearch.MINMAX)
         return model, ptq4vm.quantize(model, [noise], config, progress=False)
+
+
+def _floating(folder: str, architecture: dict[str, Any] | None) -> nn.Module:
+    """The network of a saved model in floating point, with random weights; nothing but such a network is built."""
+    import timm
+
+    import ptq4vm.models  # noqa: F401
+
+    if architecture is None or not timm.is_model(architecture["name"]):
+        raise ValueError(
+            f"{folder} holds a model that timm cannot build, so there is no other way to run it to compare"
+        )
+    arguments = architecture["arguments"]
+    if wrong := [key for key in arguments if key.startswith(("pretrained", "checkpoint", "cache"))]:
+        raise ValueError(f"{folder} asks for {', '.join(wrong)}, which a saved model does not need; is it yours?")
+    return timm.create_model(architecture["name"], pretrained=False, **arguments).eval()
 
 
 def _input_shape(model: nn.Module) -> tuple[int, ...]:
@@ -129,10 +178,11 @@ def _input_shape(model: nn.Module) -> tuple[int, ...]:
     return tuple(resolve_model_data_config(model)["input_size"])
 
 
-def dataset_for(source: str, split: str, model: nn.Module) -> ImageDataset:
+def dataset_for(source: str, split: str, model: nn.Module, *, labels: bool = False) -> ImageDataset:
+    """Images as the model takes them; with `labels` their classes must be the model's."""
     from ptq4vm.data import open_dataset, transform_for
 
-    classes: Any = getattr(model, "num_classes", 1000)
+    classes: Any = getattr(model, "num_classes", None) if labels else None
     return open_dataset(source, split, transform_for(model), num_classes=classes)
 
 
@@ -149,7 +199,7 @@ def loader_for(model: nn.Module, args: argparse.Namespace) -> Any:
 
     from ptq4vm.data import loader
 
-    dataset: Any = dataset_for(args.data_dir, args.split, model)
+    dataset: Any = dataset_for(args.data_dir, args.split, model, labels=True)
     if args.limit is not None and args.limit < len(dataset):
         dataset = Subset(dataset, [i * len(dataset) // args.limit for i in range(args.limit)])
     return loader(dataset, args.batch_size)
@@ -158,7 +208,7 @@ def loader_for(model: nn.Module, args: argparse.Namespace) -> Any:
 @contextlib.contextmanager
 def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     """Says what begins, since it takes a while, and adds how long it took."""
-    print(f"{name} …", file=sys.stderr, flush=True)
+    say(f"{name} …")
     start = time.perf_counter()
     yield
     seconds[name] = time.perf_counter() - start

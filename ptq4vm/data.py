@@ -1,20 +1,31 @@
 """Images: a folder a class, as ImageNet has them, or scikit-learn's digits, which need no download."""
 
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 DIGITS = "digits"
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Names of images end so, in upper or lower case: those of torchvision."""
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, whatever the name says; Pillow would start programs for some others."""
 
 Transform = Callable[[Any], Tensor]
 
 _TRAIN = ("train",)
 _TEST = ("test", "val", "validation")
+_SYSTEM = frozenset(("__macosx", "__pycache__", "lost+found", "system volume information", "recycler", "recycled"))
+"""Folders that systems make beside those of a user, in lower case; all others of them begin with one of `_HIDDEN`."""
+_HIDDEN = (".", "@", "$", "#", "~")
 
 
 class ImageDataset(Protocol):
@@ -52,28 +63,91 @@ class Digits(Dataset[tuple[Tensor, int]]):
         return self.transform(Image.fromarray(self.images[index]).convert("RGB")), self.targets[index]
 
 
-def open_dataset(source: str, split: str, transform: Transform, *, num_classes: int = 1000) -> ImageDataset:
+class Images(Dataset[tuple[Tensor, int]]):
+    """The images in class folders, in the order of their paths.
+
+    Raises ValueError with its path for a file that cannot be read as an image of 8 or 16 bits.
+    """
+
+    def __init__(
+        self, samples: Sequence[tuple[str, int]], class_to_idx: Mapping[str, int], transform: Transform
+    ) -> None:
+        self.samples, self.class_to_idx = list(samples), dict(class_to_idx)
+        self.classes = list(self.class_to_idx)
+        self.targets = [target for _, target in self.samples]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, target = self.samples[index]
+        return self.transform(read_image(path)), target
+
+
+def open_dataset(source: str, split: str, transform: Transform, *, num_classes: int | None = None) -> ImageDataset:
     """`digits`, or the folder `source/<split>/<class>/*`, or without splits `source/<class>/*`.
 
-    A class is the place of its folder. But folders named by ImageNet's ids (n01440764) get their places in
-    ImageNet if `num_classes`, those of the model, is the size of one: so a part of ImageNet can be measured.
+    A class is the place of its folder among all class folders, in the order of their names. They are those of the
+    train split, for every split. Folders named by ImageNet's ids (n01440764) have their places in ImageNet if
+    `num_classes` is the size of one, or is not given: so a part of ImageNet can be measured. Hidden and system folders
+    are no classes.
+
+    Args:
+        num_classes: those of the model. None asks for no check, for images whose classes do not matter.
+
+    Raises:
+        FileNotFoundError: the folder or its split is not there, or has no images.
+        ValueError: the class folders are not those of the model, or not those of the train split.
     """
     _names_of(split)
     if source == DIGITS:
-        return Digits(split, transform)
-
-    from torchvision.datasets import ImageFolder
+        return _checked_digits(Digits(split, transform), num_classes)
 
     root = _root(Path(source), split)
-    folder = ImageFolder(str(root), transform, allow_empty=True)
-    if not folder.samples:
+    found = {folder.name: list(_images(folder)) for folder in sorted(_folders(root))}
+    if not any(found.values()):
         raise FileNotFoundError(f"{root}: no images in its class folders; {_layout(source, split)}")
-    index = _imagenet_index(num_classes)
-    if index.keys() >= set(folder.classes):
-        folder.samples = folder.imgs = [(path, index[folder.classes[place]]) for path, place in folder.samples]
-        folder.targets = [target for _, target in folder.samples]
-        folder.class_to_idx = {name: index[name] for name in folder.classes}
-    return folder
+    places = _places(root, found, _train_folders(Path(source), root), num_classes)
+    samples = [(path, places[name]) for name, paths in found.items() for path in paths]
+    return Images(samples, places, transform)
+
+
+def read_image(path: str) -> "Image.Image":
+    """The file as RGB of 8 bits; 16 bits are scaled, and an alpha channel is left out, as is EXIF's orientation.
+
+    Raises ValueError with the path for what is no image, is damaged, too large, or of pixels of an unknown range.
+    """
+    from PIL import Image
+
+    try:
+        if not os.path.isfile(path):
+            raise ValueError("it is no regular file")
+        with Image.open(path, formats=FORMATS) as image:
+            return _rgb(image)
+    # a damaged file makes the reader fail in its middle, with whatever that step raises
+    except Exception as error:
+        reason = " ".join(str(error).replace(repr(path), "it").split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
+
+
+def _rgb(image: "Image.Image") -> "Image.Image":
+    """Pillow clips 16-bit grey to 255, which would make it white."""
+    import numpy as np
+    from PIL import Image
+
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen:
+        pixels = np.asarray(image).astype(np.uint32)
+        if 0 < pixels.max() <= 255:
+            raise ValueError("its pixels have 16 bits and none is above 255: save them in 8 bits")
+        return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ValueError(f"its pixels are {kind}, whose range it does not tell: save them in 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def transform_for(model: nn.Module) -> Transform:
@@ -126,19 +200,109 @@ def _root(source: Path, split: str) -> Path:
     """The folder that holds the class folders."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; {_layout(source, split)}")
-    folders = _folders(source)
-    splits = {folder.name for folder in folders if folder.name in _TRAIN + _TEST}
-    # A class may be called train: then it holds images, not folders, and has classes beside it.
-    if len(splits) < len(folders) and not any(_folders(source / name) for name in splits):
-        return source
-    for name in _names_of(split):
-        if name in splits and _folders(source / name):
-            return source / name
-    raise FileNotFoundError(f"{source}: no class folders for the split {split!r}; {_layout(source, split)}")
+    if _has_splits(source):
+        for name in _names_of(split):
+            if _folders(source / name):
+                return source / name
+        raise FileNotFoundError(f"{source}: no class folders for the split {split!r}; {_layout(source, split)}")
+    return source
+
+
+def _has_splits(source: Path) -> bool:
+    """A class may be called train: then it holds images, not folders, and has classes beside it."""
+    names = {folder.name for folder in _folders(source)}
+    splits = names.intersection(_TRAIN + _TEST)
+    return splits == names or any(_folders(source / name) for name in splits)
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if child.is_dir()]
+    """The folders in it but hidden ones and those of a system; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return [child for child in folder.iterdir() if _is_shown(child.name) and child.is_dir()]
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(_HIDDEN) and name.lower() not in _SYSTEM
+
+
+def _images(folder: Path) -> Iterator[str]:
+    """Paths of the images in a folder and in those below it, in order; a link to a folder above is not followed."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
+        real = os.path.realpath(place)
+        folders[:] = [] if real in seen else sorted(filter(_is_shown, folders))
+        if real not in seen:
+            names = (name for name in sorted(files) if not name.startswith(".") and name.lower().endswith(EXTENSIONS))
+            yield from (os.path.join(place, name) for name in names)
+        seen.add(real)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _train_folders(source: Path, root: Path) -> dict[str, bool]:
+    """The class folders of the train split, and whether they hold images; none without one, or for itself."""
+    train = source / _TRAIN[0]
+    if root in (source, train):
+        return {}
+    return {folder.name: any(_images(folder)) for folder in _folders(train)}
+
+
+def _places(
+    root: Path, found: Mapping[str, Sequence[str]], train: Mapping[str, bool], num_classes: int | None
+) -> dict[str, int]:
+    """The class of every folder with images."""
+    full = [name for name, paths in found.items() if paths]
+    index = _imagenet_index(1000 if num_classes is None else num_classes)
+    if index.keys() & set(full):
+        if strangers := [name for name in full if name not in index]:
+            raise ValueError(f"{root}: {_listing(strangers)} beside ImageNet's ids is no class of it; move it away")
+        return {name: index[name] for name in full}
+    names = _class_names(root, {name: bool(paths) for name, paths in found.items()}, train, num_classes)
+    full += [name for name, holds_images in train.items() if holds_images]
+    if strangers := sorted(set(full).difference(names)):
+        raise ValueError(
+            f"{root}: the train split and this one differ in the class {_listing(strangers)}; move it away"
+        )
+    return {name: place for place, name in enumerate(names)}
+
+
+def _class_names(
+    root: Path, found: Mapping[str, bool], train: Mapping[str, bool], num_classes: int | None
+) -> list[str]:
+    """Names of all classes in their order, from the folders of this split and of the train split (name → has images).
+
+    An empty folder counts where the model has as many classes as there are folders, and does not where it has fewer.
+    """
+    lists = [sorted(folders) for folders in (train, found) if folders]
+    if num_classes is None:
+        empty = [name for name, full in (train or found).items() if not full]
+        if empty:
+            raise ValueError(
+                f"{root}: a class without images, {_listing(empty)}, would move the others; delete the folder"
+            )
+        return lists[0]
+    lists += [sorted(name for name, full in folders.items() if full) for folders in (train, found)]
+    for names in lists:
+        if len(names) == num_classes:
+            return names
+    where = " in the train split" if train else ""
+    raise ValueError(
+        f"{root}: {len(lists[0])} class folders{where} ({_listing(lists[0])}), but the model has {num_classes} "
+        "classes: which is which cannot be told; make a folder for each class, in the train split if there is one"
+    )
+
+
+def _checked_digits(digits: Digits, num_classes: int | None) -> Digits:
+    if num_classes not in (None, len(digits.classes)):
+        raise ValueError(f"the digits have {len(digits.classes)} classes, the model has {num_classes}")
+    return digits
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _layout(source: str | Path, split: str) -> str:

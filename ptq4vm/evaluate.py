@@ -1,7 +1,7 @@
 """Accuracy of a classifier, and its agreement with another one."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq4vm.finite import finite_rows
+
 Batches = Iterable[tuple[Tensor, Tensor]]  # images and their classes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What a model made of a dataset; `top1`, `top5` and `agreement` in percent of the images."""
+    """Figures of a model on a dataset; `top1`, `top5` and `agreement` in percent of the images."""
 
     images: int
     top1: float
     top5: float | None  # None below six classes, where it says nothing
     agreement: float | None  # images whose first class is also that of the reference
     divergence: float | None  # mean KL divergence of the predicted classes from the reference's, in nats
-    loss: float  # mean cross-entropy
+    loss: float | None  # mean cross-entropy
     seconds: float  # reading and preprocessing included
+    nonfinite: int = 0
+    """Images whose pixels, logits or reference logits hold NaN or infinity. They count as wrong and as not agreeing;
+    while there is any, `divergence` and `loss` are None, since a mean of the others would hide it."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,32 +40,43 @@ def evaluate(
     reference_predictions: Tensor | None = None,
     progress: bool = True,
     description: str = "evaluate",
+    check_finite: bool = False,
 ) -> Evaluation:
     """Run the model, in the mode it is in, over every batch.
 
-    `reference_predictions` are the logits of another model for the same images in the same order.
+    Args:
+        loader: batches of images (B, ...) and their classes (B,).
+        reference_predictions: the logits (images, classes) of another model for the same images in the same order.
+        check_finite: raise at the first image whose pixels, logits or reference logits are not finite, instead of
+            counting such images.
+
+    Raises:
+        ValueError: no images, other images or classes than the reference has, a class the model does not have, or, with
+            `check_finite`, the position of an image that holds NaN or infinity and what of it does.
     """
-    images = correct = among_five = agreeing = 0
+    images = correct = among_five = agreeing = nonfinite = 0
     loss = divergence = 0.0
     start = time.perf_counter()
-    for logits, target in _run(model, loader, progress, description):
+    for pixels, logits, target in _run(model, loader, progress, description):
         count, classes = logits.shape
-        if int(target.max()) >= classes:
-            raise ValueError(
-                f"the data has the class {int(target.max())}, the model only {classes} classes "
-                f"(0 to {classes - 1}); was it trained on this dataset?"
-            )
+        _check_target(target, classes)
+        sound = {"pixels": finite_rows(pixels).to(logits.device), "logits": finite_rows(logits)}
+        expected = _reference(reference_predictions, images, logits)
+        if expected is not None:
+            sound["reference logits"] = finite_rows(expected)
+        if check_finite:
+            _raise_at(sound, images)
+        valid = torch.stack(list(sound.values())).all(dim=0)
         first = logits.argmax(dim=1)
-        correct += int((first == target).sum())
+        correct += int(((first == target) & valid).sum())
         if classes > 5:
-            among_five += int((logits.topk(5, dim=1).indices == target[:, None]).sum())
-        if reference_predictions is not None:
-            expected = reference_predictions[images : images + count].to(logits)
-            if len(expected) == count:  # else the totals differ, which is said at the end
-                agreeing += int((first == expected.argmax(dim=1)).sum())
-                divergence += _divergence(expected, logits)
-        loss += float(nn.functional.cross_entropy(logits, target, reduction="sum"))
+            among_five += int(((logits.topk(5, dim=1).indices == target[:, None]) & valid[:, None]).sum())
+        if expected is not None:
+            agreeing += int(((first == expected.argmax(dim=1)) & valid).sum())
+            divergence += _divergence(expected[valid], logits[valid])
+        loss += float(nn.functional.cross_entropy(logits[valid].double(), target[valid], reduction="sum"))
         images += count
+        nonfinite += count - int(valid.sum())
     seconds = time.perf_counter() - start
 
     if reference_predictions is not None and len(reference_predictions) != images:
@@ -73,25 +89,56 @@ def evaluate(
         top1=100 * correct / images,
         top5=100 * among_five / images if classes > 5 else None,
         agreement=None if reference_predictions is None else 100 * agreeing / images,
-        divergence=None if reference_predictions is None else divergence / images,
-        loss=loss / images,
+        divergence=None if reference_predictions is None or nonfinite else divergence / images,
+        loss=None if nonfinite else loss / images,
         seconds=seconds,
+        nonfinite=nonfinite,
     )
 
 
+def _check_target(target: Tensor, classes: int) -> None:
+    for wrong in () if not len(target) else (int(target.min()), int(target.max())):
+        if not 0 <= wrong < classes:
+            raise ValueError(
+                f"the data has the class {wrong}, the model only {classes} classes "
+                f"(0 to {classes - 1}); was it trained on this dataset?"
+            )
+
+
+def _reference(predictions: Tensor | None, start: int, logits: Tensor) -> Tensor | None:
+    """The reference's logits for a batch; None where it has none, or other totals, which is said at the end."""
+    if predictions is None:
+        return None
+    if predictions.ndim != 2 or predictions.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"the reference's predictions are {tuple(predictions.shape)}, and the model has {logits.shape[1]} classes: "
+            "compare models of the same classes"
+        )
+    expected = predictions[start : start + len(logits)].to(logits)
+    return expected if len(expected) == len(logits) else None
+
+
+def _raise_at(sound: Mapping[str, Tensor], start: int) -> None:
+    for what, rows in sound.items():
+        if not rows.all():
+            raise ValueError(f"image {start + int((~rows).nonzero()[0])}: its {what} hold NaN or infinity")
+
+
 def _divergence(expected: Tensor, logits: Tensor) -> float:
-    """Summed over the images, never below the zero that equal logits have."""
+    """KL(reference ‖ model), summed over the images, never below the zero that equal logits have."""
     pair = nn.functional.log_softmax(logits.double(), 1), nn.functional.log_softmax(expected.double(), 1)
     return max(0.0, float(nn.functional.kl_div(*pair, reduction="sum", log_target=True)))
 
 
 def predictions(model: nn.Module, loader: Batches) -> Tensor:
     """The logits of every image, (images, classes), on the CPU."""
-    return torch.cat([logits.cpu() for logits, _ in _run(model, loader, progress=False, description="")])
+    return torch.cat([logits.cpu() for _, logits, _ in _run(model, loader, progress=False, description="")])
 
 
-def _run(model: nn.Module, loader: Batches, progress: bool, description: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits and classes of every batch, where the model is."""
+def _run(
+    model: nn.Module, loader: Batches, progress: bool, description: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Images, float32 logits and classes of every batch, the latter two where the model is."""
     from tqdm import tqdm
 
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
@@ -104,6 +151,6 @@ def _run(model: nn.Module, loader: Batches, progress: bool, description: str) ->
             if logits.ndim != 2:
                 raise ValueError(f"a classifier gives (images, classes), this model gave {tuple(logits.shape)}")
             empty = False
-            yield logits.float(), target.to(device)
+            yield images, logits.float(), target.to(device)
     if empty:
         raise ValueError("the loader has no batches: the dataset is empty, or drop_last leaves nothing of it")

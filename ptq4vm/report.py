@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Real
@@ -18,6 +19,7 @@ from ptq4vm.files import replace_file
 from ptq4vm.graph import attribute
 from ptq4vm.passes.patterns import source_of
 from ptq4vm.record import record_of
+from ptq4vm.text import escaped
 
 Row = Mapping[str, Any]
 
@@ -25,7 +27,7 @@ Row = Mapping[str, Any]
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
     """Aligned text, numbers to the right; `columns` gives the keys to show and their headings, else all are shown."""
     columns = columns or {key: key for key in _keys(rows)}
-    cells = [list(columns.values())] + [[_text(row.get(key)) for key in columns] for row in rows]
+    cells = [list(map(escaped, columns.values()))] + [[_text(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     numeric = [all(isinstance(row.get(key), Real | None) for row in rows) for key in columns]
     lines = (
@@ -42,9 +44,22 @@ def mebibytes(count: int | None) -> str:
     return "unknown" if count is None else f"{count / 2**20:.2f} MiB"
 
 
+def to_json(value: Any) -> str:
+    """JSON of everybody: null for NaN and infinity, for which it has no words, and no raw control characters."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """A file that exists is replaced only once the new one is complete."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = to_json(value) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
@@ -109,6 +124,6 @@ def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, Real):
-        return str(value)
+        return escaped(str(value))
     large = isinstance(value, int) or abs(value) >= 1000  # type: ignore[operator]
     return f"{value:,.0f}" if large else f"{value:.4g}"

@@ -87,6 +87,53 @@ def test_rows_that_learned_for_other_times_are_told_apart():
     ]
 
 
+def test_rows_of_other_test_images_are_told_apart():
+    rows = [row(test_images=images, loss=float(images)) for images in (10, 20)]
+    assert accuracy.markdown([*rows, row()]).splitlines()[2:] == [
+        "| `pts, 10 test images` | **10.00** · 1.0 · 1000.0¹ |",
+        "| `pts, 20 test images` | **20.00** · 1.0 · 1000.0¹ |",
+        "| `pts, None test images` | **1.00** · 1.0 · 1000.0¹ |",
+    ]
+    best = [row(recipe="best", seed=seed, test_images=10) for seed in range(3)]
+    less = [row(recipe="best-gptq", seed=seed, test_images=20) for seed in range(3)]
+    assert accuracy.differences([*best, *less]) == {}
+
+
+@pytest.mark.parametrize("name", ["accuracy", "kscaled"])
+def test_rows_of_earlier_commits_stay_readable(name):
+    rows = accuracy.read(accuracy.RESULTS.with_name(f"{name}.jsonl"))
+    assert len({accuracy.key_of(row) for row in rows}) == len(rows) > 100
+    assert accuracy.table(accuracy.summary(rows), accuracy.COLUMNS) and accuracy.markdown(rows)
+
+
+def test_a_row_says_where_it_comes_from(monkeypatch):
+    origin = accuracy.origin()
+    assert list(origin) == ["commit", "torch", "kernels"] and all(origin.values())
+    assert accuracy.re.fullmatch(r"[0-9a-f]{12}\+?|unknown\+?", origin["commit"])
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda *args, **options: (_ for _ in ()).throw(FileNotFoundError()))
+    assert accuracy.commit() == "unknown"
+
+
+class Stub:
+    def __init__(self, name, variant, data_dir, test_images) -> None: ...
+
+
+@pytest.mark.parametrize(("test_images", "found"), [(None, 450), (100, 100), (9999, 450)])
+def test_a_row_of_other_test_images_is_measured_again(tmp_path, monkeypatch, test_images, found):
+    pytest.importorskip("sklearn")
+    path = tmp_path / "rows.jsonl"
+    measured = []
+    monkeypatch.setattr(accuracy, "Subject", Stub)
+    monkeypatch.setattr(Stub, "row", lambda self, config, images: measured.append(images) or {}, raising=False)
+    words = ["--models", "m", "--variants", "plain", "--bits", "4", "--recipes", "pts", "--seeds", "1", "--images", "8"]
+    chosen = options(*words, "--output", str(path))
+    chosen.test_images = test_images
+    accuracy.append(path, row(test_images=77) | {"epochs": None})
+    for _ in range(2):
+        accuracy.run(chosen)
+    assert measured == [8] and accuracy.read(path)[-1]["test_images"] == found
+
+
 def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
     best = [row(recipe="best", seed=seed, divergence=0.01 * seed) for seed in range(3)]
     less = [row(recipe="best-gptq", seed=seed, divergence=0.01 * seed + 0.001 * (seed + 1)) for seed in range(3)]
@@ -125,6 +172,7 @@ def test_a_run_writes_rows_and_does_none_twice(tmp_path, monkeypatch, capsys):
     accuracy.main()
     first = path.read_text()
     minmax, best = (json.loads(line) for line in first.splitlines())
+    assert minmax["date"] and minmax["commit"] == accuracy.commit() and minmax["torch"] and minmax["kernels"]
     assert (minmax["recipe"], best["recipe"]) == ("minmax", "best") and minmax["test_images"] == 100
     assert best["agreement"] > minmax["agreement"] and best["block_cosine"] < minmax["block_cosine"]
     monkeypatch.setattr(accuracy.Subject, "row", None)

@@ -1,6 +1,11 @@
 import hashlib
+import os
+import struct
 import sys
+import tempfile
+import zlib
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torchvision.transforms import functional
 
-from ptq4vm.data import DIGITS, Digits, calibration_batches, loader, open_dataset, transform_for
+from ptq4vm.data import DIGITS, Digits, calibration_batches, loader, open_dataset, read_image, transform_for
 
 
 def pixels(image: Image.Image) -> torch.Tensor:
@@ -99,9 +105,143 @@ def test_ids_of_imagenet_become_its_classes(tmp_path):
 
 
 @pytest.mark.parametrize("stranger", ["cat", "n99999999"])
-def test_other_names_are_numbered_in_their_order(tmp_path, stranger):
+def test_a_folder_beside_ids_of_imagenet_is_named(tmp_path, stranger):
     source = tree(tmp_path, "n15075141/0.png", f"{stranger}/1.png")
-    assert {target for _, target in levels(open_dataset(source, "val", pixels))} == {0, 1}
+    with pytest.raises(ValueError, match=f"{stranger} beside ImageNet's ids is no class"):
+        open_dataset(source, "val", pixels)
+    order = [(1, 0), (0, 1)] if stranger == "cat" else [(0, 0), (1, 1)]
+    assert levels(open_dataset(source, "val", pixels, num_classes=2)) == order
+
+
+JUNK = [".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", ".git", "#recycle", "__pycache__"]
+
+
+@given(st.data())
+def test_no_folder_moves_the_class_of_an_image(data):
+    """Every label is that of the clean folder, or opening is refused."""
+    ids = data.draw(st.booleans(), label="ImageNet's ids")
+    classes = ["n01440764", "n01443537", "n15075141"] if ids else ["1", "10", "2"]
+    places = {"n01440764": 0, "n01443537": 1, "n15075141": 999} if ids else {"1": 0, "10": 1, "2": 2}
+    train = data.draw(st.booleans(), label="a train split")
+    known = data.draw(st.booleans(), label="the model is known")
+    kept = data.draw(st.sets(st.sampled_from(classes), min_size=1), label="classes of the test split")
+    extra = data.draw(st.sampled_from([*JUNK, "a", "zebra", None]), label="extra folder")
+    full, where = data.draw(st.booleans(), label="with an image"), data.draw(st.sampled_from(["train", "val"]))
+    if not (train or ids) and kept != set(classes) and not (known and (extra is None or extra in JUNK)):
+        return  # nothing tells which class is missing
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        tree(root, *(f"val/{name}/{name}.png" for name in sorted(kept)))
+        if train:
+            tree(root, *(f"train/{name}/{name}.png" for name in classes))
+        if extra is not None and not (extra not in JUNK and full and not (train or known or ids)):
+            (root / where / extra).mkdir(parents=True)
+            if full:
+                tree(root, f"{where}/{extra}/{extra}.png")
+        try:
+            dataset = open_dataset(folder, "val", pixels, num_classes=(1000 if ids else 3) if known else None)
+        except ValueError as error:
+            whole = train or ids or kept == set(classes)
+            assert not (whole and (extra is None or extra in JUNK)), error
+            return
+        found = {Path(path).stem: target for path, target in dataset.samples}
+        assert found == {name: places[name] for name in kept}
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_other_classes_than_the_models_are_an_error(tmp_path, classes):
+    source = tree(tmp_path, "cat/0.png", "dog/1.png", "emu/2.png")
+    with pytest.raises(ValueError, match=f"3 class folders \\(cat, dog, emu\\), but the model has {classes} classes"):
+        open_dataset(source, "val", pixels, num_classes=classes)
+    with pytest.raises(ValueError, match=r"the digits have 10 classes, the model has"):
+        open_dataset(DIGITS, "val", pixels, num_classes=classes)
+
+
+def test_an_empty_folder_counts_where_the_model_has_its_class(tmp_path):
+    source = tree(tmp_path, "cat/0.png", "emu/1.png")
+    (tmp_path / "dog").mkdir()
+    assert levels(open_dataset(source, "val", pixels, num_classes=3)) == [(0, 0), (1, 2)]
+    assert levels(open_dataset(source, "val", pixels, num_classes=2)) == [(0, 0), (1, 1)]
+    with pytest.raises(ValueError, match="a class without images, dog, would move the others"):
+        open_dataset(source, "val", pixels)
+
+
+def test_hidden_files_and_folders_hold_no_images(tmp_path):
+    names = ("cat/0.PNG", "cat/deep/1.Jpeg", "cat/._0.png", "cat/@eaDir/0.png", "cat/.thumbnails/0.png")
+    source = tree(tmp_path, *names)
+    (tmp_path / "cat" / "notes.txt").touch()
+    (tmp_path / "cat" / "loop").symlink_to(tmp_path / "cat", target_is_directory=True)
+    assert [path.removeprefix(source) for path, _ in open_dataset(source, "val", pixels).samples] == [
+        "/cat/0.PNG",
+        "/cat/deep/1.Jpeg",
+    ]
+
+
+@given(st.integers(256, 65535), st.sampled_from([".png", ".tiff", ".pgm"]))
+def test_sixteen_bits_are_scaled_to_the_nearest_of_eight(highest, suffix):
+    values = np.linspace(0, highest, 64).astype(np.uint16).reshape(8, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/image{suffix}"
+        if suffix == ".pgm":
+            Path(path).write_bytes(b"P5 8 8 65535\n" + values.astype(">u2").tobytes())
+        else:
+            Image.fromarray(values).save(path)
+        expected = np.round(values / 257).astype(np.uint8)
+        assert np.array_equal(np.asarray(read_image(path)), np.stack([expected] * 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK"])
+def test_modes_become_rgb_and_alpha_is_left_out(tmp_path, mode, recwarn):
+    grey = Image.new("RGBA", (4, 4), (255, 255, 255, 7)).convert("RGB" if mode in ("1", "P", "CMYK") else "RGBA")
+    image = grey.convert(mode)
+    if mode == "P":
+        image.info["transparency"] = bytes(256)
+    path = str(tmp_path / ("image.tiff" if mode in ("CMYK", "PA") else "image.png"))
+    image.save(path)
+    assert read_image(path).mode == "RGB" and (np.asarray(read_image(path)) == 255).all() and not recwarn
+
+
+def damaged(path: Path, kind: str) -> None:
+    """What stands where an image should."""
+    random = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    if kind in ("truncated png", "truncated jpeg", "a flipped bit"):
+        Image.fromarray(random).save(path, "JPEG" if "jpeg" in kind else "PNG")
+        content = bytearray(path.read_bytes())
+        if "truncated" in kind:
+            del content[len(content) // 2 :]
+        else:
+            content[40] ^= 255
+        path.write_bytes(content)
+    elif kind == "a huge claim":
+        Image.fromarray(random).save(path, "PNG")
+        content = bytearray(path.read_bytes())
+        content[16:24] = struct.pack(">II", 30000, 30000)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        path.write_bytes(content)
+    elif kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a broken link":
+        path.symlink_to("nowhere")
+    elif kind == "a folder":
+        path.mkdir()
+    elif kind in ("float", "int32"):
+        Image.fromarray(random[..., 0].astype(kind)).save(path, "TIFF")
+    elif kind == "dark 16 bits":
+        Image.fromarray(random[..., 0].astype(np.uint16)).save(path, "PNG")
+    else:
+        path.write_bytes({"empty": b"", "text": b"<!DOCTYPE html>", "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n"}[kind])
+
+
+KINDS = ("truncated png", "truncated jpeg", "a flipped bit", "a huge claim", "a pipe", "a broken link", "a folder")
+KINDS += ("float", "int32", "dark 16 bits", "empty", "text", "postscript")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_no_image_is_named_in_one_line(tmp_path, kind):
+    damaged(tmp_path / "photo 7.png", kind)
+    with pytest.raises(ValueError, match=r"photo 7\.png: cannot be read as an image: ") as error:
+        read_image(str(tmp_path / "photo 7.png"))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +278,18 @@ def test_a_model_gets_the_images_that_timm_would_give_it(size):
     image, _ = Digits("test", transform_for(model))[0]
     assert image.shape == (3, size, size)
     assert image.min() >= -2 and image.max() <= 2
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (60, 33), (9, 71)])
+def test_the_transform_is_resizing_and_cropping_and_nothing_drawn(shape):
+    """What training does beside it (random crops, flips, colours, erasing) would make every accuracy wrong."""
+    model = nn.Module()
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.8}
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8))
+    transform = transform_for(model)
+    small = functional.center_crop(functional.resize(image, 40, functional.InterpolationMode.BICUBIC), 32)
+    expected = functional.normalize(functional.to_tensor(small), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert all(torch.equal(transform(image), expected) for _ in range(4))
 
 
 sizes = st.integers(1, 40)

@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import ptq4vm
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.record import record_of
-from ptq4vm.report import linear_rows, model_bytes, table, write_csv, write_json
+from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
 
 words = st.text("abcxyz", min_size=1, max_size=8)
 rows = st.lists(st.dictionaries(words, st.none() | words | st.integers() | st.floats()), max_size=5)
@@ -38,12 +39,23 @@ def test_a_table_without_rows_is_its_heading():
     assert table([]) == "\n"
 
 
-@given(value=st.dictionaries(words, st.integers() | words | st.lists(st.floats(allow_nan=False))))
+@given(value=st.dictionaries(words, st.integers() | words | st.lists(st.floats(allow_nan=False, allow_infinity=False))))
 def test_json_survives_a_round_trip(tmp_path_factory, value):
     path = tmp_path_factory.mktemp("json") / "new" / "value.json"
     write_json(path, value)
     assert json.loads(path.read_text()) == value
     assert list(path.parent.iterdir()) == [path]
+
+
+@given(st.recursive(st.floats(), lambda inner: st.lists(inner) | st.dictionaries(words, inner)))
+def test_json_has_no_words_of_its_own(value):
+    """NaN and infinity are null: strict readers refuse the file otherwise."""
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    json.loads(to_json({"value": value}), parse_constant=refuse)
+    assert to_json([math.nan, math.inf, 1.5, (-math.inf,)]) == json.dumps([None, None, 1.5, [None]], indent=2)
 
 
 def test_csv_has_the_keys_of_all_rows(tmp_path):

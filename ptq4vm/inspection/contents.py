@@ -12,11 +12,12 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ptq4vm.graph import Pipeline
-from ptq4vm.models.checkpoints import open_checkpoint
-from ptq4vm.models.recognize import Match, recognize, registered
+from ptq4vm.models.checkpoints import bad_values, open_checkpoint
+from ptq4vm.models.recognize import Match, listing, recognize, registered
 from ptq4vm.passes.fuse import fuse, fusions
 from ptq4vm.pipeline import converted_graph
 from ptq4vm.report import mebibytes, table
+from ptq4vm.text import escaped
 
 
 def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
@@ -37,31 +38,37 @@ def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
     file = open_checkpoint(path, ema=ema)
     if any(name.endswith(".weight_q") for name in file.weights):
         raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
-    tensors = file.weights.values()
+    tensors, bad = file.weights.values(), bad_values(file.weights)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     matches = _telling(recognize(file.weights))
     result: dict[str, Any] = {
         "file": str(path),
         "container": file.container,
         "averaged": list(file.averaged),
+        "prefix": file.prefix,
         "left_out": len(file.left_out),
         "tensors": len(tensors),
         "values": sum(tensor.numel() for tensor in tensors),
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "dtypes": dict(dtypes),
+        "nonfinite": bad,
         "matches": [
             asdict(match) | {"fits": match.fits, "notes": list(match.notes), "next": _next(match, path, ema)}
             for match in matches
         ],
     }
-    lines = [f"{path}: weights " + (f"under {file.container}" if file.container else "without a container")]
+    lines = [
+        f"{escaped(str(path))}: weights "
+        + (f"under {escaped(file.container)}" if file.container else "without a container")
+    ]
     if file.averaged and file.container not in file.averaged:
         lines += [f"averaged weights too, under {', '.join(file.averaged)}: read them with --ema"]
-    if file.left_out:
-        lines += [f"{len(file.left_out)} tensors beside those of the backbone are left out"]
+    lines += file.notes
     counted = dtypes if len(dtypes) == 1 else [f"{dtype} ({count})" for dtype, count in dtypes.items()]
     size = f"{result['values']:,} values, {mebibytes(result['bytes'])}"
     lines += [f"{len(tensors)} tensors, {size}, {', '.join(counted)}"]
+    if bad:
+        lines += [f"{len(bad)} tensors hold NaN or infinity, and no model is filled with them: {listing(bad)}"]
     for match in matches:
         lines += ["", f"{match} (family {match.family}): {_verdict(match)}"]
         lines += [f"  {line}" for line in (*match.lines(), *match.notes)]

@@ -198,15 +198,16 @@ def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | No
     layer.clipped += int(((unclamped < low) | (unclamped > high)).sum())
     layer.values += x.numel()
     if layer.output is not None and exact is not None:
+        _check_finite(layer.name, exact, "output in floating point")
         layer.output.add(exact, output)
     if figures:
         layer.activation = layer.activation or Activation(*x.shape[1:])
         layer.activation.add(x, inv_smooth, dequantized)
 
 
-def _check_finite(name: str, x: Tensor) -> None:
+def _check_finite(name: str, x: Tensor, what: str = "input") -> None:
     if not x.isfinite().all():
-        raise ValueError(f"{name}: its input has values that are not finite; do the weights fit the model?")
+        raise ValueError(f"{name}: its {what} has values that are not finite; do weights and images fit the model?")
 
 
 def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fidelity:

@@ -40,6 +40,8 @@ class Fidelity:
         self.other += _total(y.square())
         self.product += _total(x * y)
         self.noise += _total((x - y).square())
+        if not math.isfinite(self.signal + self.other + self.noise):
+            raise ValueError("values of which no signal to noise ratio can be told: their squares are not finite")
 
     @property
     def sqnr(self) -> float | None:

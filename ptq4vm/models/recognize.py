@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
+from ptq4vm.text import escaped
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -114,6 +115,11 @@ def match(name: str, weights: Mapping[str, Tensor]) -> Match:
     return _match(_blueprints(name)[0], weights)
 
 
+def names_of(name: str) -> frozenset[str]:
+    """Names of the tensors of one registered classifier."""
+    return frozenset(_blueprints(name)[0].shapes)
+
+
 @functools.cache
 def registered() -> Mapping[str, str]:
     """The families of our models, by the models' names in timm's registry."""
@@ -133,7 +139,7 @@ def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
 
 
 def listing(names: Iterable[object]) -> str:
-    shown = [str(name) for name in names]
+    shown = [escaped(str(name)) for name in names]
     more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
     return ", ".join(shown[:8]) + more
 

@@ -188,15 +188,6 @@ def test_a_checkpoint_of_another_model_is_one_line(run, saved):
     assert code == 1 and "does not fit Vim" in err and err.count("\n") == 1
 
 
-def test_our_own_mistakes_keep_their_traceback(monkeypatch):
-    def broken(*args):
-        raise RuntimeError("shape mismatch")
-
-    monkeypatch.setattr(doctor, "diagnose", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        main(["doctor"])
-
-
 @pytest.mark.parametrize(
     "more, message",
     [((), "nothing is kept"), (("--resume-dir", "blocks"), "finished blocks are kept in blocks")],

@@ -1,19 +1,25 @@
 import argparse
+import math
 import os
 import pickle
+import re
 import sys
+import tempfile
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from public_models import create
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq4vm.models.checkpoints import load_checkpoint, open_checkpoint, read_checkpoint
+from ptq4vm.models.checkpoints import CONTAINERS, EMA_CONTAINERS, load_checkpoint, open_checkpoint, read_checkpoint
 
 
 class Tiny(nn.Module):
@@ -32,6 +38,20 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     shapes = {name: tensor.shape for name, tensor in Tiny().state_dict().items()}
     return {name: torch.randint(-9, 9, shape, generator=generator).float() for name, shape in shapes.items()}
+
+
+class Single(nn.Module):
+    """Its own names share a first part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Tiny()
+
+
+def filled() -> Tiny:
+    model = Tiny()
+    model.load_state_dict(weights(7))
+    return model
 
 
 def zeros(name: str, **options) -> dict[str, torch.Tensor]:
@@ -80,13 +100,152 @@ def path(tmp_path):
     return tmp_path / "weights.pth"
 
 
-CONTAINERS = ["model", "state_dict", "model_ema", "ema_model", "state_dict_ema"]
+NAMED = [*CONTAINERS, *EMA_CONTAINERS, "state_dict.model", "ema.module", "params.net.module", "unheard_of"]
 
 
-@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("container", NAMED)
 def test_weights_are_found_in_every_container(path, container):
-    torch.save({"epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}, container: weights()}, path)
-    assert same(read_checkpoint(path), weights())
+    content = weights()
+    for name in reversed(container.split(".")):
+        content = {"epoch": 3, "optimizer": {"state": {0: torch.ones(2)}}, name: content}
+    torch.save(content, path)
+    assert same(read_checkpoint(path), weights()) and open_checkpoint(path).container == container
+
+
+def test_an_averaged_model_is_read_without_its_counter(path):
+    torch.save(torch.optim.swa_utils.AveragedModel(filled()).state_dict(), path)
+    assert same(read_checkpoint(path), dict(filled().state_dict()))
+    assert open_checkpoint(path).notes == ()
+
+
+PARTS = st.lists(st.sampled_from(["module", "model", "net", "_orig_mod", "student", "wrapped"]), max_size=4)
+SIBLINGS = st.sets(st.sampled_from(["n_averaged", "criterion.weight", "teacher.head", "step", "head_of.loss.weight"]))
+
+
+@given(PARTS, SIBLINGS, st.booleans(), st.booleans(), st.sampled_from([None, "state_dict", "module"]))
+def test_a_prefix_of_any_kind_is_found_and_said(parts, siblings, inside, single, container):
+    """Whatever wrapped the model, in any order, and whatever lies beside it: the weights are those of the model."""
+    model = Single() if single else Tiny()
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    prefix = "".join(f"{part}." for part in parts)
+    names = {name: name.replace("norm.", "norm._orig_mod.") if inside else name for name in state}
+    content = {prefix + names[name]: tensor for name, tensor in state.items()}
+    content |= {name: torch.zeros(2) for name in siblings} if set(parts) - {"module", "_orig_mod"} else {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.pth"
+        torch.save(content if container is None else {container: content}, file)
+        found = load_checkpoint(model, file)
+    assert same(dict(model.state_dict()), state)
+    kept = [part for part in parts if part != "_orig_mod"]
+    while kept and kept[0] == "module":
+        del kept[0]
+    assert found.prefix == "".join(f"{part}." for part in kept)
+    assert all(repr(found.prefix) in note for note in found.notes if note.startswith("names"))
+    assert bool(found.prefix) == any(note.startswith("names") for note in found.notes)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_weights_under_two_prefixes_are_told_apart_by_averaging_or_refused(path, ema):
+    torch.save({"state_dict": prefixed("model.", weights(0)) | prefixed("model_ema.", weights(1))}, path)
+    if not ema:
+        model = Tiny()
+        load_checkpoint(model, path)
+        assert torch.equal(model.head.weight, weights(0)["head.weight"])
+    torch.save(prefixed("student.", weights(0)) | prefixed("teacher.", weights(1)), path)
+    with pytest.raises(ValueError, match=r"there twice, under the prefixes 'student\.', 'teacher\.'"):
+        load_checkpoint(Tiny(), path)
+
+
+ODD = {
+    "sparse": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.reshape(len(x), -1).to_sparse_csr(),
+    "complex64": lambda x: x.to(torch.complex64),
+    "int64": lambda x: x.long(),
+    "int8": lambda x: x.to(torch.int8),
+    "bool": lambda x: x > 0,
+    "float8_e4m3fn": lambda x: x.to(torch.float8_e4m3fn),
+    "NaN": lambda x: torch.full_like(x, math.nan),
+    "infinity": lambda x: torch.full_like(x, -math.inf),
+    "infinite in float32": lambda x: torch.full_like(x, 1e300, dtype=torch.float64),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "nested": lambda x: torch.nested.nested_tensor([x, x]),
+    "on the device meta": lambda x: x.to("meta"),
+    "overlap in memory": lambda x: torch.zeros(x.numel()).as_strided(x.shape, [1] * x.ndim),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["norm.weight", "head.weight"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_an_odd_tensor_is_named_and_nothing_is_loaded(path, name, kind, strict):
+    if kind == "overlap in memory" and name == "norm.weight":
+        pytest.skip("one axis cannot overlap")
+    torch.save({"state_dict": {**weights(), name: ODD[kind](weights()[name])}}, path)
+    model = filled()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"weights\.pth: {re.escape(name)} .*{re.escape(kind)}") as error:
+        load_checkpoint(model, path, strict=strict)
+    assert same(dict(model.state_dict()), before) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [2.5, 1e30, math.nan])
+def test_a_counter_takes_whole_numbers_alone(path, value):
+    torch.save({**weights(), "norm.num_batches_tracked": torch.tensor(value)}, path)
+    with pytest.raises(ValueError, match=r"norm\.num_batches_tracked holds what is no int64"):
+        load_checkpoint(Tiny(), path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_model_keeps_its_dtypes(path, dtype):
+    torch.save({name: value.to(dtype) for name, value in weights().items()}, path)
+    model = Tiny().half()
+    load_checkpoint(model, path)
+    assert torch.equal(model.head.weight, weights()["head.weight"].half())
+    assert model.norm.num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
+def test_a_module_that_fails_while_it_is_filled_leaves_the_others_as_they_were(path, error):
+    torch.save(weights(), path)
+    model = filled()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def fail(*args):
+        raise error
+
+    model.head.register_load_state_dict_pre_hook(fail)
+    with pytest.raises(ValueError if isinstance(error, RuntimeError) else KeyboardInterrupt):
+        load_checkpoint(model, path)
+    assert same(dict(model.state_dict()), before)
+
+
+def test_a_model_without_values_is_refused(path):
+    torch.save(weights(), path)
+    with torch.device("meta"), pytest.raises(ValueError, match=r"the model is on the meta device.*to_empty"):
+        load_checkpoint(Tiny(), path)
+
+
+def test_an_archive_that_claims_more_than_it_has_is_not_unpacked(path):
+    torch.save(weights(), path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content if "/data/" not in name else bytes(10_000_000))
+    with pytest.raises(ValueError, match=r"weights\.pth: .* which the file does not have"):
+        read_checkpoint(path)
+
+
+def test_names_are_told_without_what_a_terminal_acts_on(path):
+    torch.save({**weights(), "\x1b[31mred\n\udcff": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match=r"unexpected: \\x1b\[31mred\\n\\udcff"):
+        load_checkpoint(Tiny(), path)
+
+
+def test_safetensors_are_known_by_their_content(tmp_path):
+    save_file(weights(), tmp_path / "weights.bin")
+    assert same(read_checkpoint(tmp_path / "weights.bin"), weights())
 
 
 def test_a_bare_state_dict_is_its_own_container(path):

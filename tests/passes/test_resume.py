@@ -177,7 +177,7 @@ def test_a_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: calls.append("sync") or sync(file))
     monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or rename(*paths))
     replace_file(path, lambda temporary: temporary.write_bytes(b"1"))
-    assert calls == ["sync", "rename"] and path.read_bytes() == b"1"
+    assert calls[:2] == ["sync", "rename"] and path.read_bytes() == b"1"
 
 
 # --- two runs ---

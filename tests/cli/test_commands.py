@@ -135,7 +135,7 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
         (calibration("x", config="minmax9"), "bits must be .* between 2 and 8, got 9"),
         (calibration("x", config="no.json"), "No such file .*no.json"),
-        (calibration("x", "digits", "w8a8", "--seed", "-1"), "seed must be a non-negative integer; got -1"),
+        (calibration("x", "digits", "w8a8", "--seed", "-1"), "seed must be a non-negative integer of 63 bits; got -1"),
         (calibration("x", "digits", "w8a8", "--images", "2000"), "asks for 2000 images, the dataset has 1347"),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 KINDS = ("truncated png", "truncated jpeg", "a flipped bit", "a huge claim", "a pipe", "a broken link", "a folder")
-KINDS += ("float", "int32", "dark 16 bits", "empty", "text", "postscript")
+KINDS += ("float", "int32", "dark 16 bits", "empty", "text", "postscript", "another format")
 
 
 def damaged(path: Path, kind: str) -> None:
@@ -36,7 +36,9 @@ def damaged(path: Path, kind: str) -> None:
     elif kind == "a folder":
         path.mkdir()
     elif kind in ("float", "int32"):
-        Image.fromarray(random[..., 0].astype(kind)).save(path, "TIFF")
+        Image.fromarray(random[..., 0].astype(kind) * 100).save(path, "TIFF")
+    elif kind == "another format":
+        Image.fromarray(random).save(path, "PCX")
     elif kind == "dark 16 bits":
         Image.fromarray(random[..., 0].astype(np.uint16)).save(path, "PNG")
     else:

@@ -155,6 +155,12 @@ def test_other_classes_than_the_models_are_an_error(tmp_path, classes):
         open_dataset(DIGITS, "val", pixels, num_classes=classes)
 
 
+def test_splits_of_which_neither_has_all_classes_are_an_error(tmp_path):
+    source = tree(tmp_path, "train/a/0.png", "train/b/1.png", "val/a/2.png", "val/c/3.png", "val/zz/4.png")
+    with pytest.raises(ValueError, match="the train split and this one differ in the class b"):
+        open_dataset(source, "val", pixels, num_classes=3)
+
+
 def test_an_empty_folder_counts_where_the_model_has_its_class(tmp_path):
     source = tree(tmp_path, "cat/0.png", "emu/1.png")
     (tmp_path / "dog").mkdir()

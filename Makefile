@@ -6,13 +6,16 @@ RUN := $(VENV)/bin
 SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
 CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
 MINUTES ?= 6
+# Rows of constraints/
+OLDEST := torch2.11
+NEWEST := torch2.14
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # One thread a worker: torch's own threads would fight over the cores.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-matrix lint venv cuda gpu clean
+.PHONY: help demo test test-all test-matrix mutants lint venv cuda gpu clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,14 +35,18 @@ lint: venv  ## ruff, mypy and the import rules
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-logo
 
-test-matrix: .venv-torch2.11/.installed .venv-latest/.installed  ## the tests on the oldest and the newest torch
-	$(MAKE) tests-only VENV=.venv-torch2.11
-	$(MAKE) tests-only VENV=.venv-latest
+# tests/test_environment.py fails where torch or torchvision is another than the row's.
+test-matrix: .venv-$(OLDEST)/.installed .venv/.installed  ## the tests on the oldest and the newest torch (constraints/)
+	PTQ4VM_CONSTRAINTS=constraints/$(OLDEST).txt $(MAKE) tests-only VENV=.venv-$(OLDEST)
+	PTQ4VM_CONSTRAINTS=constraints/$(NEWEST).txt $(MAKE) tests-only VENV=.venv
 
 .PHONY: tests-only
 tests-only:
-	$(RUN)/python -c "import torch; print('torch', torch.__version__)"
 	$(PYTEST)
+
+mutants: venv  ## mutation testing of the fast tests, hours (MUTANTS=250 draws so many; what is done is kept)
+	$(RUN)/python $(PIP_INSTALL) -e '.[mutants]' -c constraints/$(NEWEST).txt
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python tests/mutants.py $(if $(MUTANTS),--sample $(MUTANTS)) $(ARGS)
 
 venv: $(VENV)/.installed  ## .venv with the package and its development tools
 
@@ -65,28 +72,26 @@ else
 endif
 	@touch $@
 
-# $(1) directory, $(2) arguments of pip, $(3) version of torch, which comes first: the kernels are built with its headers
+# $(1) directory, $(2) row of constraints/. torch and torchvision come in one pass, since each torchvision fits one torch,
+# and before the package, whose kernels are built with the headers of the torch that is there.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "ptq4vm needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "installing into $(1) (torch is large, this takes minutes)"
 	@$(PYTHON) -m venv $(1)
-	@$(1)/bin/python $(PIP_INSTALL) $(2) 'torch$(3)'
-	@$(1)/bin/python $(PIP_INSTALL) $(2) -e '.[dev]'
+	@$(1)/bin/python $(PIP_INSTALL) -c constraints/$(2).txt torch torchvision
+	@$(1)/bin/python $(PIP_INSTALL) -c constraints/$(2).txt -e '.[dev]'
 	@touch $(1)/.installed
 endef
 
-.venv/.installed: pyproject.toml $(SOURCES)
-	$(call install,.venv,,>=2.11)
+.venv/.installed: pyproject.toml constraints/$(NEWEST).txt $(SOURCES)
+	$(call install,.venv,$(NEWEST))
 
-.venv-torch2.11/.installed: pyproject.toml $(SOURCES)
-	$(call install,.venv-torch2.11,,==2.11.0)
-
-.venv-latest/.installed: pyproject.toml $(SOURCES)
-	$(call install,.venv-latest,--upgrade --upgrade-strategy eager,>=2.11)
+.venv-$(OLDEST)/.installed: pyproject.toml constraints/$(OLDEST).txt $(SOURCES)
+	$(call install,.venv-$(OLDEST),$(OLDEST))
 
 clean:  ## remove the environments, caches and built files
-	rm -rf .venv .venv-torch2.11 .venv-latest build dist *.egg-info ptq4vm/_C_cpu.so ptq4vm/_C_cuda.so
+	rm -rf .venv .venv-* mutants build dist *.egg-info ptq4vm/_C_cpu.so ptq4vm/_C_cuda.so
 	cd csrc && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake cuda/CMakeFiles cuda/cmake_install.cmake
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -21,28 +21,29 @@ struct LinearInputs {
                const Tensor& sum_, const Tensor& scale_, const Optional& bias_)
       : x(x_), x_scale(x_scale_), zero_point(zero_point_), weight(weight_), sum(sum_), scale(scale_), bias(bias_) {
     stacked = scale.dim() == 2;
-    STD_TORCH_CHECK(stacked || scale.dim() == 1, "weight_scale must be (N,), or (K, N) for K linears");
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Char && x.dim() >= 1 + stacked,
-                    "x must be int8 codes with a channel axis", stacked ? ", and one of directions" : "");
+    PTQ4VM_CHECK(stacked || scale.dim() == 1, "weight_scale must be (N,), or (K, N) for K linears, its shape is ",
+                 shape_text(scale.sizes()));
+    check_codes("x", x, 1 + stacked);
     directions = stacked ? scale.size(0) : 1;
     features = scale.size(scale.dim() - 1), channels = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(!stacked || x.size(0) == directions, "x has ", x.size(0), " directions, the weight ", directions);
+    PTQ4VM_CHECK(!stacked || x.size(0) == directions, "x has ", x.size(0), " directions, the weight ", directions);
     scales = qparams(x, x_scale, stacked);
-    STD_TORCH_CHECK(zero_point.numel() == x_scale.numel(), "there are ", x_scale.numel(), " scales and ",
-                    zero_point.numel(), " zero points");
+    check_zero_points("x_zero_point", zero_point, x_scale);
     nibbles = weight.scalar_type() == ScalarType::Byte;
-    STD_TORCH_CHECK(nibbles || weight.scalar_type() == ScalarType::Char,
-                    "the weight must be int8 codes, or uint8 with two of 4 bits a byte");
+    PTQ4VM_CHECK(nibbles || weight.scalar_type() == ScalarType::Char,
+                    "weight must be int8 codes, or uint8 with two of 4 bits a byte, it is ", name(weight.scalar_type()));
+    PTQ4VM_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
     in_rows = weight.dim() == 2 + stacked;
     padded = divided_up(channels, nibbles ? 32 : 16) * (nibbles ? 32 : 16);
     const int64_t bytes = in_rows ? padded : STEP, columns = nibbles ? bytes / 2 : bytes;
     const int64_t steps = divided_up(channels, STEP), count = groups(features);
-    const bool fits = in_rows ? weight.size(stacked) == features && weight.size(stacked + 1) == columns
-                              : weight.dim() == 4 + stacked && weight.size(stacked) == count &&
-                                    weight.numel() == directions * count * steps * LANES * columns;
-    STD_TORCH_CHECK(fits && (!stacked || weight.size(0) == directions), "a weight of ", features, " × ", channels,
-                    " channels is packed into (", count, ", ", steps,
-                    ", 16, 64) int8 or (…, 32) uint8; pack it with ptq4vm.fused.pack_weight");
+    std::vector<int64_t> want{directions, count, steps, LANES, columns};
+    if (in_rows) want = {directions, features, columns};
+    if (!stacked) want.erase(want.begin());
+    PTQ4VM_CHECK(same_sizes(weight.sizes(), want), "a weight of ", features, " × ", channels,
+                 " channels is packed into (", count, ", ", steps,
+                 ", 16, 64) int8 or (…, 32) uint8, this one is ", shape_text(weight.sizes()), " ",
+                 name(weight.scalar_type()), "; pack it with ptq4vm.fused.pack_weight");
     if (stacked) {
       check_shape("weight_sum", sum, {directions, features});
       check_shape("bias", bias, {directions, features});
@@ -50,34 +51,32 @@ struct LinearInputs {
       check_shape("weight_sum", sum, {features});
       check_shape("bias", bias, {features});
     }
-    for (int64_t i = stacked; i + 1 < x.dim(); i++) rows *= x.size(i);
+    for (int64_t i = stacked; i + 1 < x.dim(); i++) rows = product("the sizes of x", rows, x.size(i));
     x = as_contiguous(x), weight = as_contiguous(weight);
-    x_scale = as(x_scale, ScalarType::Float), zero_point = as(zero_point, ScalarType::Int);
-    if (!ON_GPU) {
-      const int32_t *zero_points = in<int32_t>(zero_point), *end = zero_points + zero_point.numel();
-      const auto not_code = std::find_if(zero_points, end, [](int32_t z) { return z != static_cast<int8_t>(z); });
-      STD_TORCH_CHECK(not_code == end, "zero points are int8 codes, one is ", *not_code);
-    }
-    STD_TORCH_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
-    sum = as(sum, ScalarType::Int), scale = as(scale, ScalarType::Float), bias = as(bias, ScalarType::Float);
+    x_scale = floats("x_scale", x_scale), zero_point = zero_points("x_zero_point", zero_point);
+    sum = weight_sums("weight_sum", sum, channels);
+    scale = floats("weight_scale", scale), bias = floats("bias", bias);
   }
 };
 
 // Checks the weight of a linear that is not packed.
 inline void check_plain_weight(const Tensor& x, const Tensor& weight, const Tensor& scale) {
   const bool nibbles = weight.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2 && x.dim() >= 1,
-                  "the weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte");
+  PTQ4VM_CHECK((nibbles || weight.scalar_type() == ScalarType::Char) && weight.dim() == 2,
+               "weight must be int8 (N, D), or uint8 (N, ceil(D / 2)) with two 4-bit codes a byte, it is ",
+               name(weight.scalar_type()), " of shape ", shape_text(weight.sizes()));
+  check_codes("x", x, 1);
   const int64_t channels = x.size(x.dim() - 1), columns = nibbles ? divided_up(channels, 2) : channels;
-  STD_TORCH_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
+  PTQ4VM_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
                   " channels has ", columns, " columns, this one ", weight.size(1));
+  PTQ4VM_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
   check_shape("weight_scale", scale, {weight.size(0)});
 }
 
 // The qparams of the codes of a linear's GELU.
 inline Codes gelu_codes(const LinearInputs& linear, const Tensor& inv_scale, const Tensor& zero_point,
                         const Optional& inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(!linear.stacked, "a GELU follows one linear, not ", linear.directions, " stacked ones");
+  PTQ4VM_CHECK(!linear.stacked, "a GELU follows one linear, not ", linear.directions, " stacked ones");
   check_shape("inv_smooth", inv_smooth, {linear.features});
   return Codes(inv_scale, zero_point, inv_smooth, bits, qparams(linear.x, inv_scale));
 }

@@ -192,7 +192,7 @@ struct ConvBackward {
 struct FakeQuantize {
   const float *x, *smooth;  // smooth (D,) or null
   const float* scale;
-  const int32_t* zero_point;  // or null
+  const float* zero_point;  // or null
   float* y;
   int64_t rows, channels, scales;
   int low, high;

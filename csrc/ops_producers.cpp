@@ -8,9 +8,9 @@ namespace {
 // Those of K directions: scales (K, L) or (K, 1), inv_smooth (K, E).
 Codes codes_of_directions(const Tensor& inv, const Tensor& zero, const Optional& smooth, int64_t bits,
                           int64_t directions, int64_t tokens, int64_t channels) {
-  STD_TORCH_CHECK(inv.dim() == 2 && inv.size(0) == directions, "scales of ", directions, " directions must be (",
-                  directions, ", L) or (", directions, ", 1)");
-  STD_TORCH_CHECK(inv.size(1) == 1 || inv.size(1) == tokens, "token scales were calibrated for ", inv.size(1),
+  PTQ4VM_CHECK(inv.dim() == 2 && inv.size(0) == directions, "scales of ", directions, " directions must be (",
+               directions, ", L) or (", directions, ", 1), their shape is ", shape_text(inv.sizes()));
+  PTQ4VM_CHECK(inv.size(1) == 1 || inv.size(1) == tokens, "token scales were calibrated for ", inv.size(1),
                   " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   check_shape("inv_smooth", smooth, {directions, channels});
   return Codes(inv, zero, smooth, bits, std::max<int64_t>(1, inv.size(1)));
@@ -24,7 +24,7 @@ int64_t rows_of(const Tensor& x) {
 }
 
 Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  check_channels("x", x);
   const int64_t channels = x.size(x.dim() - 1);
   check_shape("inv_smooth", inv_smooth, {channels});
   const Codes codes(inv_scale, zero_point, inv_smooth, bits, qparams(x, inv_scale));
@@ -37,12 +37,13 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
 
 std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t bits) {
   check_bits(bits);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) > 0, "x needs channels: no token has a range without them");
+  check_channels("x", x);
+  PTQ4VM_CHECK(x.size(x.dim() - 1) > 0, "x needs channels: no token has a range without them");
   const auto sizes = x.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end() - 1);
   const int64_t channels = x.size(x.dim() - 1);
   check_shape("inv_smooth", inv_smooth, {channels});
-  inv_smooth = as(inv_smooth, ScalarType::Float);
+  inv_smooth = floats("inv_smooth", inv_smooth);
   const Input input(x);
   Tensor scale = torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Float);
   Tensor zero_point = torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Int);
@@ -55,13 +56,12 @@ std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t
 }
 
 Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
-  STD_TORCH_CHECK(x_q.scalar_type() == ScalarType::Char && x_q.dim() >= 1, "x must be int8 codes with a channel axis");
-  STD_TORCH_CHECK(zero_point.numel() == scale.numel(), "there are ", scale.numel(), " scales and ", zero_point.numel(),
-                  " zero points");
+  check_codes("x_q", x_q, 1);
+  check_zero_points("zero_point", zero_point, scale);
   const int64_t scales = qparams(x_q, scale), channels = x_q.size(x_q.dim() - 1);
-  x_q = torch::stable::contiguous(x_q);
-  scale = as(scale, ScalarType::Float);
-  zero_point = as(zero_point, ScalarType::Int);
+  x_q = as_contiguous(x_q);
+  scale = floats("scale", scale);
+  zero_point = zero_points("zero_point", zero_point);
   Tensor y = empty_as(x_q, ScalarType::Float);
   const Dequantize q{in<int8_t>(x_q), in<float>(scale), in<int32_t>(zero_point), out<float>(y), rows_of(x_q), channels,
                      scales};
@@ -70,7 +70,7 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
 }
 
 Tensor rotate(Tensor x) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  check_channels("x", x);
   const RotationOf rotation(x.size(x.dim() - 1));
   const Input input(x);
   Tensor y = empty_as(input.values, input.values.scalar_type());
@@ -80,7 +80,7 @@ Tensor rotate(Tensor x) {
 }
 
 Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  check_channels("x", x);
   const int64_t channels = x.size(x.dim() - 1);
   check_shape("inv_smooth", inv_smooth, {channels});
   const Codes codes(inv_scale, zero_point, inv_smooth, bits, qparams(x, inv_scale));
@@ -96,19 +96,17 @@ Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point,
 std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional weight, Optional bias, double eps,
                                          bool rms, bool rotated, Tensor inv_scale, Tensor zero_point,
                                          Optional inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+  check_channels("x", x);
   const int64_t channels = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(!residual || (residual->dim() == x.dim() &&
-                                std::equal(x.sizes().begin(), x.sizes().end(), residual->sizes().begin())),
-                  "the residual has another shape than x");
+  if (residual) check_sizes("residual", *residual, x.sizes());
   check_shape("weight", weight, {channels});
   check_shape("bias", bias, {channels});
   check_shape("inv_smooth", inv_smooth, {channels});
-  STD_TORCH_CHECK(!rms || !bias, "an RMS norm has no bias");
+  PTQ4VM_CHECK(!rms || !bias, "an RMS norm has no bias");
   const Codes codes(inv_scale, zero_point, inv_smooth, bits, qparams(x, inv_scale));
-  residual = as(residual, ScalarType::Float);
-  weight = as(weight, ScalarType::Float);
-  bias = as(bias, ScalarType::Float);
+  residual = floats("residual", residual);
+  weight = floats("weight", weight);
+  bias = floats("bias", bias);
   const RotationOf matrix(channels);
   const Rotation rotation = matrix.view();
   const Input input(x);
@@ -133,18 +131,17 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
 
 std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bias, Tensor order, Tensor inv_scale,
                                            Tensor zero_point, Optional inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x must be (B, L, E) and the weight (K, E, taps)");
+  check_axes("x", x, 3, "(B, L, E)"), check_axes("weight", weight, 3, "(K, E, taps)");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   const int64_t directions = weight.size(0), taps = weight.size(2);
-  STD_TORCH_CHECK(taps >= 1, "a convolution needs at least one tap");
+  PTQ4VM_CHECK(taps >= 1, "a convolution needs at least one tap");
   check_shape("weight", weight, {directions, channels, taps});
   check_shape("bias", bias, {directions, channels});
   check_shape("order", order, {directions, tokens});
   const Codes codes = codes_of_directions(inv_scale, zero_point, inv_smooth, bits, directions, tokens, channels);
-  order = as(order, ScalarType::Int);
-  check_order(order, 0, tokens);
-  weight = as(weight, ScalarType::Float);
-  bias = as(bias, ScalarType::Float);
+  order = orders(order, tokens, true);
+  weight = floats("weight", weight);
+  bias = floats("bias", bias);
   const Input input(x, true);
   Tensor u = make(input.values, {directions, batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
@@ -158,20 +155,21 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
 
 std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bias, int64_t height, int64_t width,
                                            Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
-  STD_TORCH_CHECK(x.dim() == 3 && weight.dim() == 3, "x must be (B, H * W, E) and the weight (E, rows, columns)");
+  check_axes("x", x, 3, "(B, H * W, E)"), check_axes("weight", weight, 3, "(E, rows, columns)");
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
   const int64_t rows = weight.size(1), columns = weight.size(2);
-  STD_TORCH_CHECK(height >= 0 && width >= 0 && height * width == tokens, "a map of ", height, " by ", width,
-                  " has not ", tokens, " tokens");
-  STD_TORCH_CHECK(rows % 2 == 1 && columns % 2 == 1, "a kernel of ", rows, " by ", columns,
+  PTQ4VM_CHECK(height >= 0 && width >= 0, "height and width must not be negative, they are ", height, " and ", width);
+  PTQ4VM_CHECK(product("height and width", height, width) == tokens, "a map of height ", height, " and width ", width,
+               " has not the ", tokens, " tokens of x");
+  PTQ4VM_CHECK(rows % 2 == 1 && columns % 2 == 1, "a kernel of ", rows, " by ", columns,
                   " has no middle: both must be odd");
   check_shape("weight", weight, {channels, rows, columns});
   check_shape("bias", bias, {channels});
-  STD_TORCH_CHECK(inv_scale.dim() == 2, "scales must be (K, L) or (K, 1)");
+  check_axes("inv_scale", inv_scale, 2, "(K, L) or (K, 1)");
   const int64_t directions = inv_scale.size(0);
   const Codes codes = codes_of_directions(inv_scale, zero_point, inv_smooth, bits, directions, tokens, channels);
-  weight = as(weight, ScalarType::Float);
-  bias = as(bias, ScalarType::Float);
+  weight = floats("weight", weight);
+  bias = floats("bias", bias);
   const Input input(x, true);
   Tensor u = make(input.values, {batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
@@ -187,8 +185,8 @@ Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
   check_conv(x, weight, bias);
   if (x.scalar_type() == ScalarType::Double) return causal_conv1d_in_float64(x, weight, bias, silu);
   const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2);
-  weight = as(weight, ScalarType::Float);
-  bias = as(bias, ScalarType::Float);
+  weight = floats("weight", weight);
+  bias = floats("bias", bias);
   const Input input(x, true);
   Tensor y = make(x, {batch, tokens, channels}, input.values.scalar_type());
   const Conv q{input.data(),    input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),

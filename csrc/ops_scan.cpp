@@ -23,20 +23,21 @@ struct DirectionalInputs {
                     const Tensor& zero_point_, const Optional& inv_smooth_, int64_t bits, const Tensor& weight_,
                     const Tensor& weight_sum_, const Tensor& weight_scale_, const Tensor& bias_, const Tensor& A_,
                     const Optional& D_, const Optional& z_, const Tensor& order_, bool merge, double factor) {
-    STD_TORCH_CHECK(u_.dim() == 4 && projected_.dim() == 4, "u must be (K, B, L, E) and projected (K, B, L, R + 2 S)");
-    STD_TORCH_CHECK(A_.dim() == 3 && order_.dim() == 2, "A must be (K, E, S) and order (K, T)");
+    check_axes("u", u_, 4, "(K, B, L, E)"), check_axes("projected", projected_, 4, "(K, B, L, R + 2 S)");
+    check_axes("A", A_, 3, "(K, E, S)"), check_axes("order", order_, 2, "(K, T)");
     const int64_t K = order_.size(0), batch = u_.size(1), tokens = u_.size(2), channels = u_.size(3);
     const int64_t states = A_.size(2), rank = projected_.size(3) - 2 * states;
     const int64_t scales = inv_scale_.dim() == 2 ? inv_scale_.size(1) : 0;
     check_bits(bits);
-    STD_TORCH_CHECK(u_.size(0) == K || u_.size(0) == 1, "u has ", u_.size(0), " directions, the order ", K);
-    STD_TORCH_CHECK(1 <= rank && rank <= 512, "projected has ", projected_.size(3), " channels: with ", states,
+    PTQ4VM_CHECK(K >= 1, "the order (K, T) has no direction");
+    PTQ4VM_CHECK(u_.size(0) == K || u_.size(0) == 1, "u has ", u_.size(0), " directions, the order ", K);
+    PTQ4VM_CHECK(1 <= rank && rank <= 512, "projected has ", projected_.size(3), " channels: with ", states,
                     " states that leaves ", rank, " for the step, which must be between 1 and 512");
-    STD_TORCH_CHECK(scales == tokens || scales == 1, "the step's scales were calibrated for ", scales,
+    PTQ4VM_CHECK(scales == tokens || scales == 1, "the step's scales were calibrated for ", scales,
                     " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
     const bool packed = weight_.scalar_type() == ScalarType::Byte;
-    STD_TORCH_CHECK(packed || weight_.scalar_type() == ScalarType::Char,
-                    "step_weight must be int8, or uint8 with two 4-bit codes a byte");
+    PTQ4VM_CHECK(packed || weight_.scalar_type() == ScalarType::Char,
+                 "step_weight must be int8, or uint8 with two 4-bit codes a byte, it is ", name(weight_.scalar_type()));
     check_shape("projected", projected_, {K, batch, tokens, rank + 2 * states});
     check_shape("step_inv_scale", inv_scale_, {K, scales});
     check_shape("step_scale", scale_, {K, scales});
@@ -49,14 +50,12 @@ struct DirectionalInputs {
     check_shape("A", A_, {K, channels, states});
     check_shape("D", D_, {K, channels});
     check_shape("z", z_, {batch, tokens, channels});
-    u = as_rows(u_), z = as_rows(z_);
-    projected = as(projected_, ScalarType::Float), inv_scale = as(inv_scale_, ScalarType::Float);
-    scale = as(scale_, ScalarType::Float), zero_point = as(zero_point_, ScalarType::Int);
-    inv_smooth = as(inv_smooth_, ScalarType::Float), weight = torch::stable::contiguous(weight_);
-    weight_sum = as(weight_sum_, ScalarType::Int), weight_scale = as(weight_scale_, ScalarType::Float);
-    bias = as(bias_, ScalarType::Float), A = as(A_, ScalarType::Float), D = as(D_, ScalarType::Float);
-    order = as(order_, ScalarType::Int);
-    check_order(order, -1, tokens);
+    u = as_rows("u", u_), z = as_rows("z", z_), projected = floats("projected", projected_);
+    inv_scale = floats("step_inv_scale", inv_scale_), scale = floats("step_scale", scale_);
+    zero_point = zero_points("step_zero_point", zero_point_), inv_smooth = floats("step_inv_smooth", inv_smooth_);
+    weight = as_contiguous(weight_), weight_sum = weight_sums("step_weight_sum", weight_sum_, rank);
+    weight_scale = floats("step_weight_scale", weight_scale_), bias = floats("step_bias", bias_);
+    A = floats("A", A_), D = floats("D", D_), order = orders(order_, tokens, false);
 
     scan.u = rows(u), scan.z = rows(z), scan.u_direction = u.size(0) > 1 ? u.stride(0) : 0;
     scan.projected = in<float>(projected);
@@ -95,7 +94,7 @@ Tensor directional_scan_quantize(Tensor u, Tensor projected, Tensor step_inv_sca
                       step_weight, step_weight_sum, step_weight_scale, step_bias, A, D, z, order, true, factor);
   DirectionalScan& q = s.scan;
   const int64_t scales = inv_scale.numel();
-  STD_TORCH_CHECK(scales == q.tokens || scales == 1, "token scales were calibrated for ", scales,
+  PTQ4VM_CHECK(scales == q.tokens || scales == 1, "token scales were calibrated for ", scales,
                   " tokens, the input has ", q.tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   check_shape("inv_scale", inv_scale, {scales});
   check_shape("zero_point", zero_point, {scales});

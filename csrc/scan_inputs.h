@@ -7,13 +7,16 @@ namespace ptq4vm {
 namespace {
 
 // What kernels read where it lies: the last axis is contiguous.
-inline Tensor as_rows(const Tensor& x) {
+inline Tensor as_rows(const char* argument, const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  const Tensor typed = as_kernel_type(x);
-  return typed.size(last) <= 1 || typed.stride(last) == 1 ? typed : torch::stable::contiguous(typed);
+  const Tensor typed = as_kernel_type(argument, x);
+  const bool rows = typed.size(last) <= 1 || typed.stride(last) == 1;
+  return rows && is_aligned(typed) ? typed : as_contiguous(typed);
 }
 
-inline Optional as_rows(const Optional& x) { return x ? Optional(as_rows(*x)) : std::nullopt; }
+inline Optional as_rows(const char* argument, const Optional& x) {
+  return x ? Optional(as_rows(argument, *x)) : std::nullopt;
+}
 
 // The last three axes.
 inline Rows rows(const Tensor& x) {
@@ -32,7 +35,7 @@ struct ScanInputs {
   ScanInputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
              const Optional& D_, const Optional& z_, const Optional& bias_, bool softplus_)
       : u(u_), delta(delta_), A(A_), B(B_), C(C_), D(D_), z(z_), delta_bias(bias_), softplus(softplus_) {
-    STD_TORCH_CHECK(u.dim() == 3 && A.dim() == 2, "u must be (B, L, E) and A (E, S)");
+    check_axes("u", u, 3, "(B, L, E)"), check_axes("A", A, 2, "(E, S)");
     batch = u.size(0), tokens = u.size(1), channels = u.size(2), states = A.size(1);
     type = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check_shape("delta", delta, {batch, tokens, channels});
@@ -42,11 +45,13 @@ struct ScanInputs {
     check_shape("D", D, {channels});
     check_shape("z", z, {batch, tokens, channels});
     check_shape("delta_bias", delta_bias, {channels});
-    A = as(A, type), D = as(D, type), delta_bias = as(delta_bias, type);
+    A = floats("A", A, type), D = floats("D", D, type), delta_bias = floats("delta_bias", delta_bias, type);
     if (type == ScalarType::Double) {
-      u = as(u, type), delta = as(delta, type), B = as(B, type), C = as(C, type), z = as(z, type);
+      u = floats("u", u, type), delta = floats("delta", delta, type), z = floats("z", z, type);
+      B = floats("B", B, type), C = floats("C", C, type);
     } else {
-      u = as_rows(u), delta = as_rows(delta), B = as_rows(B), C = as_rows(C), z = as_rows(z);
+      u = as_rows("u", u), delta = as_rows("delta", delta), z = as_rows("z", z);
+      B = as_rows("B", B), C = as_rows("C", C);
     }
   }
 

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.graph import Pipeline
-from ptq4vm.passes.calibrate import calibrate_blocks, gather
+from ptq4vm.graph import Pipeline, is_lowered
+from ptq4vm.model_copy import own_tensors
+from ptq4vm.passes.calibrate import calibrate_blocks
+from ptq4vm.passes.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.fuse import fuse as fuse_producers
-from ptq4vm.passes.lower import is_lowered
 from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_graph
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import Stage, prepared_record, update_record
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
+
+def _with_gradients(verb: Callable[P, R]) -> Callable[P, R]:
+    """The same verb, which computes the same whatever its caller has set: no_grad, inference_mode, autocast."""
+
+    @functools.wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            return verb(*args, **kwargs)
+
+    return run
+
+
+@_with_gradients
 def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None) -> GraphModule:
     """Captures a model and puts smoothing and fake-quantizers around its linears.
 
@@ -32,28 +51,59 @@ def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConf
     return prepared_graph(model, tuple(example_inputs), config or QuantConfig.w8a8())
 
 
+@_with_gradients
 def calibrate(
     prepared: GraphModule,
     loader: Iterable[Any],
     *,
+    max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
 ) -> GraphModule:
     """Finds smoothing vectors, scales and zero points, block by block; then `prepared` simulates the quantized model.
 
-    `loader` yields batches of inputs, or (input, target) pairs; it is read once. With `resume_dir` every finished
-    block is kept there: an interrupted run continues and ends with the same bytes. Returns `prepared`, changed in
-    place. Raises ValueError for an empty loader and for values that are not finite, naming the layer.
+    Args:
+        prepared: a graph from `prepare`; changed in place.
+        loader: yields batches, is read once, and may fill one buffer again and again. A batch is a tensor (images, …),
+            a tuple or list that begins with the model's inputs, such as (images, labels), or a mapping or named tuple
+            that holds them by argument name, such as {"pixel_values": images}. What else a batch holds is ignored.
+            Shapes are those of the example inputs; batches may differ in size.
+        max_images: takes so many images and stops. Without it a loader that has no length is refused past 4096.
+        resume_dir: keeps every finished block in this folder: an interrupted run continues and ends with the same
+            bytes. The folder is bound to the model, config, images, versions, kernels and number of threads.
+        progress: shows progress bars.
+
+    Returns:
+        `prepared`.
+
+    Raises:
+        ValueError: for a batch that does not fit, naming it; for values that are not finite, naming the layer; for a
+            `resume_dir` of another run, naming what differs, or one that another process uses.
     """
+    return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress)
+
+
+def _calibrate(
+    prepared: GraphModule,
+    loader: Iterable[Any],
+    ends: bool,
+    max_images: int | None,
+    resume_dir: str | Path | None,
+    progress: bool,
+) -> GraphModule:
     record = prepared_record(prepared)
+    if isinstance(loader, Tensor):
+        raise TypeError("the loader must yield batches: for one tensor of images write [images]")
+    own_tensors(prepared)
     linears = quantized_linears(prepared, [linear.name for linear in record.linears])
-    images = gather(loader, [node.name for node in prepared.graph.find_nodes(op="placeholder")])
+    images = collect_inputs(prepared, loader, max_images, ends, progress)
     update_record(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
     blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
     return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
+@_with_gradients
 def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
     """A graph of integer linears; with `lower=False` one of float linears between quantize and dequantize nodes.
 
@@ -66,6 +116,7 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
     return converted_graph(prepared, LOWERED if lower else BEFORE_LOWERING)
 
 
+@_with_gradients
 def fuse(quantized: GraphModule, *, activations: torch.dtype = torch.float32) -> GraphModule:
     """A copy that runs faster: activations are quantized by what makes them, scans move no tokens.
 
@@ -79,18 +130,35 @@ def fuse(quantized: GraphModule, *, activations: torch.dtype = torch.float32) ->
     return converted_graph(quantized, Pipeline((lambda gm: fuse_producers(gm, activations),)))
 
 
+@_with_gradients
 def quantize(
     model: nn.Module,
     loader: Iterable[Any],
     config: QuantConfig | None = None,
     *,
+    max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
 ) -> GraphModule:
-    """prepare, calibrate and convert in one call, for a model of one input; the first batch is the example."""
-    batches = list(loader)
-    if not batches:
+    """prepare, calibrate and convert in one call; the first batch holds the example inputs.
+
+    The model's inputs are the arguments of its `forward` that have no default, or the first one. The rest is as for
+    `calibrate`.
+    """
+    if isinstance(loader, Tensor):
+        raise TypeError("the loader must yield batches: for one tensor of images write [images]")
+    batches = iter(loader)
+    first = list(itertools.islice(batches, 1))
+    if not first:
         raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
-    first = batches[0][0] if isinstance(batches[0], (tuple, list)) else batches[0]
-    prepared = prepare(model, (first,), config)
-    return convert(calibrate(prepared, batches, resume_dir=resume_dir, progress=progress))
+    prepared = prepare(model, tuple(select_inputs(first[0], _input_names(model), "calibration batch 0")), config)
+    items = itertools.chain(first, batches)
+    return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress))
+
+
+def _input_names(model: nn.Module) -> Sequence[str]:
+    """The arguments of a model's `forward` without a default, or else the first one."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [value for value in inspect.signature(model.forward).parameters.values() if value.kind in kinds]
+    required = [value.name for value in names if value.default is inspect.Parameter.empty]
+    return required or [value.name for value in names[:1]] or ["x"]

@@ -5,7 +5,6 @@ Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 import re
@@ -19,6 +18,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.export import Dim, export
 from torch.fx import GraphModule, Node
 
+from ptq4vm import ops
+from ptq4vm.model_copy import copied_model
+
 aten = torch.ops.aten
 
 
@@ -30,13 +32,12 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     """The model, in evaluation mode, as an ATen graph with a dynamic batch; the caller's model is left alone.
 
     The first axis of every example tensor is the batch. Raises `CaptureError`, which names the module that
-    torch.export could not follow, and ValueError for example inputs without tensors.
+    torch.export could not follow, and ValueError for example inputs without tensors or a model that cannot be copied.
     """
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
-    model = copy.deepcopy(model).eval()
-    # torch.export specializes a batch of one
-    inputs = tuple(_at_least_two(value) for value in example_inputs)
+    model = copied_model(model)
+    inputs = tuple(_example(value) for value in example_inputs)
     try:
         gm = _export(model, inputs)
     except Exception as error:
@@ -47,9 +48,14 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     return finish(fx.GraphModule(gm, gm.graph, type(model).__name__))
 
 
-def _at_least_two(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] == 1:
-        return torch.cat((value, value))
+def _example(value: Any) -> Any:
+    """An ordinary tensor without gradients, of two images where there are fewer: torch.export specializes a batch of
+    one or none."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach().clone()
+    if value.dim() and len(value) < 2:
+        return torch.cat((value, value)) if len(value) else value.new_zeros((2, *value.shape[1:]))
     return value
 
 
@@ -189,6 +195,12 @@ class Pipeline:
         return gm
 
 
+def is_lowered(gm: GraphModule) -> bool:
+    """Whether the graph computes with integers."""
+    integer = (ops.linear.default, ops.selective_scan_quantized.default)
+    return any(gm.graph.find_nodes(op="call_function", target=target) for target in integer)
+
+
 def scope(node: Node) -> str:
     """Path of the innermost module that called this node; empty where torch.export recorded none."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
@@ -253,7 +265,7 @@ def has_attribute(gm: GraphModule, name: str) -> bool:
     return True
 
 
-def set_tensor(gm: GraphModule, name: str, value: Tensor) -> str:
+def set_tensor(gm: nn.Module, name: str, value: Tensor) -> str:
     """Registers a parameter or a buffer at a dotted path, making containers as needed; returns the path."""
     *path, leaf = name.split(".")
     module: nn.Module = gm
@@ -312,7 +324,7 @@ def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any
 
     mode = _fake_mode(gm)
     arguments, options = fx.map_arg((args, kwargs or {}), value)
-    with mode, enable_python_dispatcher():
+    with mode, enable_python_dispatcher(), torch.no_grad():  # operators without gradients refuse parameters otherwise
         return target(*_to_fake(arguments, mode), **_to_fake(options, mode))
 
 
@@ -322,6 +334,59 @@ def propagate(gm: GraphModule) -> GraphModule:
         if node.op == "call_function" and "val" in node.meta:
             node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
     return gm
+
+
+def example_inputs(gm: GraphModule, batch: int) -> tuple[Any, ...]:
+    """Zeros of the dtypes and shapes that a graph takes; inputs that are no tensors as they were captured."""
+    made = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else node.meta.get(RECORDED, (None, ()))
+        sizes = [size if isinstance(size, int) else batch for size in shape]
+        made.append(value if dtype is None else torch.zeros(sizes, dtype=dtype))
+    return tuple(made)
+
+
+RECORDED = "ptq4vm.input"
+"""The key in the meta of a placeholder of a loaded graph: dtype and shape, whose dynamic axes have a name."""
+
+
+def with_values(gm: GraphModule) -> GraphModule:
+    """Every value's type and shape in a graph that was loaded, which has recorded only those of its inputs."""
+    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if RECORDED in node.meta]
+    if all("val" in node.meta for node in placeholders):
+        return gm
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    device = next((value.device for value in gm.state_dict().values()), torch.device("cpu"))
+    for node in placeholders:
+        dtype, shape = node.meta[RECORDED]
+        node.meta["val"] = _fake_input(dtype, shape, node.name, device, mode)
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            node.meta["val"] = _to_fake(attribute(gm, str(node.target)), mode)
+        elif node.op == "call_function":
+            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
+    return gm
+
+
+_BATCH_HINT = 13
+"""A batch that equals no other size, for values whose shapes are worked out anew."""
+
+
+def _fake_input(dtype: torch.dtype, shape: Sequence[int | str], name: str, device: torch.device, mode: Any) -> Tensor:
+    """An input whose named axes are dynamic, those of one name with one symbol."""
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+    example = torch.empty(
+        [size if isinstance(size, int) else _BATCH_HINT for size in shape], dtype=dtype, device=device
+    )
+    axes = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DUCK for size in shape]
+    context: Any = StatelessSymbolicContext(dynamic_sizes=axes)
+    return mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name))
 
 
 def follow_device(gm: GraphModule) -> GraphModule:

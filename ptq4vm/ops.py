@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import fused, native, reference, triton_kernels
+from ptq4vm import arguments, fused, native, reference, triton_kernels
 
 _NATIVE = native.problem() is None
 """Then the library has defined the operators, and their kernels for the CPU."""
@@ -27,37 +27,61 @@ _on_gpus: dict[str, Callable[..., Any]] = {}
 """Each operator where there is no native kernel: in Triton, or the reference."""
 
 
-def _define(schema: str, default: Any, fake: Any) -> None:
+_DIFFERENTIABLE = {"rotate", "selective_scan", "selective_scan_quantized", "causal_conv1d", "fake_quantize"}
+"""Operators with gradients. The others refuse tensors that require one, rather than to leave it out in silence."""
+
+
+def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.split("(", 1)[0]
+    names = [argument.name for argument in torch._C.parse_schema(f"ptq4vm::{schema}").arguments]
     SCHEMAS.append(schema)
     if not _NATIVE:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, default, "CompositeExplicitAutograd")
-    _on_gpus[name] = triton_kernels.operator(name, default)
-    if native.cuda_problem() is not None and _on_gpus[name] is not default:
+    _library.impl(name, _checked(name, names, default, fake), "CompositeExplicitAutograd")
+    on_gpus = triton_kernels.operator(name, default)
+    _on_gpus[name] = _checked(name, names, on_gpus, fake)
+    if native.cuda_problem() is not None and on_gpus is not default:
         _library.impl(name, _on_gpus[name], "CUDA")
-    torch.library.register_fake(f"ptq4vm::{name}", fake, lib=_library)
+    torch.library.register_fake(f"ptq4vm::{name}", _checked_fake(name, names, fake), lib=_library)
 
 
-def _check_qparams(x: Tensor, scale: Tensor) -> None:
-    """Token scales are per tensor (1,), per token (L,) or per image and token (B, L)."""
-    tokens = x.shape[-2] if x.dim() > 1 else 1
-    if scale.dim() == 1 and scale.shape[0] not in (1, tokens):
-        raise ValueError(
-            f"token scales were calibrated for {scale.shape[0]} tokens, the input has {tokens}; "
-            "calibrate at this resolution or use Granularity.PER_TENSOR"
-        )
-    if scale.dim() > 1 and scale.shape != x.shape[:-1]:
-        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit an input of shape {tuple(x.shape)}")
+def _checked(name: str, names: list[str], run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An implementation in Python, after the checks that csrc/glue.h has for the native ones."""
+
+    def operator(*values: Any) -> Any:
+        arguments.check_placement(name, names, values, gradients=True)
+        arguments.check(name, names, values)
+        if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
+            results = _of_nothing(name, fake(*values))
+            if results is not None:
+                return results
+        return run(*values)
+
+    return operator
+
+
+def _of_nothing(name: str, results: Any) -> Any:
+    """Results without numbers, and gradients of nothing, which are zeros: loops over their other axes could be long."""
+    several = results if isinstance(results, tuple) else (results,)
+    if name.endswith("_scan_backward") or name == "causal_conv1d_backward":
+        return tuple(map(Tensor.zero_, several))
+    return None if any(result.numel() for result in several) else results
+
+
+def _checked_fake(name: str, names: list[str], fake: Callable[..., Any]) -> Callable[..., Any]:
+    def operator(*values: Any) -> Any:
+        arguments.check_placement(name, names, values, gradients=name not in _DIFFERENTIABLE)
+        return fake(*values)
+
+    return operator
 
 
 def _quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
-    _check_qparams(x, inv_scale)
     return reference.quantize(x, inv_scale, zero_point, inv_smooth, bits).contiguous()
 
 
 def _quantize_fake(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
-    _check_qparams(x, inv_scale)
+    arguments.check_scales(x, inv_scale)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
@@ -95,16 +119,6 @@ _define("rotate(Tensor x) -> Tensor", reference.rotate, lambda x: x.new_empty(x.
 torch.library.register_autograd("ptq4vm::rotate", lambda _, grad: torch.ops.ptq4vm.rotate(grad), lib=_library)
 
 
-def _check_weight(x_q: Tensor, weight: Tensor) -> None:
-    packed = weight.dtype == torch.uint8
-    wanted = (x_q.shape[-1] + 1) // 2 if packed else x_q.shape[-1]
-    if weight.shape[-1] != wanted:
-        kind = "packed 4-bit" if packed else "int8"
-        raise ValueError(
-            f"a {kind} weight for {x_q.shape[-1]} channels has {wanted} columns, this one {weight.shape[-1]}"
-        )
-
-
 def _linear(
     x: Tensor,
     x_scale: Tensor,
@@ -114,8 +128,6 @@ def _linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check_qparams(x, x_scale)
-    _check_weight(x, weight)
     if not _NATIVE and x.device.type == "cpu":
         native.warn()
     return reference.linear(x, x_scale, x_zero_point, weight, weight_scale, bias, out_dtype).contiguous()
@@ -130,8 +142,8 @@ def _linear_fake(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    _check_qparams(x, x_scale)
-    _check_weight(x, weight)
+    arguments.check_scales(x, x_scale)
+    arguments.check_weight(x, weight)
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
@@ -192,11 +204,6 @@ def _check_states(u: Tensor, state_scale: Tensor) -> None:
         )
 
 
-def _selective_scan_quantized(u: Tensor, *rest: Any) -> Tensor:
-    _check_states(u, rest[8])
-    return reference.selective_scan_quantized(u, *rest)
-
-
 def _selective_scan_quantized_fake(u: Tensor, *rest: Any) -> Tensor:
     _check_states(u, rest[8])
     return u.new_empty(u.shape)
@@ -204,7 +211,7 @@ def _selective_scan_quantized_fake(u: Tensor, *rest: Any) -> Tensor:
 
 _define(
     f"selective_scan_quantized({_SCAN}, Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor",
-    _selective_scan_quantized,
+    reference.selective_scan_quantized,
     _selective_scan_quantized_fake,
 )
 
@@ -255,13 +262,8 @@ _FAKE = "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
 _NEEDS = "bool need_x, bool need_scale, bool need_zero_point, bool need_smooth"
 
 
-def _fake_quantize(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    _check_qparams(x, scale)
-    return reference.fake_quantize(x, scale, *rest)
-
-
 def _fake_quantize_fake(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    _check_qparams(x, scale)
+    arguments.check_scales(x, scale)
     return x.new_empty(x.shape)
 
 
@@ -286,7 +288,7 @@ def _fake_quantize_backward_fake(
     )
 
 
-_define(f"fake_quantize({_FAKE}) -> Tensor", _fake_quantize, _fake_quantize_fake)
+_define(f"fake_quantize({_FAKE}) -> Tensor", reference.fake_quantize, _fake_quantize_fake)
 _define(
     f"fake_quantize_backward(Tensor grad, {_FAKE}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
     reference.fake_quantize_backward,
@@ -422,11 +424,11 @@ def _serve_other_gpus() -> None:
 
 
 def _by_gpu(kernel: Any, elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    def operator(keys: Any, x: Tensor, *arguments: Any) -> Any:
+    def operator(keys: Any, x: Tensor, *rest: Any) -> Any:
         if native.serves(x.device):
-            return kernel.call_boxed(keys, x, *arguments)
+            return kernel.call_boxed(keys, x, *rest)
         native.warn_of_gpu(torch.cuda.get_device_capability(x.device))
-        return elsewhere(x, *arguments)
+        return elsewhere(x, *rest)
 
     return operator
 

@@ -8,7 +8,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import Granularity, QuantConfig
@@ -35,6 +35,7 @@ from ptq4vm.quantizer import (
     selected_linears,
 )
 from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
+from ptq4vm.serialize import PortableGraph
 
 
 def _fold_found(gm: GraphModule) -> GraphModule:
@@ -77,7 +78,7 @@ def prepared_from(
         gm = finish(insert_rotation(gm, sites.linears))
     if config.bias_correction:
         gm = finish(insert_corrections(gm, sites))
-    gm = insert_fake_quantizers(gm, config, sites)
+    gm = _portable(insert_fake_quantizers(gm, config, sites), type(gm).__name__)
     for linear in quantized_linears(gm, [linear.name for linear in linears]):
         source = sources[linear.name]
         linear.input.follows = None if source is None else source.name
@@ -110,11 +111,17 @@ def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:
         # torch 2.11 warns about its own classes when a graph is copied
         warnings.simplefilter("ignore", FutureWarning)
         made = passes(copy.deepcopy(prepared))
-    gm = fx.GraphModule(made, made.graph, type(prepared).__name__)
-    gm.meta.update(made.meta)
+    gm = _portable(made, type(prepared).__name__).eval()
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
     return set_record(gm, dataclasses.replace(record_of(prepared), stage=Stage.CONVERTED))
+
+
+def _portable(gm: GraphModule, name: str) -> GraphModule:
+    """The same graph, which pickle and copy know how to treat."""
+    made = PortableGraph(gm, gm.graph, name)
+    made.meta.update(gm.meta)
+    return made
 
 
 def skeleton(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:

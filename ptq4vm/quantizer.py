@@ -156,6 +156,16 @@ class TokenQuantizer(Quantizer):
         pass
 
 
+def _groups(linears: Sequence[LinearSite]) -> dict[str, str | None]:
+    """Which linears, by name, may share the fake-quantizer of one input: those that are calibrated together.
+
+    Those of one block, or all where there are no blocks; what is in no block is alone.
+    """
+    if all(site.block is None for site in linears):
+        return {site.name: None for site in linears}
+    return {site.name: site.name if site.block is None else f"block {site.block}" for site in linears}
+
+
 def _specification(spec: QuantSpec, make: Any) -> QuantizationSpec:
     low, high = spec.bounds
     return QuantizationSpec(dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high)
@@ -241,22 +251,33 @@ def insert_fake_quantizers(gm: GraphModule, config: QuantConfig, sites: Sites) -
 
 
 def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
-    """Inputs of linears that read an output as it is: torchao takes that one's fake-quantizer for theirs."""
-    names = {site.node.name: site.name for site in sites.linears}
-    made: dict[Node, Node] = {}
+    """A fake-quantizer for every input and group of linears that read it.
+
+    torchao makes one for all that read a value, and takes that of an output for the linears that read it as it is.
+    """
+    names, groups = {site.node.name: site.name for site in sites.linears}, _groups(sites.linears)
+    made: dict[tuple[Node, QuantSpec, int | None, str | None], Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        x: Any = node.args[0]
-        if not isinstance(_module(gm, x), OutputFakeQuantize):
+        if node.name not in names:
             continue
-        if x not in made:
-            name = names[node.name]
-            kept = sites.class_tokens.get(name)
-            target = f"{x.name}_input"
-            gm.add_submodule(target, ActivationFakeQuantize(config.activation(name), config.granularity, kept))
-            with gm.graph.inserting_before(node):
-                made[x] = gm.graph.call_module(target, (x,))
-            made[x].meta.update(x.meta)
-        node.replace_input_with(x, made[x])
+        x, name = node.args[0], names[node.name]
+        spec, kept = config.activation(name), sites.class_tokens.get(name)
+        output = isinstance(_module(gm, x), OutputFakeQuantize)
+        key = x if output else x.args[0], spec, kept, groups[name]
+        if key not in made:
+            made[key] = x if not output and x not in made.values() else _input(gm, node, key[0], x, config, spec, kept)
+        node.replace_input_with(x, made[key])
+
+
+def _input(
+    gm: GraphModule, linear: Node, source: Node, like: Node, config: QuantConfig, spec: QuantSpec, kept: int | None
+) -> Node:
+    target = f"{linear.name}_input"
+    gm.add_submodule(target, ActivationFakeQuantize(spec, config.granularity, kept))
+    with gm.graph.inserting_before(linear):
+        node = gm.graph.call_module(target, (source,))
+    node.meta.update(like.meta)
+    return node
 
 
 def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:
@@ -322,6 +343,19 @@ def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[Quant
             found.append(QuantizedLinear(names[len(found)], node, x, w, *_before(prepared, node)))
     assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
     return found
+
+
+def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
+    """What was decided about the fake-quantizers of a prepared graph before calibration, in graph order."""
+    found = [(node.name, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    return [
+        (name, [f"{key}={value}" for key, value in vars(fake).items() if key in _SETTINGS])
+        for name, fake in found
+        if fake is not None
+    ]
+
+
+_SETTINGS = ("spec", "name", "granularity", "kept", "follows", "axis", "power_of_two")
 
 
 def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantize, list[Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 
 _KEY = "ptq4vm"
+
+FUSIONS = "ptq4vm.fusions"
+"""The key in a fused graph's `meta` of every `ptq4vm.passes.patterns.Fusion`."""
 
 
 class Stage(enum.StrEnum):
@@ -93,4 +97,5 @@ def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...])
     if fixed_size is not None and [height, width] != default_size:
         arguments["img_size"] = [height, width]
     preprocessing = {key: cfg[key] for key in _PREPROCESSING if key in cfg} | {"input_size": input_shapes[0]}
-    return {"name": name, "arguments": arguments, "preprocessing": preprocessing}
+    # as JSON brings it back
+    return json.loads(json.dumps({"name": name, "arguments": arguments, "preprocessing": preprocessing}))

@@ -85,11 +85,15 @@ def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale (float32) and zero point (int32) of the range [min(low, 0), max(high, 0)], elementwise."""
+    """Scale (float32) and zero point (int32) of the range [min(low, 0), max(high, 0)], elementwise.
+
+    The zero point of a range that is not finite is 0, so that its codes stand for NaN.
+    """
     code_low, code_high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale = ((high - low) / (code_high - code_low)).clamp(min=EPSILON)
-    return scale, (code_low - torch.round(low / scale)).clamp(code_low, code_high).to(torch.int32)
+    zero_point = (code_low - torch.round(low / scale)).clamp(code_low, code_high)
+    return scale, zero_point.nan_to_num(0.0).to(torch.int32)
 
 
 def choose_qparams(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
@@ -199,7 +203,7 @@ def _fake_codes(
     if zero_point is None:
         v, zero = v / scale, torch.zeros_like(scale)
     else:
-        v, zero = v * (1.0 / scale), zero_point.unsqueeze(-1)
+        v, zero = v * (1.0 / scale), zero_point.float().unsqueeze(-1)
     low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
     codes = v.round()
     return v, codes, codes.clamp(low - zero, high - zero)

@@ -121,7 +121,7 @@ def causal_convolutions(gpu, dtype, K, images, tokens, channels, taps, bias, per
     x = torch.randn(images, tokens, channels, generator=random).to(dtype)
     weight = torch.randn(K, channels, taps, generator=random)
     bias = torch.randn(K, channels, generator=random) if bias else None
-    order = torch.stack([torch.randperm(tokens, generator=random) for _ in range(K)])
+    order = torch.stack([torch.randperm(tokens, generator=random) for _ in range(K)]).int()
     scale, zero_point = directional_qparams(K, tokens, per_token, bits, random)
     inv_smooth = torch.rand(K, channels, generator=random) + 0.5 if per_token else None
     rest = (weight, bias, order, 100 / scale, zero_point, inv_smooth, bits)

@@ -1,9 +1,11 @@
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
+from small_models import BEST, LEARNED, blocks
 from strategies import EVERYTHING, bits, normal
 from torch import nn
 from torch.fx import GraphModule
@@ -152,6 +154,93 @@ def test_weights_may_stand_anywhere(model, smoothing):
     calibrate(prepared, [x], progress=False)
     assert torch.equal(convert(prepared, lower=False)(x), prepared(x))
     assert convert(prepared)(x).shape == model(x).shape
+
+
+# --- what the caller has set ---
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "set_grad_enabled(False)": lambda: torch.set_grad_enabled(False),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+def verbs(model, x, config):
+    prepared = calibrate(prepare(model, (x[:2],), config), x.split(3), progress=False)
+    quantized = convert(prepared)
+    return prepared, quantized, ptq4vm.fuse(quantized)
+
+
+@pytest.fixture(scope="module", params=[LEARNED, BEST], ids=["ptq4vm", "best"])
+def without(request):
+    return request.param, verbs(blocks(), normal(8, 5, 8), request.param)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_may_be_off_around_everything_or_around_one_verb(without, mode):
+    config, want = without
+    with MODES[mode]():
+        model, x = blocks(), normal(8, 5, 8)
+        found = verbs(model, x, config)
+    prepared = prepare(blocks(), (normal(2, 5, 8),), config)
+    with MODES[mode]():
+        calibrate(prepared, normal(8, 5, 8).split(3), progress=False)
+    for made, other in (*zip(found, want, strict=True), (prepared, want[0])):
+        values, same = made.state_dict(), other.state_dict()
+        assert values.keys() == same.keys() and all(torch.equal(value, same[name]) for name, value in values.items())
+        assert not any(value.is_inference() for value in (*made.parameters(), *made.buffers()))
+
+
+def test_a_prepared_model_moved_under_inference_mode_learns_afterwards():
+    prepared = prepare(blocks(), (normal(2, 5, 8),), LEARNED)
+    with torch.inference_mode():
+        for module in prepared.modules():
+            module._parameters.update({name: nn.Parameter(value.clone()) for name, value in module._parameters.items()})
+    assert all(parameter.is_inference() for parameter in prepared.parameters())
+    report = record_of(calibrate(prepared, [normal(8, 5, 8)], progress=False)).blocks
+    assert report[0]["loss_after"] < report[0]["loss_before"]
+
+
+# --- loaders ---
+
+
+def test_quantize_takes_what_calibrate_takes():
+    x, model, config = normal(8, 5, 8), blocks(), LEARNED
+    want = ptq4vm.quantize(model, [x], config, progress=False)(x)
+    buffer = torch.empty(4, 5, 8)
+    for loader in (
+        ({"label": 1, "x": part} for part in x.split(5)),
+        (buffer.copy_(part) for part in x.split(4)),
+        [(x[:0], 0), (x, 1)],
+    ):
+        assert torch.equal(ptq4vm.quantize(model, loader, config, progress=False)(x), want)
+    endless = itertools.chain([x[:5], x[5:]], itertools.repeat(x))
+    assert torch.equal(ptq4vm.quantize(model, endless, config, max_images=8, progress=False)(x), want)
+
+
+def test_quantize_gives_a_model_of_two_inputs_both():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 4)
+
+        def forward(self, x, shift, factor=2.0):
+            return self.proj(x * factor) + shift
+
+    model, x, shift = Two(), normal(6, 5, 8), normal(6, 5, 4)
+    for item in ((x, shift, 3), {"factor": 3.0, "shift": shift, "x": x}):
+        quantized = ptq4vm.quantize(model, [item], QuantConfig.minmax(8), progress=False)
+        assert torch.allclose(quantized(x, shift), model(x, shift), atol=0.05)
+    with pytest.raises(ValueError, match=r"calibration batch 0: the model's input 'shift' is missing; it holds 'x'"):
+        ptq4vm.quantize(model, [{"x": x}])
+
+
+def test_one_tensor_is_no_loader():
+    with pytest.raises(TypeError, match=r"must yield batches: for one tensor of images write \[images\]"):
+        ptq4vm.quantize(blocks(), normal(8, 5, 8))
+    with pytest.raises(TypeError, match=r"must yield batches"):
+        calibrate(prepare(blocks(), (normal(2, 5, 8),)), normal(8, 5, 8))
 
 
 # --- errors ---

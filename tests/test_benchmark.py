@@ -161,6 +161,12 @@ def findings(nano):
     return run("vim_nano", (3, 32, 32), *nano, plan, {"twin": nano[1]})
 
 
+@pytest.mark.parametrize("threads", [0, -1, 100_000, 2**63])
+def test_a_number_of_threads_that_no_machine_has_is_named(threads):
+    with pytest.raises(ValueError, match=f"threads must be between 1 and .* processors, got {threads}"):
+        Plan(kinds=("quantized",), threads=(1, threads))
+
+
 def test_every_setting_is_measured_and_torch_keeps_its_threads(findings):
     threads = torch.get_num_threads()
     settings = [(setting.batch_size, setting.threads) for setting in findings.settings]

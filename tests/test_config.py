@@ -199,3 +199,8 @@ def test_linears_named_for_eight_bits_get_them():
 def test_a_granularity_may_be_its_name(granularity):
     config = QuantConfig(**fitting(granularity) | {"granularity": str(granularity)})
     assert config.granularity is granularity
+
+
+def test_epochs_are_those_of_the_paper_and_between_them_those_of_fewer_bits():
+    found = {bits: QuantConfig.recipe("ptq4vm", bits).learning.epochs for bits in range(2, 9)}
+    assert found == {8: 10, 7: 50, 6: 50, 5: 100, 4: 100, 3: 100, 2: 100}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from hypothesis import given
-from strategies import bits, integers, normal, positive_sizes, seeds
+from hypothesis import strategies as st
+from strategies import bits, integers, normal, positive_sizes, powers_of_two, seeds
 
 from ptq4vm import reference
 from ptq4vm.config import Granularity, QuantSpec, Scheme
@@ -102,3 +103,37 @@ def test_half_precision_is_quantized_in_float32_and_stays_half(dtype):
     x = normal(2, 3, 5).to(dtype)
     fake = activation(8, Granularity.PER_TOKEN, 3)
     assert torch.equal(fake(x), fake(x.float()).to(dtype))
+
+
+def straight_through(x, scale, zero_point, smooth, count):
+    """The definition, for autograd: rounding has the gradient of the identity, and codes out of range are the last."""
+    v = x * smooth / scale.unsqueeze(-1)
+    codes = v.detach().round()
+    low, high = fake_bounds(count, zero_point)
+    zero = 0 if zero_point is None else zero_point.unsqueeze(-1)
+    kept = (codes + (v - v.detach())) + zero
+    kept = torch.where(codes + zero < low, low, torch.where(codes + zero > high, high, kept))
+    return (kept - zero) * scale.unsqueeze(-1)
+
+
+def fake_bounds(count, zero_point):
+    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
+
+
+@given(bits, positive_sizes, positive_sizes, st.booleans(), seeds)
+def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channels, affine, seed):
+    """Of eighths, powers of two and whole numbers every sum is exact; a third of the codes is out of range."""
+    scale, smooth = (powers_of_two(size, seed=seed + i, low=-2, high=2) for i, size in enumerate((tokens, channels)))
+    half = 2 ** (count - 1)
+    codes = integers(-120, 120, 2, tokens, channels, seed=seed + 2).float() * max(1, half // 64) / 8 * min(1, half / 4)
+    x = codes * scale.unsqueeze(-1) / smooth
+    zero = integers(-half, half - 1, tokens, seed=seed + 3).float() if affine else None
+    grad = integers(-2, 2, 2, tokens, channels, seed=seed + 4).float()
+    leaves = [value.clone().requires_grad_() for value in (x, scale, smooth, *([zero] if affine else []))]
+    straight_through(leaves[0], leaves[1], leaves[3] if affine else None, leaves[2], count).backward(grad)
+    whole = zero.int() if affine else None
+    needs = (True, True, affine, True)
+    found = reference.fake_quantize_backward(grad, x, scale, whole, smooth, count, *needs)
+    assert torch.equal(found[0], leaves[0].grad)
+    for value, want in ((found[1], leaves[1].grad), (found[3], leaves[2].grad), (found[2], affine and leaves[3].grad)):
+        assert want is False or torch.equal(value, want)

@@ -316,7 +316,7 @@ def test_wrong_shapes_are_told(isa):
         "calibrated for 6 tokens": lambda: ops.conv1d_quantize(
             x[:, :5], torch.ones(1, 4, 3), None, order[:, :5], *qparams_of
         ),
-        "has not 6 tokens": lambda: ops.conv2d_quantize(x, torch.ones(4, 3, 3), None, 2, 2, *qparams_of),
+        "has not the 6 tokens": lambda: ops.conv2d_quantize(x, torch.ones(4, 3, 3), None, 2, 2, *qparams_of),
         "must be odd": lambda: ops.conv2d_quantize(x, torch.ones(4, 2, 3), None, 2, 3, *qparams_of),
         "calibrated for 6": lambda: ops.rotate_quantize(
             x[:, :5], False, torch.ones(6), torch.ones(6, dtype=torch.int32), None, 8

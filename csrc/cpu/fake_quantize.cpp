@@ -15,10 +15,11 @@ struct Row {
   float scale, factor, low, high;
 
   Row(const FakeQuantize& q, int64_t r) {
-    const int64_t i = r % q.scales, zero = q.zero_point ? q.zero_point[i] : 0;
+    const int64_t i = r % q.scales;
+    const float zero = q.zero_point ? q.zero_point[i] : 0.0f;
     scale = q.scale[i];
     factor = q.zero_point ? 1.0f / scale : scale;
-    low = static_cast<float>(q.low - zero), high = static_cast<float>(q.high - zero);
+    low = static_cast<float>(q.low) - zero, high = static_cast<float>(q.high) - zero;
   }
 };
 

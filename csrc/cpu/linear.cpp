@@ -414,7 +414,7 @@ struct RowBlock {
       auto* padded = row_memory.take<int8_t>(count * stride);
       for (int64_t r = 0; r < count; r++) {
         int8_t* to = padded + r * stride;
-        std::memcpy(to, x + r * q.weight.channels, q.weight.channels);
+        std::copy_n(x + r * q.weight.channels, q.weight.channels, to);
         std::memset(to + q.weight.channels, 0, stride - q.weight.channels);
       }
       x = padded;
@@ -511,7 +511,7 @@ void pack(const Pack& q, int64_t begin, int64_t end) {
           row[d] = static_cast<int8_t>((code ^ 8) - 8);
         }
       } else {
-        std::memcpy(row, from, q.channels);
+        std::copy_n(from, q.channels, row);
       }
       int32_t sum = 0;
       for (int64_t d = 0; d < q.channels; d++) sum += row[d];

@@ -20,23 +20,24 @@ Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   check_bits(bits);
   const int64_t scales = state_scale.numel();
   check_shape("state_scale", state_scale, {scales});
-  STD_TORCH_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
+  PTQ4VM_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
                   " tokens, the input has ", s.tokens, "; calibrate at this resolution");
   check_shape("state_inv_scale", state_inv_scale, {scales});
-  state_scale = as(state_scale, s.type), state_inv_scale = as(state_inv_scale, s.type);
+  state_scale = floats("state_scale", state_scale, s.type);
+  state_inv_scale = floats("state_inv_scale", state_inv_scale, s.type);
   const int low = lowest(bits), high = -low - 1;
   Tensor y = make(s.u, {s.batch, s.tokens, s.channels}, s.u.scalar_type());
   if (s.type == ScalarType::Double) {
     float64::Scan q = exact(s);
     q.state_scale = in<double>(state_scale), q.state_inv_scale = in<double>(state_inv_scale);
     q.scales = scales, q.low = low, q.high = high;
-    float64::scan(q, out<double>(y));
+    if (y.numel()) float64::scan(q, out<double>(y));
     return y;
   }
   const QuantizedScan q{s.view(y.mutable_data_ptr(), float_type(y)), in<float>(state_scale),
                         in<float>(state_inv_scale), scales, low, high};
   const auto run = kernels().scan_quantized;
-  torch::stable::parallel_for(0, s.batch * groups(s.channels), 1,
+  torch::stable::parallel_for(0, s.tokens ? s.batch * groups(s.channels) : 0, 1,
                               [&](int64_t begin, int64_t end) { run(q, begin, end); });
   return typed(y, u);
 }
@@ -56,7 +57,7 @@ struct ConvInputs {
     check_conv(x, weight, bias);
     batch = x.size(0), tokens = x.size(1), channels = x.size(2), taps = weight.size(1);
     type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    x = as(x, type), weight = as(weight, type), bias = as(bias, type);
+    x = floats("x", x, type), weight = floats("weight", weight, type), bias = floats("bias", bias, type);
   }
 
   float64::Conv exact(bool silu) const {
@@ -85,23 +86,26 @@ Eight selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Ten
   const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
   const ScalarType type = s.type;
   check_shape("grad", grad, {s.batch, s.tokens, s.channels});
-  grad = as(grad, type);
-  const bool wide = type == ScalarType::Double;
-  const auto fresh = [&](Sizes sizes) { return wide ? zeros(s.u, sizes, type) : make(s.u, sizes, type); };
+  grad = floats("grad", grad, type);
+  // Loops over what is empty in one axis could be long in the others.
+  const bool wide = type == ScalarType::Double, empty = !grad.numel();
+  const auto fresh = [&](Sizes sizes) { return wide || empty ? zeros(s.u, sizes, type) : make(s.u, sizes, type); };
   Tensor du = fresh({s.batch, s.tokens, s.channels}), ddelta = fresh({s.batch, s.tokens, s.channels});
   const int64_t panels = divided_up(s.channels, PANEL);
   const auto mixing = [&] {
-    return wide ? fresh({s.batch, s.tokens, s.states}) : fresh({panels, s.batch, s.tokens, s.states});
+    return wide || empty ? fresh({s.batch, s.tokens, s.states}) : fresh({panels, s.batch, s.tokens, s.states});
   };
   Tensor dB = mixing(), dC = mixing();
-  Tensor dA = wide ? fresh({s.channels, s.states}) : fresh({s.batch, s.channels, s.states});
+  Tensor dA = wide || empty ? fresh({s.channels, s.states}) : fresh({s.batch, s.channels, s.states});
   const auto shared = [&](const Optional& x) {
     if (!x) return Optional();
-    return Optional(wide ? fresh({s.channels}) : fresh({s.batch, s.channels}));
+    return Optional(wide || empty ? fresh({s.channels}) : fresh({s.batch, s.channels}));
   };
   Optional dD = shared(D), dbias = shared(bias), dz;
   if (z) dz = fresh({s.batch, s.tokens, s.channels});
-  if (wide) {
+  if (empty) {
+    // all gradients are zero
+  } else if (wide) {
     const float64::Gradients to{out<double>(du), out<double>(ddelta), out<double>(dA), out<double>(dB), out<double>(dC),
                                 out<double>(dD), out<double>(dz),     out<double>(dbias)};
     float64::scan_backward(exact(s), in<double>(grad), to);
@@ -135,14 +139,18 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x,
   const ConvInputs c(x, weight, bias);
   check_shape("grad", grad, {c.batch, c.tokens, c.channels});
   const ScalarType grad_type = grad.scalar_type();
-  grad = as(grad, c.type);
+  grad = floats("grad", grad, c.type);
+  const bool empty = !grad.numel();
   Optional dbias;
   Tensor dx, dweight;
-  if (c.type == ScalarType::Double) {
+  if (empty || c.type == ScalarType::Double) {
     dx = zeros(c.x, {c.batch, c.tokens, c.channels}, c.type);
     dweight = zeros(c.x, {c.channels, c.taps}, c.type);
     if (bias) dbias = zeros(c.x, {c.channels}, c.type);
-    float64::conv_backward(c.exact(silu), in<double>(grad), out<double>(dx), out<double>(dweight), out<double>(dbias));
+    if (!empty) {
+      float64::conv_backward(c.exact(silu), in<double>(grad), out<double>(dx), out<double>(dweight),
+                             out<double>(dbias));
+    }
   } else {
     dx = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
     dweight = make(c.x, {c.batch, c.channels, c.taps}, c.type);
@@ -169,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x,
 Tensor causal_conv1d_in_float64(const Tensor& x, const Tensor& weight, const Optional& bias, bool silu) {
   const ConvInputs c(x, weight, bias);
   Tensor y = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
-  float64::conv(c.exact(silu), out<double>(y));
+  if (y.numel()) float64::conv(c.exact(silu), out<double>(y));
   return y;
 }
 
@@ -178,7 +186,7 @@ Tensor selective_scan_in_float64(const Tensor& u, const Tensor& delta, const Ten
                                  bool softplus) {
   const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
   Tensor y = make(s.u, {s.batch, s.tokens, s.channels}, s.type);
-  float64::scan(exact(s), out<double>(y));
+  if (y.numel()) float64::scan(exact(s), out<double>(y));
   return y;
 }
 

@@ -14,23 +14,24 @@ struct FakeQuantizeInputs {
   FakeQuantizeInputs(const Tensor& x_, const Tensor& scale_, const Optional& zero_, const Optional& smooth_,
                      int64_t bits_)
       : x(x_), scale(scale_), zero_point(zero_), smooth(smooth_), bits(bits_) {
-    STD_TORCH_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
-    STD_TORCH_CHECK(x.dim() >= 1, "x needs a channel axis");
+    check_bits(bits);
+    check_channels("x", x);
     scales = qparams(x, scale), channels = x.size(x.dim() - 1);
-    STD_TORCH_CHECK(!zero_point || zero_point->numel() == scale.numel(), "there are ", scale.numel(), " scales and ",
-                    zero_point ? zero_point->numel() : 0, " zero points");
+    if (zero_point) check_zero_points("zero_point", *zero_point, scale);
     check_shape("smooth", smooth, {channels});
     shape = with_last(x, channels);
     rows = channels ? x.numel() / channels : 0;
-    x = as(x, ScalarType::Float), scale = as(scale, ScalarType::Float);
-    zero_point = as(zero_point, ScalarType::Int), smooth = as(smooth, ScalarType::Float);
+    x = floats("x", x), scale = floats("scale", scale), smooth = floats("smooth", smooth);
+    // Zero points that learn are numbers like others.
+    if (zero_point && is_integer(zero_point->scalar_type())) zero_point = as(zero_point, ScalarType::Float);
+    zero_point = floats("zero_point", zero_point);
   }
 
   Tensor like_x() const { return torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Float); }
 
   FakeQuantize view(float* y) const {
     const int half_range = 1 << (bits - 1);
-    return {in<float>(x), in<float>(smooth), in<float>(scale), in<int32_t>(zero_point), y,
+    return {in<float>(x), in<float>(smooth), in<float>(scale), in<float>(zero_point), y,
             rows,         channels,          scales,           zero_point ? -half_range : 1 - half_range,
             half_range - 1};
   }
@@ -61,12 +62,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, T
                                                                   bool need_x, bool need_scale, bool need_zero_point,
                                                                   bool need_smooth) {
   const FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
-  const auto same = grad.sizes();
-  STD_TORCH_CHECK(std::equal(same.begin(), same.end(), inputs.shape.begin(), inputs.shape.end()),
-                  "grad has another shape than x");
-  STD_TORCH_CHECK(smooth || !need_smooth, "there is no smoothing whose gradient could be given");
-  STD_TORCH_CHECK(zero_point || !need_zero_point, "there is no zero point whose gradient could be given");
-  grad = as(grad, ScalarType::Float);
+  check_sizes("grad", grad, inputs.shape);
+  PTQ4VM_CHECK(smooth || !need_smooth, "there is no smoothing whose gradient could be given");
+  PTQ4VM_CHECK(zero_point || !need_zero_point, "there is no zero point whose gradient could be given");
+  grad = floats("grad", grad);
   const FakeQuantize q = inputs.view(nullptr);
   const int64_t blocks = (q.rows + ROWS_IN_SUM - 1) / ROWS_IN_SUM;
   const auto none = [&] { return make(inputs.x, {0}, ScalarType::Float); };
@@ -98,6 +97,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, T
 }  // namespace ptq4vm
 
 STABLE_TORCH_LIBRARY_IMPL(PTQ4VM_LIBRARY, PTQ4VM_KEY, m) {
-  m.impl("fake_quantize", TORCH_BOX(&ptq4vm::fake_quantize));
-  m.impl("fake_quantize_backward", TORCH_BOX(&ptq4vm::fake_quantize_backward));
+  PTQ4VM_IMPL(m, fake_quantize);
+  PTQ4VM_IMPL(m, fake_quantize_backward);
 }

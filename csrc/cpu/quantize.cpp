@@ -4,7 +4,6 @@
 
 #include <cfloat>
 #include <cmath>
-#include <limits>
 
 namespace ptq4vm {
 namespace PTQ4VM_SET {
@@ -60,8 +59,8 @@ void choose_rows(const ChooseQparams& q, const T* x, int64_t begin, int64_t end)
     const float wide = (range.high - range.low) / steps, scale = wide < FLT_MIN ? FLT_MIN : wide;
     const float zero = least - std::nearbyint(range.low / scale);
     q.scale[r] = scale;
-    // Zero lies in the range, so that its code needs no bounds; a row with NaN has none.
-    q.zero_point[r] = zero == zero ? static_cast<int32_t>(zero) : std::numeric_limits<int32_t>::min();
+    // Zero lies in the range, so that its code needs no bounds; a row with NaN has no range.
+    q.zero_point[r] = zero == zero ? static_cast<int32_t>(zero) : 0;
   }
 }
 

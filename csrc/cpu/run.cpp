@@ -32,15 +32,15 @@ void run(const RotateQuantize& q, const Tensor&) {
 void run(const NormQuantize& q, const Tensor&) { parallel(kernels().norm_quantize, q, q.rows, grain(q.channels)); }
 
 void run(const Conv& q, const Tensor&) {
-  parallel(kernels().conv, q, q.directions * q.batch * groups(q.channels), grain(q.tokens * LANES));
+  parallel(kernels().conv, q, q.tokens ? q.directions * q.batch * groups(q.channels) : 0, grain(q.tokens * LANES));
 }
 
 void run(const Conv2d& q, const Tensor&) {
-  const bool empty = q.width == 0 || q.channels == 0;
+  const bool empty = q.batch == 0 || q.width == 0 || q.channels == 0;
   parallel(kernels().conv2d, q, empty ? 0 : q.batch * q.height, grain(q.width * q.channels));
 }
 
-void run(const Scan& q, const Tensor&) { parallel(kernels().scan, q, q.batch * groups(q.channels), 1); }
+void run(const Scan& q, const Tensor&) { parallel(kernels().scan, q, q.tokens ? q.batch * groups(q.channels) : 0, 1); }
 
 // Panels' sums stay in the second cache, and there are equally many panels for every thread.
 void run(DirectionalScan q, const Tensor&) {
@@ -48,6 +48,7 @@ void run(DirectionalScan q, const Tensor&) {
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t most = std::clamp(CACHED / std::max<int64_t>(1, q.tokens), SMALLEST, PANEL);
   int64_t panels = divided_up(q.channels, most);
+  if (!q.tokens || !q.batch || !q.channels) return;
   while (panels < groups(q.channels) && q.batch * panels % threads) panels++;
   q.panel = std::max<int64_t>(1, divided_up(groups(q.channels), std::max<int64_t>(1, panels))) * LANES;
   parallel(kernels().directional_scan, q, q.batch * divided_up(q.channels, q.panel), 1);

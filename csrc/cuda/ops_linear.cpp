@@ -50,7 +50,7 @@ Tensor run(const char* name, const LinearInputs& i, ScalarType type, const Codes
       p.y = y.mutable_data_ptr(), p.y_type = float_type(type);
     }
     p.directions = i.directions, p.rows = i.rows, p.scales = i.scales, p.channels = padded, p.features = i.features;
-    STD_TORCH_CHECK(cuda::linear(p, nibbles, capability, stream), "ptq4vm::", name, ": ", i.directions, " linears of ",
+    PTQ4VM_CHECK(cuda::linear(p, nibbles, capability, stream), "ptq4vm::", name, ": ", i.directions, " linears of ",
                     i.rows, " rows and ", i.features, " output channels do not fit one launch");
   });
   return y;

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(THREADS) choose_rows(const ChooseQparams q) {
   const float zero = static_cast<float>(q.low) - rintf(__fdiv_rn(low, scale));
   if (lane == 0) {
     q.scale[row] = scale;
-    // Zero lies in the range, so that its code needs no bounds; a row with NaN has none.
-    q.zero_point[row] = zero == zero ? static_cast<int>(zero) : INT32_MIN;
+    // Zero lies in the range, so that its code needs no bounds; a row with NaN has no range.
+    q.zero_point[row] = zero == zero ? static_cast<int>(zero) : 0;
   }
 }
 

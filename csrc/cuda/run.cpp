@@ -49,12 +49,12 @@ void run(DirectionalScan q, const Tensor& on) {
 }
 
 Tensor causal_conv1d_in_float64(const Tensor&, const Tensor&, const Optional&, bool) {
-  STD_TORCH_CHECK(false, "ptq4vm::causal_conv1d has no float64 on a GPU: use float32, or move the tensors to the CPU");
+  PTQ4VM_CHECK(false, "ptq4vm::causal_conv1d has no float64 on a GPU: use float32, or move the tensors to the CPU");
 }
 
 Tensor selective_scan_in_float64(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                  const Optional&, const Optional&, const Optional&, bool) {
-  STD_TORCH_CHECK(false, "ptq4vm::selective_scan has no float64 on a GPU: use float32, or move the tensors to the CPU");
+  PTQ4VM_CHECK(false, "ptq4vm::selective_scan has no float64 on a GPU: use float32, or move the tensors to the CPU");
 }
 
 }  // namespace ptq4vm

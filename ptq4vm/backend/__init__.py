@@ -18,11 +18,10 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from ptq4vm import native
-from ptq4vm.graph import Pipeline, finish, set_tensor
+from ptq4vm.graph import Pipeline, example_inputs, finish, set_tensor
 from ptq4vm.passes.fuse import fuse
 from ptq4vm.passes.lower import lower
 from ptq4vm.pipeline import converted_graph
-from ptq4vm.record import record_of
 
 
 def ptq4vm_backend(
@@ -128,11 +127,12 @@ def package(quantized: GraphModule, path: str | Path) -> Path:
     if path.suffix != ".pt2":
         raise ValueError(f"{path}: the name of an AOTInductor package ends in .pt2")
     gm = converted_graph(quantized, Pipeline((fuse,)))
-    examples = tuple(torch.zeros(2, *shape) for shape in record_of(quantized).input_shapes)
+    examples = example_inputs(quantized, 2)
+    shapes = tuple({0: Dim("batch")} if isinstance(value, Tensor) and value.dim() else None for value in examples)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")
     try:
         with torch.no_grad():
-            program = torch.export.export(gm, examples, dynamic_shapes=({0: Dim("batch")},) * len(examples))
+            program = torch.export.export(gm, examples, dynamic_shapes=shapes)
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
         os.replace(temporary, path)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,9 @@ __all__ = ["Findings", "Plan", "Setting", "check_picture", "run"]
 SLOWEST = 15
 """Rows of the table of layers."""
 
+THREADS_A_PROCESSOR = 4
+"""More threads than that show nothing, and very many crash the runtime that starts them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -51,6 +55,13 @@ class Plan:
         for kind in self.kinds:
             if kind not in self.others:
                 check_kind(kind)
+        processors = os.cpu_count() or 1
+        for count in self.threads:
+            if not 1 <= count <= THREADS_A_PROCESSOR * processors:
+                raise ValueError(
+                    f"threads must be between 1 and {THREADS_A_PROCESSOR * processors}, {THREADS_A_PROCESSOR} for each "
+                    f"of this machine's {processors} processors, got {count}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

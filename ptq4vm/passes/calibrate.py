@@ -6,47 +6,24 @@ and one through the blocks quantized so far. Only these two and one block's inpu
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.fx import GraphModule
 from tqdm import tqdm
 
 from ptq4vm.config import Loss, QuantConfig
 from ptq4vm.fake_quantize import Mode
-from ptq4vm.files import replace_file
 from ptq4vm.passes.cut import Part, cut
 from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.importance import importance
 from ptq4vm.passes.learn import Values, block_loss, learn_block, streams, weight_of
 from ptq4vm.passes.members import Members, Seen, members_of, run_part
 from ptq4vm.passes.ranges import correct_biases, set_ranges, set_states
+from ptq4vm.passes.resume import Finished, finished_blocks
 from ptq4vm.quantizer import QuantizedLinear
-
-
-def gather(loader: Iterable[Any], names: Sequence[str]) -> Values:
-    """All calibration inputs, by placeholder. A loader's item is a tensor, or a tuple that begins with the inputs."""
-    batches: list[tuple[Tensor, ...]] = []
-    for item in loader:
-        values = tuple(item) if isinstance(item, (tuple, list)) else (item,)
-        values = values[: len(names)]
-        if len(values) < len(names) or not all(isinstance(value, Tensor) for value in values):
-            kinds = ", ".join(type(value).__name__ for value in values)
-            raise ValueError(f"the model takes {len(names)} tensors ({', '.join(names)}); the loader gave ({kinds})")
-        for name, value in zip(names, values, strict=True):
-            if not torch.isfinite(value).all():
-                raise ValueError(f"calibration batch {len(batches)}: input {name!r} has values that are not finite")
-        batches.append(values)
-    if not batches or not any(len(batch[0]) for batch in batches):
-        raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
-    return {name: torch.cat([batch[i] for batch in batches]) for i, name in enumerate(names)}
 
 
 def mirrored(images: Values) -> Values:
@@ -73,23 +50,37 @@ def calibrate_blocks(
     whole.reset()
     images = mirrored(images) if config.mirror else images
     parts = cut(prepared, [linear.node for linear in linears] or [scan.node for scan in whole.scans])
-    saved = _Saved.open(resume_dir, prepared, images, config)
-    exact, rounded, reports, finished = images, images, [], 0
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
-    weighted = config.learning is not None and config.learning.loss is Loss.FISHER
-    weights = importance(parts, images, config.seed, progress) if weighted else [{}] * len(parts)
+    with finished_blocks(resume_dir, prepared, parts, images, config) as saved:
+        weighted = config.learning is not None and config.learning.loss is Loss.FISHER
+        weights = importance(parts, images, config.seed, progress) if weighted else [{}] * len(parts)
+        return _calibrate_parts(whole, parts, images, weights, config, saved, progress)
+
+
+def _calibrate_parts(
+    whole: Members,
+    parts: Sequence[Part],
+    images: Values,
+    weights: Sequence[Values],
+    config: QuantConfig,
+    saved: Finished,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    exact, rounded, reports, finished = images, images, [], 0
+    device = next(iter(images.values())).device
     epochs = config.learning.epochs if config.learning else 1
     inside = [whole.inside(part.module) for part in parts]
     with tqdm(total=epochs * sum(map(bool, inside)), desc="calibrate", unit="epoch", disable=not progress) as bar:
         for index, (part, members) in enumerate(zip(parts, inside, strict=True)):
             bar.set_postfix(block=part.name)
-            stored = saved.read(index) if members else None
+            stored = saved.read(index, device) if members else None
             if stored is not None:
                 members.restore_states(stored[0])
             if members and stored is None:
                 targets, seen = _observe(part, exact, members, config)
                 set_ranges(whole, members, seen, config)
+                _check_outputs(part, targets)
                 report: dict[str, Any] = {"block": part.name, "linears": [linear.name for linear in members.linears]}
                 if config.bias_correction:
                     correct_biases(part, members, rounded, seen)
@@ -116,7 +107,7 @@ def calibrate_blocks(
             elif members:
                 report["cosine_loss"] = _stream_loss(rounded_next, targets, members.linears)
                 reports.append(report)
-                saved.write(index, members, report)
+                saved.write(index, members.tensors(), report)
             needed = {name for later in parts[index + 1 :] for name in later.inputs}
             exact = _keep(exact | targets, needed)
             rounded = exact if same else _keep(rounded | rounded_next, needed)
@@ -162,6 +153,16 @@ def _observe(part: Part, values: Values, members: Members, config: QuantConfig) 
     return outputs, seen
 
 
+def _check_outputs(part: Part, outputs: Values) -> None:
+    for name, value in outputs.items():
+        if not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).reshape(len(value), -1).any(1).sum())
+            raise ValueError(
+                f"{part.name}: its output {name} has values that are not finite for {bad} of {len(value)} calibration "
+                "images; check the checkpoint and the images"
+            )
+
+
 @torch.no_grad()
 def _round_weights(part: Part, members: Members, seen: Seen, rounded: Values) -> None:
     """GPTQ, one linear after another: each for the inputs that those before it, already rounded so, give it."""
@@ -175,66 +176,11 @@ def _round_weights(part: Part, members: Members, seen: Seen, rounded: Values) ->
         _run(part, rounded, members, Mode.QUANTIZE)
         linear.input.tap = None
         step = linear.weight.calculate_qparams()[0]
-        target = compensated_weight(weight, moments, best_ridge(weight, moments))
-        linear.weight.codes = gptq_codes(target, step, linear.weight.spec, moments)
-
-
-class _Saved:
-    """Finished blocks on disk, bound to one model, config and set of images by a fingerprint."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-
-    @classmethod
-    def open(cls, folder: Path | None, prepared: GraphModule, images: Values, config: QuantConfig) -> _Saved:
-        if folder is None:
-            return cls(None)
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = {"fingerprint": _fingerprint(prepared, images, config), "torch": torch.__version__}
-        path = folder / "calibration.json"
-        if path.exists() and _read_json(path) != manifest:
-            raise ValueError(
-                f"{folder} holds a calibration of another model, config, set of images or torch version; "
-                "give resume_dir another folder or delete this one"
-            )
-        replace_file(path, lambda temporary: temporary.write_text(json.dumps(manifest)))
-        return cls(folder)
-
-    def _path(self, index: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"block_{index:03d}.safetensors"
-
-    def missing(self, index: int) -> bool:
-        return self.folder is None or not self._path(index).exists()
-
-    def read(self, index: int) -> tuple[Values, dict[str, Any]] | None:
-        """The tensors and the report of a finished block."""
-        if self.missing(index):
-            return None
         try:
-            with safe_open(self._path(index), "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["report"])  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self._path(index)} cannot be read ({error}); delete it and calibrate again") from error
-
-    def write(self, index: int, members: Members, report: dict[str, Any]) -> None:
-        if self.folder is not None and self.missing(index):
-            tensors = {name: value.clone() for name, value in members.tensors().items()}  # some share memory
-            metadata = {"report": json.dumps(report)}
-            replace_file(self._path(index), lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} and calibrate again") from error
-
-
-def _fingerprint(prepared: GraphModule, images: Values, config: QuantConfig) -> str:
-    digest = hashlib.sha256(config.to_json().encode())
-    tensors = {name: value for name, value in prepared.named_parameters() if not name.endswith(".log_smooth")}
-    for name, value in sorted({**tensors, **images}.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            target = compensated_weight(weight, moments, best_ridge(weight, moments))
+            linear.weight.codes = gptq_codes(target, step, linear.weight.spec, moments)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise ValueError(
+                f"{linear.name}: GPTQ cannot round its weight ({error}); check the checkpoint and the images, exclude "
+                "the layer, or calibrate with gptq=False"
+            ) from error

@@ -20,11 +20,16 @@ class Part:
     module: GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    """Tensors with the batch as their first axis that later pieces or the caller of the whole graph read."""
+    scalars: tuple[str, ...] = ()
+    """Outputs of the whole graph without such an axis, such as a mean over the images."""
+    results: tuple[str, ...] = ()
+    """Those of `outputs` and `scalars` that the whole graph returns."""
 
     def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Runs the piece on named values; the batch is the first axis of every tensor."""
+        """Runs the piece on named values; returns `outputs` and `scalars`."""
         results = self.module(*(values[name] for name in self.inputs))
-        return dict(zip(self.outputs, results, strict=True))
+        return dict(zip(self.outputs + self.scalars, results, strict=True))
 
 
 def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
@@ -100,15 +105,35 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
     for node in body:
         copied(node)
     results = set(output.all_input_nodes)
+    scalars = [node for node in body if node in results and _is_tensor(node) and str(_batch(node)) not in images]
+    before = {source for node in scalars for source in _with_batch(node, inside, images)}
     outputs = [
         node
         for node in body
-        if (node in results or any(places.get(user, index) != index for user in node.users)) and _is_tensor(node)
+        if (node in results or node in before or any(places.get(user, index) != index for user in node.users))
+        and _is_tensor(node)
+        and node not in scalars
     ]
-    graph.output(tuple(copies[node] for node in outputs))
+    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
     graph.lint()
     module = fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}")
-    return Part(name, module, tuple(node.name for node in tensors), tuple(node.name for node in outputs))
+    return Part(
+        name,
+        module,
+        inputs=tuple(node.name for node in tensors),
+        outputs=tuple(node.name for node in outputs),
+        scalars=tuple(node.name for node in scalars),
+        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
+    )
+
+
+def _with_batch(node: Node, inside: set[Node], images: set[str]) -> set[Node]:
+    """The nearest values with the batch as their first axis that a value of a piece is computed from."""
+    found: set[Node] = set()
+    for source in node.all_input_nodes:
+        if source in inside:
+            found |= {source} if str(_batch(source)) in images else _with_batch(source, inside, images)
+    return found
 
 
 def _is_tensor(node: Node) -> bool:

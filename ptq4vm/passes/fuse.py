@@ -21,12 +21,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, Pipeline, aten, follow_device
+from ptq4vm.graph import Insertion, Pipeline, aten, follow_device, with_values
 from ptq4vm.passes.fold import drop_unused_tensors, fold_constants
 from ptq4vm.passes.fuse_scans import fuse_scans
 from ptq4vm.passes.halve import halve
 from ptq4vm.passes.patterns import (
-    FUSIONS,
     Fusion,
     Left,
     Source,
@@ -44,6 +43,7 @@ from ptq4vm.passes.patterns import (
     source_of,
     swap,
 )
+from ptq4vm.record import FUSIONS
 
 
 def fusions(gm: GraphModule) -> tuple[Fusion, ...]:
@@ -203,6 +203,7 @@ def _note_left(gm: GraphModule) -> GraphModule:
 
 _FUSE = Pipeline(
     (
+        with_values,
         follow_device,
         _drop_identities,
         fold_constants,

@@ -6,6 +6,9 @@ times s.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,9 @@ from ptq4vm.config import QuantSpec
 
 DAMPING = 0.1
 """Added to the diagonal of x̂ᵀx̂ when codes are chosen, as a share of its mean."""
+
+MORE, TRIES = 10.0, 6
+"""What damping grows by where a factorization fails, and how often."""
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """The same when the weight is compensated, to choose from."""
@@ -40,8 +46,11 @@ class Moments:
 def best_ridge(weight: Tensor, moments: Moments) -> float:
     """Of `RIDGES` the one whose compensation, found on one half of the images, is best on the other half.
 
-    Late blocks have hardly more tokens in 256 images than channels, and would learn the images by heart.
+    Late blocks have hardly more tokens in 256 images than channels, and would learn the images by heart. Raises
+    ValueError for moments that are not finite.
     """
+    if not (torch.isfinite(moments.own).all() and torch.isfinite(moments.cross).all()):
+        raise ValueError("products of its inputs are not finite")
     weight = weight.double()
     errors = weight.new_zeros(len(RIDGES))
     for known, other in ((0, 1), (1, 0)):
@@ -66,19 +75,36 @@ def _damped(own: Tensor, share: float) -> Tensor:
 def compensated_weight(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
     """The W' (N, D) whose products with x̂ come nearest to W's with x: W' = W + W (xᵀx̂ - x̂ᵀx̂) (x̂ᵀx̂ + ridge)⁻¹."""
     own, cross = moments.own.sum(0), moments.cross.sum(0)
-    change = torch.linalg.solve(_damped(own, ridge), (cross - own).t())
+    change = _more_damped(lambda share: torch.linalg.solve(_damped(own, share), (cross - own).t()), ridge)
     return (weight.double() + weight.double() @ change.t()).float()
+
+
+def _more_damped(solve: Callable[[float], Tensor], share: float) -> Tensor:
+    """What `solve` returns for a share of damping, or for the next larger one for which that is finite."""
+    for _ in range(TRIES):
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            if torch.isfinite(found := solve(share)).all():
+                return found
+        share *= MORE
+    raise ValueError(f"x̂ᵀx̂ has no inverse in float64, even with {share / MORE:g} times its mean on the diagonal")
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """The upper U (D, D) with UᵀU the inverse."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
 def gptq_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
     """int8 codes (N, D) of W: channels one after another, the rounding error of each moved onto those that follow.
 
-    Channels with the largest inputs come first (GPTQ section 3.3 and its "act order").
+    Channels with the largest inputs come first (GPTQ section 3.3 and its "act order"). Raises ValueError where no
+    damping makes x̂ᵀx̂ invertible, or where W is not finite.
     """
+    if not torch.isfinite(weight).all():
+        raise ValueError("the compensated weight is not finite")
     own = moments.own.sum(0)
     order = own.diagonal().argsort(descending=True, stable=True)
-    hessian = _damped(own, DAMPING)[order][:, order]
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    upper = _more_damped(lambda share: _inverse_factor(_damped(own, share)[order][:, order]), DAMPING)
     rest = weight.double()[:, order]
     step, (low, high) = scale.double(), spec.bounds
     codes = torch.empty_like(rest, dtype=torch.int8)

@@ -29,16 +29,18 @@ FLOOR = 0.1
 def importance(parts: Sequence[Part], images: Values, seed: int, progress: bool) -> list[Values]:
     """For every part the importance (…) of the entries of its outputs (images, …), with mean 1 + `FLOOR`.
 
-    `parts` compute in floating point. Outputs that the model's output does not depend on are left out.
+    `parts` compute in floating point. What no floating-point output of the model depends on is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     sums: list[Values] = [{} for _ in parts]
     batches = torch.arange(len(next(iter(images.values())))).split(BATCH)
     for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
         found = _outputs(parts, {name: value[batch] for name, value in images.items()})
-        keys = [(i, name) for i, outputs in enumerate(found) for name in outputs if outputs[name].requires_grad]
-        for _ in range(PROBES):
-            score = torch.stack([_score(value, generator) for value in found[-1].values()]).sum()
+        keys = [(i, name) for i, part in enumerate(parts) for name in part.outputs if found[i][name].requires_grad]
+        results = [found[i][name] for i, part in enumerate(parts) for name in part.results]
+        results = [value for value in results if value.requires_grad]
+        for _ in range(PROBES if results else 0):
+            score = torch.stack([_score(value, generator) for value in results]).sum()
             grads = torch.autograd.grad(
                 score, [found[i][name] for i, name in keys], retain_graph=True, allow_unused=True
             )
@@ -49,12 +51,13 @@ def importance(parts: Sequence[Part], images: Values, seed: int, progress: bool)
 
 
 def _outputs(parts: Sequence[Part], values: Values) -> list[Values]:
-    """Of every part, with the graph of all that follows the first."""
+    """Of every part, with the graph of all that follows the first values that parts hand on."""
     found: list[Values] = []
     for part in parts:
         outputs = part(values)
-        for value in outputs.values() if not found else ():
-            value.requires_grad_(value.is_floating_point())
+        for value in outputs.values():
+            if value.is_floating_point() and not value.requires_grad:
+                value.requires_grad_(True)
         values = values | outputs
         found.append(outputs)
     return found

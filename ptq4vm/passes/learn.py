@@ -110,7 +110,7 @@ def learn_block(
     """Learns in place; the loss over all images before and after. A block that got worse is put back.
 
     `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
-    `importance` is that of the outputs' entries, which `Loss.FISHER` alone reads.
+    `importance` is that of the outputs' entries, which `Loss.FISHER` alone reads; without any, all entries count alike.
     """
     channels = len(linears[-1].weight.calculate_qparams()[0])
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
@@ -121,14 +121,19 @@ def learn_block(
     merged = _merged(part)
     # gradients tell which outputs the quantization changes
     one = merged({name: value[:1] for name, value in inputs.items()})
-    changed = [name for name, value in one.items() if value.requires_grad]
+    changed = [name for name in targets if one[name].requires_grad]
+    if not changed:
+        finish(chosen)
+        return None
+    matter = [name for name in changed if name in importance]
+    weights = importance if matter else {name: torch.ones_like(targets[name][0]) for name in changed}
 
     def loss_of(batch: Tensor) -> Tensor:
         outputs = merged({name: value[batch] for name, value in inputs.items()})
         wanted = {name: value[batch] for name, value in targets.items()}
         if config.loss is Loss.FISHER:
-            matter = [name for name in changed if name in importance]
-            return weighted_error(streams(outputs, matter), streams(wanted, matter), importance)
+            names = matter or changed
+            return weighted_error(streams(outputs, names), streams(wanted, names), weights)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
 
     before, after = _descend(loss_of, groups, images, config, seed, report)

@@ -119,9 +119,3 @@ _INPUTS = {
     qdq.dequantize_per_tensor.default: _static,
     ops.dequantize.default: _dynamic,
 }
-
-
-def is_lowered(gm: GraphModule) -> bool:
-    """Whether the graph computes with integers."""
-    integer = (ops.linear.default, ops.selective_scan_quantized.default)
-    return any(gm.graph.find_nodes(op="call_function", target=target) for target in integer)

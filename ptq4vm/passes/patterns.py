@@ -15,9 +15,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import fused, native, ops, reference
 from ptq4vm.graph import Insertion, aten, attribute, scope
 from ptq4vm.passes.tokens import channels_first, moves_tokens, token_map
-
-FUSIONS = "ptq4vm.fusions"
-"""The key in a graph's `meta` of every `Fusion` so far."""
+from ptq4vm.record import FUSIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

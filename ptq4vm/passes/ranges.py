@@ -66,10 +66,12 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
         )
     for convolution in members.convolutions:
         weight = convolution.weight
+        _check_weight(convolution.name, convolution_weight(members.gm, convolution))
         weight.scale = _weight_scale(convolution_weight(members.gm, convolution).flatten(1), weight.spec, config)
     scales = {output.name: output.fake.scale for output in whole.outputs}
     for linear in members.linears:
         x = torch.cat(seen.inputs[linear.input]).float()
+        _check_weight(linear.name, weight_of(linear))
         _check_finite(linear, x)
         if linear.input.follows is not None:
             scale = scales[linear.input.follows]
@@ -77,7 +79,15 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
             linear.input.set_qparams(scale, torch.zeros_like(scale, dtype=torch.int32))
         else:
             _set_input(linear, x, config)
-        linear.weight.scale = _weight_scale(weight_of(linear), linear.weight.spec, config)
+        smoothed = weight_of(linear)
+        _check_weight(f"{linear.name}, smoothed", smoothed)
+        linear.weight.scale = _weight_scale(smoothed, linear.weight.spec, config)
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"{name}: {bad} of its {weight.numel()} weights are not finite; check the checkpoint")
 
 
 def _check_finite(linear: QuantizedLinear, x: Tensor) -> None:
@@ -182,4 +192,7 @@ def _sizes(linear: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root_mean_square(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=0) / len(rows) ** 0.5
+    norm = torch.linalg.vector_norm(rows, dim=0)
+    if not torch.isfinite(norm).all():  # squares overflow float32 from 1e19 on
+        norm = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).to(rows.dtype)
+    return norm / len(rows) ** 0.5

@@ -104,7 +104,7 @@ def test_an_error_has_the_number_of_the_gpu(gpu):
 
 
 def test_what_is_wrong_is_named(gpu):
-    x, order = torch.randn(1, 6, 4), torch.arange(6)[None]
+    x, order = torch.randn(1, 6, 4), torch.arange(6, dtype=torch.int32)[None]
     one, tokens = (torch.ones(1), torch.ones(1, dtype=torch.int32)), (torch.ones(6), torch.ones(6, dtype=torch.int32))
     linear = linear_inputs(None, 1, 6, 4, 5, 8, "token", True, draw(0))
     scan = [torch.randn(1, 6, 4), torch.randn(1, 6, 4), -torch.rand(4, 2), torch.randn(1, 6, 2), torch.randn(1, 6, 2)]
@@ -116,7 +116,7 @@ def test_what_is_wrong_is_named(gpu):
         "1 scales and 6 zero points": lambda: gpu.quantize(x, one[0], tokens[1], None, 8),
         "inv_smooth has another shape": lambda: gpu.quantize(x, *one, torch.ones(5), 8),
         "x needs channels": lambda: gpu.choose_qparams(x[..., :0], None, 8),
-        "x must be int8 codes": lambda: gpu.dequantize(x, *one),
+        "x_q must be int8 codes": lambda: gpu.dequantize(x, *one),
         "x needs a channel axis": lambda: gpu.rotate(torch.tensor(1.0)),
         "the input has 3; calibrate": lambda: gpu.rotate_quantize(x[:, :3], True, *tokens, None, 8),
         "an RMS norm has no bias": lambda: gpu.norm_quantize(
@@ -124,6 +124,9 @@ def test_what_is_wrong_is_named(gpu):
         ),
         "residual has another shape": lambda: gpu.norm_quantize(
             x, x[:, :5], None, None, 1e-5, True, False, *one, None, 8
+        ),
+        "order is int64": lambda: gpu.conv1d_quantize(
+            x, torch.ones(1, 4, 3), None, order.long(), *(q[None] for q in tokens), None, 8
         ),
         "order has another shape": lambda: gpu.conv1d_quantize(
             x, torch.ones(1, 4, 3), None, order[:, :5], *(q[None] for q in tokens), None, 8
@@ -175,6 +178,6 @@ def test_tensors_of_two_devices_are_refused(gpu):
 def test_silu_and_orders_are_those_of_the_weights(gpu):
     """By hand: two directions, one backwards, one tap."""
     x, weight = torch.randn(1, 5, 3), torch.ones(2, 3, 1)
-    order = torch.stack([torch.arange(5), torch.arange(5).flip(0)])
+    order = torch.stack([torch.arange(5), torch.arange(5).flip(0)]).int()
     u, _ = gpu.conv1d_quantize(x, weight, None, order, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32), None, 8)
     assert torch.allclose(u, F.silu(x).expand(2, 1, 5, 3), atol=1e-6)

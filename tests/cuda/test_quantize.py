@@ -118,9 +118,9 @@ def test_numbers_that_are_not_finite_have_the_references_codes(emulated, dtype):
 
 
 def same_ranges(ours, theirs):
-    """Scales and zero points; a token with NaN has neither."""
+    """Scales and zero points; a token with NaN has no scale."""
     ordered = ~theirs[0].isnan()
-    same = all(torch.equal(mine[ordered], other[ordered]) for mine, other in zip(ours, theirs, strict=True))
+    same = torch.equal(ours[0][ordered], theirs[0][ordered]) and torch.equal(ours[1], theirs[1])
     return same and torch.equal(ours[0].isnan(), ~ordered)
 
 
@@ -141,7 +141,7 @@ def test_a_token_with_nan_has_no_range(emulated):
     x = torch.randn(3, 40, generator=draw(0))
     x[1, 39] = torch.nan
     scale, zero_point = choose_qparams(emulated("quantize"), x, None, 8)
-    assert scale.isnan().tolist() == [False, True, False] and zero_point[1] == torch.iinfo(torch.int32).min
+    assert scale.isnan().tolist() == [False, True, False] and zero_point[1] == 0
 
 
 @given(st.integers(0, 3), ROWS, CHANNELS, KINDS, SEEDS)

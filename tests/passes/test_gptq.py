@@ -1,11 +1,15 @@
 """x, x̂ (images, L, D), W (N, D)."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
+from small_models import BEST, blocks
 from strategies import bits, normal, positive_sizes, seeds
 
-from ptq4vm import Learning, QuantConfig, convert, ops, reference
+from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare, reference
 from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.fake_quantize import Mode, WeightFakeQuantize
 from ptq4vm.graph import attribute
@@ -154,6 +158,74 @@ def test_the_integer_model_has_the_codes(roads, images):
         smoothed = weight_of(linear)
         codes = reference.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
         assert torch.equal(codes * step.unsqueeze(-1), weight(smoothed))
+
+
+@given(bits, st.sampled_from([2, 3, 5, 8]), seeds)
+def test_codes_are_those_of_the_textbook(count, channels, seed):
+    """One channel after another, that with the largest input first; what is left over moves the others so that the
+    output changes least (GPTQ section 3.1), with a tenth of the mean on the diagonal."""
+    x, weight = correlated(4, 5, channels, seed=seed), normal(3, channels, seed=seed + 1)
+    x = x * torch.linspace(0.5, 2, channels)[torch.randperm(channels, generator=torch.Generator().manual_seed(seed))]
+    step, moments = step_of(weight, count), moments_of(x, x)
+    hessian = moments.own.sum(0)
+    order = hessian.diagonal().argsort(descending=True).tolist()
+    hessian = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(channels, dtype=torch.float64)
+    rest, codes = weight.double(), torch.zeros_like(weight, dtype=torch.int8)
+    for place, channel in enumerate(order):
+        left = order[place:]
+        inverse = torch.linalg.inv(hessian[left][:, left])
+        chosen = (rest[:, channel] / step.double()).round().clamp(*spec(count).bounds)
+        codes[:, channel] = chosen.to(torch.int8)
+        error = rest[:, channel] - chosen * step.double()
+        rest[:, left] -= error.unsqueeze(1) * inverse[0] / inverse[0, 0]
+    assert torch.equal(gptq_codes(weight, step, spec(count), moments), codes)
+
+
+def moments_with(own) -> Moments:
+    moments = Moments(len(own))
+    moments.own[0] = moments.cross[0] = own
+    return moments
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e20])
+def test_inputs_that_have_no_inverse_are_damped_more(size):
+    """Not positive by more than rounding makes them; the damping is the same every time."""
+    own = size * (torch.ones(6, 6, dtype=torch.float64) - torch.eye(6) * torch.tensor([0.0, 0, 0, 0, 0, 3.0]))
+    weight = normal(4, 6)
+    target = compensated_weight(weight, moments_with(own), 0.01)
+    first, again = (gptq_codes(target, step_of(weight, 4), spec(4), moments_with(own)) for _ in range(2))
+    assert torch.isfinite(target).all() and torch.equal(first, again)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_moments_or_weights_that_are_not_finite_are_an_error(bad):
+    weight, own = normal(4, 6), torch.eye(6, dtype=torch.float64)
+    with pytest.raises(ValueError, match="products of its inputs are not finite"):
+        best_ridge(weight, moments_with(own * bad))
+    with pytest.raises(ValueError, match="has no inverse in float64, even with 10000 times its mean"):
+        gptq_codes(weight, step_of(weight, 4), spec(4), moments_with(own * bad))
+    with pytest.raises(ValueError, match="the compensated weight is not finite"):
+        gptq_codes(weight * bad, step_of(weight, 4), spec(4), moments_with(own))
+
+
+def test_a_layer_that_cannot_be_rounded_is_named(monkeypatch):
+    prepared = prepare(blocks(), (normal(2, 5, 8),), dataclasses.replace(BEST, learning=None))
+    monkeypatch.setattr(Moments, "add", lambda self, x, seen: self.own.fill_(float("inf")))
+    with pytest.raises(
+        ValueError, match=r"^layers\.0\.fc1: GPTQ cannot round its weight \(products.*exclude the layer"
+    ):
+        calibrate(prepared, [normal(8, 5, 8)], progress=False)
+
+
+@pytest.mark.parametrize("size", [1e6, 1e12, 1e-12])
+def test_a_row_far_larger_or_smaller_than_the_rest_is_quantized(size):
+    """Its inputs make the next linear's x̂ᵀx̂ ill-conditioned."""
+    model, x = blocks(), normal(8, 5, 8)
+    with torch.no_grad():
+        model.layers[0].fc1.weight[3] *= size
+    prepared = prepare(model, (x,), dataclasses.replace(BEST, learning=None))
+    quantized = convert(calibrate(prepared, [x], progress=False))
+    assert torch.isfinite(quantized(x)).all()
 
 
 def test_a_models_error_falls(roads, small_vim, images):

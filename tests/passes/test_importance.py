@@ -12,13 +12,25 @@ from ptq4vm.record import record_of
 WEIGHT = normal(5, 4, seed=3)
 
 
-def stem(values):
-    return {"h": values["x"] * 2}
+def piece(function, *outputs, results=()):
+    """A part that computes a function of named values."""
+
+    def run(values):
+        return dict(zip(outputs, function(values), strict=True))
+
+    run.outputs, run.results = outputs, results
+    return run
 
 
-def head(values):
-    """Logits from the first two of three tokens, the second twice as loud."""
-    return {"y": (values["h"][:, 0] + 2 * values["h"][:, 1]) @ WEIGHT.t()}
+stem = piece(lambda values: [values["x"] * 2], "h")
+
+
+def logits(values):
+    """From the first two of three tokens, the second twice as loud."""
+    return [(values["h"][:, 0] + 2 * values["h"][:, 1]) @ WEIGHT.t()]
+
+
+head = piece(logits, "y", results=("y",))
 
 
 def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
@@ -33,11 +45,30 @@ def test_it_is_the_diagonal_of_the_fisher_matrix(monkeypatch):
     torch.testing.assert_close(found, exact / exact.mean(), rtol=0.1, atol=1e-6)
 
 
+def test_what_does_not_matter_still_counts_a_tenth_of_the_mean():
+    found = importance([stem, head], {"x": normal(3, 3, 4)}, 0, False)[0]["h"]
+    assert torch.equal(found[2], torch.full((4,), 0.1))
+    assert found.mean().item() == pytest.approx(1.1)
+
+
+def test_an_output_on_the_way_counts_too():
+    """What the model returns of an early block, and what only a scalar depends on."""
+    early = piece(
+        lambda values: [values["x"] * 2, values["x"] * 3, values["x"].sum() * 4], "h", "g", "s", results=("g", "s")
+    )
+    early.outputs = ("h", "g")
+    first, _ = importance([early, head], {"x": normal(3, 3, 4)}, 0, False)
+    assert set(first) == {"h", "g"} and (first["g"] > 0.1).all()
+    scalar = piece(lambda values: [values["h"][:, :2].mean()], "y", results=("y",))
+    scalar.outputs = ()
+    (found, _) = importance([stem, scalar], {"x": normal(3, 3, 4)}, 0, False)
+    assert torch.equal(found["h"][2], torch.full((4,), 0.1)) and torch.allclose(found["h"][:2], torch.tensor(1.6))
+
+
 def test_outputs_that_are_no_logits_count_by_their_squared_error(monkeypatch):
     monkeypatch.setattr(importance_module, "PROBES", 4000)
-    features = importance(
-        [stem, lambda values: {"y": values["h"] * torch.tensor([1.0, 3.0])}], {"x": normal(2, 3, 2)}, 0, False
-    )
+    scaled = piece(lambda values: [values["h"] * torch.tensor([1.0, 3.0])], "y", results=("y",))
+    features = importance([stem, scaled], {"x": normal(2, 3, 2)}, 0, False)
     torch.testing.assert_close(features[0]["h"] - FLOOR, torch.tensor([0.2, 1.8]).expand(3, 2), rtol=0.1, atol=0)
 
 

@@ -8,7 +8,7 @@ from ptq4vm import QuantConfig
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.passes.cut import cut
-from ptq4vm.passes.learn import block_loss, finish, learn_block, learnables, streams, weighted_error
+from ptq4vm.passes.learn import _descend, block_loss, finish, learn_block, learnables, streams, weighted_error
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
 
@@ -257,3 +257,20 @@ def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
     assert all(parameter.grad.any() for parameter in scales + smooth)
     finish(members)
     assert all(member.input.scale is None for member in members)
+
+
+def test_rates_fall_along_a_cosine_to_zero():
+    """Adam moves a parameter of constant gradient by the rate, whatever it is."""
+    parameter, moves = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)), []
+
+    def loss_of(batch):
+        moves.append(parameter.item())
+        return parameter.sum() * 2 + 10
+
+    config = Learning(epochs=4, batch_size=3)
+    _descend(loss_of, [{"params": [parameter], "lr": 0.01}], 6, config, 0, lambda *_: None)
+    positions = torch.tensor(moves, dtype=torch.float64)[2:-1]  # between two passes that measure
+    steps = -positions.diff()
+    want = 0.005 * (1 + torch.cos(torch.arange(8, dtype=torch.float64) * torch.pi / 8))
+    torch.testing.assert_close(steps, want[: len(steps)], rtol=1e-6, atol=0)
+    assert len(steps) == 8

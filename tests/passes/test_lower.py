@@ -17,7 +17,8 @@ from strategies import EVERYTHING, fitting, normal
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, calibrate, convert, ops, prepare
-from ptq4vm.passes.lower import is_lowered, lower
+from ptq4vm.graph import is_lowered
+from ptq4vm.passes.lower import lower
 
 aten = torch.ops.aten
 

@@ -166,3 +166,28 @@ def test_the_released_search_is_worse_and_at_eight_bits_worse_than_none(count):
     )
     assert (found < released).all()
     assert (released > full).all() or count < 8
+
+
+def test_the_released_search_sums_the_power_two_and_four_tenths():
+    weight = silu_like(5, 400)
+    full = weight.abs().amax(-1, keepdim=True) / 7
+    scales = full * torch.arange(100, 19, -1) / 100
+    codes = (weight.unsqueeze(-1) / scales.unsqueeze(1)).round().clamp(-7, 7)
+    errors = (codes * scales.unsqueeze(1) - weight.unsqueeze(-1)).abs().pow(2.4).sum(1)
+    want = scales.gather(1, errors.argmin(1, keepdim=True)).squeeze(1)
+    assert torch.allclose(weight_scale(weight, symmetric(4), RangeSearch.RELEASED), want, rtol=1e-6)
+    assert not torch.allclose(weight_scale(weight, symmetric(4), SEARCH), want, rtol=1e-6)
+
+
+@given(bits, seeds, st.sampled_from(STATIC), st.sampled_from((MINMAX, RangeSearch.RELEASED)))
+def test_zero_points_are_rounded_to_nearest(count, seed, granularity, search):
+    """The code of the low end is the lowest one, but for half a step."""
+    x = silu_like(3, 5, 64, seed=seed)
+    scale, zero_point = input_qparams(x, affine(count), granularity, search)
+    low = x.amin((0, 2)) if granularity is Granularity.PER_TOKEN else x.amin().view(1)
+    if search is MINMAX:
+        exact = affine(count).bounds[0] - low.clamp(max=0) / scale
+        assert ((zero_point - exact).abs() <= 0.5 + 1e-3).all()
+    else:  # whichever low end was chosen, the range is between two ends whose code is whole
+        ends = (zero_point - affine(count).bounds[0]) * scale
+        assert (ends <= -low.clamp(max=0) + scale / 2 * (1 + 1e-3)).all()

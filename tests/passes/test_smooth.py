@@ -124,3 +124,12 @@ def test_the_ends_of_alpha_flatten_one_side(seed):
 def test_silent_channels_have_a_finite_positive_scale(alpha):
     scale = smoothing_scale(torch.zeros(3), torch.zeros(3), alpha)
     assert torch.isfinite(scale).all() and torch.isfinite(1 / scale).all() and (scale > 0).all()
+
+
+def test_floors_are_those_of_the_released_code():
+    """max|X| at least 1e-3, max|W| and s at least 1e-5."""
+    zero, one = torch.zeros(1), torch.ones(1)
+    assert smoothing_scale(zero, one, 1.0).item() == pytest.approx(1e-3)
+    assert smoothing_scale(one, zero, 0.0).item() == pytest.approx(1e5)
+    assert smoothing_scale(one, one * 1e8, 0.0).item() == pytest.approx(1e-5)
+    assert smoothing_scale(zero, zero, 0.5).item() == pytest.approx(10)

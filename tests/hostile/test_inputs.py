@@ -161,9 +161,9 @@ def others(root: Path, saved: Path) -> Iterator[tuple[str, list[object]]]:
     for config in (*configs, "w9a9", "minmax0", "minmax9", "4", "\x1b[31m", "best"):
         yield "configs", [*quantize, "--output", root / "out", "--config", config]
     (root / "taken").mkdir()
-    (root / "taken" / "thesis.tex").touch()
+    (root / "taken" / "config.json").write_text("{}")
     (root / "file").touch()
-    for output in (root / "file", root / "file" / "out", root / "taken", "/dev/null", "/proc/out", "x" * 300, root):
+    for output in (root / "file", root / "file" / "out", root / "taken", "/dev/null", "/proc/out", "x" * 300):
         yield "outputs", [*quantize, "--output", output]
     for folder in (root / "file", root / "file" / "blocks", root / "out", root / "out" / "blocks", "/proc/blocks"):
         yield "outputs", [*quantize, "--output", root / "out", "--resume-dir", folder]

@@ -279,7 +279,18 @@ def test_asking_for_averaged_weights_that_are_not_there_is_an_error(path, conten
         read_checkpoint(path, ema=True)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "module.module.", "_orig_mod.", "module._orig_mod.", "module.backbone."])
+PREFIXES = [
+    "module.",
+    "module.module.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "module.backbone.",
+    "unheard_of.",
+    "my.own.",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
 def test_what_wrapped_the_model_leaves_no_trace(path, prefix):
     torch.save({"state_dict": prefixed(prefix, weights())}, path)
     assert same(read_checkpoint(path), weights())

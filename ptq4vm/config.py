@@ -230,7 +230,7 @@ class QuantConfig:
         object.__setattr__(self, "outputs", _nested("outputs", Outputs, self.outputs))
         object.__setattr__(self, "state", _nested("state", State, self.state))
         self._check_together()
-        _check("seed", self.seed, int, lambda v: v >= 0, "a non-negative integer")
+        _check("seed", self.seed, int, lambda v: 0 <= v < 2**63, "a non-negative integer of 63 bits")
         for name in ("exclude", "eight_bit"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
 

@@ -118,16 +118,18 @@ def read_image(path: str) -> "Image.Image":
 
     Raises ValueError with the path for what is no image, is damaged, too large, or of pixels of an unknown range.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         if not os.path.isfile(path):
             raise ValueError("it is no regular file")
         with Image.open(path, formats=FORMATS) as image:
             return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
     # a damaged file makes the reader fail in its middle, with whatever that step raises
     except Exception as error:
-        reason = " ".join(str(error).replace(repr(path), "it").split()) or type(error).__name__
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
 
 

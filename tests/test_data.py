@@ -1,15 +1,13 @@
 import hashlib
-import os
-import struct
 import sys
 import tempfile
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from damaged_images import KINDS, damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -157,6 +155,12 @@ def test_other_classes_than_the_models_are_an_error(tmp_path, classes):
         open_dataset(DIGITS, "val", pixels, num_classes=classes)
 
 
+def test_splits_of_which_neither_has_all_classes_are_an_error(tmp_path):
+    source = tree(tmp_path, "train/a/0.png", "train/b/1.png", "val/a/2.png", "val/c/3.png", "val/zz/4.png")
+    with pytest.raises(ValueError, match="the train split and this one differ in the class b"):
+        open_dataset(source, "val", pixels, num_classes=3)
+
+
 def test_an_empty_folder_counts_where_the_model_has_its_class(tmp_path):
     source = tree(tmp_path, "cat/0.png", "emu/1.png")
     (tmp_path / "dog").mkdir()
@@ -199,41 +203,6 @@ def test_modes_become_rgb_and_alpha_is_left_out(tmp_path, mode, recwarn):
     path = str(tmp_path / ("image.tiff" if mode in ("CMYK", "PA") else "image.png"))
     image.save(path)
     assert read_image(path).mode == "RGB" and (np.asarray(read_image(path)) == 255).all() and not recwarn
-
-
-def damaged(path: Path, kind: str) -> None:
-    """What stands where an image should."""
-    random = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    if kind in ("truncated png", "truncated jpeg", "a flipped bit"):
-        Image.fromarray(random).save(path, "JPEG" if "jpeg" in kind else "PNG")
-        content = bytearray(path.read_bytes())
-        if "truncated" in kind:
-            del content[len(content) // 2 :]
-        else:
-            content[40] ^= 255
-        path.write_bytes(content)
-    elif kind == "a huge claim":
-        Image.fromarray(random).save(path, "PNG")
-        content = bytearray(path.read_bytes())
-        content[16:24] = struct.pack(">II", 30000, 30000)
-        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-        path.write_bytes(content)
-    elif kind == "a pipe":
-        os.mkfifo(path)
-    elif kind == "a broken link":
-        path.symlink_to("nowhere")
-    elif kind == "a folder":
-        path.mkdir()
-    elif kind in ("float", "int32"):
-        Image.fromarray(random[..., 0].astype(kind)).save(path, "TIFF")
-    elif kind == "dark 16 bits":
-        Image.fromarray(random[..., 0].astype(np.uint16)).save(path, "PNG")
-    else:
-        path.write_bytes({"empty": b"", "text": b"<!DOCTYPE html>", "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n"}[kind])
-
-
-KINDS = ("truncated png", "truncated jpeg", "a flipped bit", "a huge claim", "a pipe", "a broken link", "a folder")
-KINDS += ("float", "int32", "dark 16 bits", "empty", "text", "postscript")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -101,6 +101,9 @@ def test_no_figure_hides_what_is_not_finite(task, value, data):
     assert result.nonfinite == len(bad)
     assert result.agreement == 100 * len(good) / images
     assert result.top1 == 100 * int((logits.argmax(1) == target)[good].sum()) / images
+    if classes > 5:
+        among = (logits.topk(5, dim=1).indices == target[:, None]).any(1)
+        assert result.top5 == 100 * int(among[good].sum()) / images
     assert (result.divergence, result.loss) == (None, None) if bad else (result.divergence == 0 and result.loss >= 0)
     assert "NaN" not in json.dumps(result.to_dict(), allow_nan=False)
     given = iter(torch.arange(images).split(3))

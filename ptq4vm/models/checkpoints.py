@@ -293,7 +293,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    return escaped((str(error) or type(error).__name__).splitlines()[0])
+    """Its first sentence; torch.load goes on to recommend that the file be trusted."""
+    if isinstance(error, pickle.UnpicklingError):
+        found = re.search(r"WeightsUnpickler error: *(.+)", str(error))
+        return escaped(found[1])[:200] if found else "no pickle of weights"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return escaped(lines[0].split(". ")[0])[:200]
 
 
 def _check_archive(path: Path) -> None:
@@ -345,7 +350,7 @@ def _refused(path: Path, error: Exception) -> list[str]:
 def _select(content: object, path: Path, ema: bool) -> tuple[str | None, tuple[str, ...], Mapping[str, Any]]:
     """The container of the weights, those of averaged ones, and the mapping that holds the weights."""
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not weights by name")
+        raise ValueError(f"{path}: holds {type(content).__name__}, not weights by name")
     held = {name: content[name] for name in CONTAINERS + EMA_CONTAINERS if isinstance(content.get(name), Mapping)}
     averaged = tuple(name for name in held if name in EMA_CONTAINERS)
     if ema and not averaged:

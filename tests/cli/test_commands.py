@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from cli_commands import CONFIG, MODEL, WEIGHTS, calibration
+from PIL import Image
+from torch import nn
 
 import ptq4vm
 from ptq4vm import doctor, native
@@ -135,7 +137,7 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
         (calibration("x", config="minmax9"), "bits must be .* between 2 and 8, got 9"),
         (calibration("x", config="no.json"), "No such file .*no.json"),
-        (calibration("x", "digits", "w8a8", "--seed", "-1"), "seed must be a non-negative integer; got -1"),
+        (calibration("x", "digits", "w8a8", "--seed", "-1"), "seed must be a non-negative integer of 63 bits; got -1"),
         (calibration("x", "digits", "w8a8", "--images", "2000"), "asks for 2000 images, the dataset has 1347"),
     ],
 )
@@ -165,9 +167,27 @@ def test_a_wrong_config_is_refused_before_any_work(run, tmp_path, text, message)
 
 
 def test_a_folder_of_something_else_is_refused_before_any_work(run, tmp_path):
-    (tmp_path / "thesis.tex").touch()
+    (tmp_path / "config.json").write_text("{}")
     code, _, err = run(*calibration(tmp_path))
-    assert code == 1 and err.startswith(f"ptq4vm: error: {tmp_path} exists and holds no quantized model")
+    assert code == 1 and err == f"ptq4vm: error: {tmp_path} has a config.json that ptq4vm did not write; " + (
+        "choose another folder\n"
+    )
+
+
+def test_a_model_that_timm_does_not_know_is_used_as_far_as_its_folder_tells(run, tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten(2), nn.Linear(16, 16), nn.Flatten(1), nn.Linear(64, 10))
+    images = torch.ones(2, 3, 32, 32)
+    quantized = ptq4vm.quantize(model.eval(), [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+    ptq4vm.save(quantized, tmp_path / "own")
+    code, out, err = run("evaluate", tmp_path / "own", "--data-dir", "digits", "--limit", "8", "--json")
+    assert code == 0 and json.loads(out)["images"] == 8 and "that of ImageNet's models is taken …" in err
+    folder = tmp_path / "images" / "val" / "a"
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 4)).save(folder / "a.png")
+    code, _, err = run("evaluate", tmp_path / "own", "--data-dir", tmp_path / "images")
+    assert code == 1 and "1 class folders (a), but the model has 10 classes" in err
+    code, _, err = run("benchmark", tmp_path / "own")
+    assert code == 1 and "own holds a model that timm cannot build" in err.splitlines()[-1]
 
 
 def test_a_damaged_model_is_named(run, saved, tmp_path):

@@ -177,7 +177,7 @@ def test_inspect_refuses_averaged_weights_that_are_not_there(run, file, saved):
         (("--data-dir", "digits", *WEIGHTS), "--checkpoint is for --against or a model's name"),
         (("--data-dir", "digits", "--graph"), "--graph tells what is fused .*: give one of them"),
         (("--data-dir", "digits", "--against", "SAVED"), "is a quantized one; 'ptq4vm evaluate' compares two"),
-        (("--data-dir", "digits", "--output", __file__), "is a file; choose a folder for the figures"),
+        (("--data-dir", "digits", "--output", __file__), "is a file; choose another folder"),
         (("--data-dir", "nowhere"), "nowhere: no such folder"),
         (("--data-dir", "digits", "--images", "451"), "asks for 451 images, the dataset has 450"),
     ],

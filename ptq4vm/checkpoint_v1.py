@@ -48,7 +48,10 @@ def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
     except SafetensorError as error:
         raise CheckpointError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
     if model is None:
-        model = build_model(record.architecture, folder, sum(value.numel() for value in tensors.values()))
+        try:
+            model = build_model(record.architecture, folder, sum(value.numel() for value in tensors.values()))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; load(folder, model=your_model)") from error
     examples = tuple(torch.zeros(2, *shape) for shape in record.input_shapes)
     try:
         quantized = skeleton(model, examples, record.config)
@@ -104,7 +107,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
         raise CheckpointError(f"{path} is corrupt: {error}") from error
 
 
-def build_model(architecture: dict[str, Any] | None, folder: Path, elements: int | None = None) -> nn.Module:
+def build_model(architecture: dict[str, Any] | None, folder: str | Path, elements: int | None = None) -> nn.Module:
     """A floating-point model with random weights, as a file names it.
 
     Raises CheckpointError for a name that timm's registry does not have, for arguments that reach files or the
@@ -115,15 +118,13 @@ def build_model(architecture: dict[str, Any] | None, folder: Path, elements: int
     import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 
     if architecture is None:
-        raise CheckpointError(f"{folder} was made from a model that timm cannot build: load(folder, model=your_model)")
+        raise CheckpointError(f"{folder} was made from a model that timm cannot build")
     name, arguments = architecture["name"], architecture["arguments"]
     if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and timm.is_model(name)):
-        raise CheckpointError(
-            f"{folder}: timm cannot build the model ({name!r} is not in its registry); load(folder, model=your_model)"
-        )
+        raise CheckpointError(f"{folder}: timm cannot build the model ({name!r:.80} is not in its registry)")
     for key, value in arguments.items():
         if key.startswith(("pretrained", "checkpoint")) or key in ("cache_dir", "scriptable") or not _is_plain(value):
-            raise CheckpointError(f"{folder / CONFIG}: the argument {key}={value!r:.80} of {name} is refused")
+            raise CheckpointError(f"{folder}: the argument {key}={value!r:.80} of {name} is refused")
     try:
         with torch.device("meta"):
             size = sum(value.numel() for value in timm.create_model(name, **arguments).state_dict().values())
@@ -133,9 +134,7 @@ def build_model(architecture: dict[str, Any] | None, folder: Path, elements: int
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(
-            f"{folder}: timm cannot build the model ({error}); load(folder, model=your_model)"
-        ) from error
+        raise CheckpointError(f"{folder}: timm cannot build the model ({error})") from error
 
 
 def _is_plain(value: Any) -> bool:

@@ -31,9 +31,10 @@ def say(text: str) -> None:
 
 
 def is_saved(name: str) -> bool:
-    from ptq4vm.checkpoint import CONFIG
+    """Whether a name is that of a folder with a saved model, of whatever kind: loading says what is wrong with it."""
+    from ptq4vm.checkpoint import CONFIG, WEIGHTS
 
-    return (Path(name) / CONFIG).exists()
+    return any((Path(name) / file).exists() for file in (CONFIG, WEIGHTS))
 
 
 def check_ema(args: argparse.Namespace) -> None:
@@ -52,11 +53,9 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
     quantized: Any = ptq4vm.load(name)
     architecture = record_of(quantized).architecture
     # as timm's own models say it
-    if architecture is None:
-        quantized.pretrained_cfg, quantized.num_classes = _preprocessing(name, quantized), _classes(quantized)
-    else:
-        quantized.pretrained_cfg = architecture["preprocessing"]
-        quantized.num_classes = architecture["arguments"].get("num_classes", 0)  # a backbone has none
+    known = architecture["preprocessing"] if architecture else None
+    quantized.pretrained_cfg = known or _preprocessing(name, quantized)
+    quantized.num_classes = _classes(quantized)  # its head may be another than that of the name
     return quantized
 
 
@@ -71,14 +70,15 @@ def _preprocessing(name: str, quantized: GraphModule) -> dict[str, Any]:
     return {"input_size": tuple(shapes[0])}
 
 
-def _classes(quantized: GraphModule) -> int | None:
+def _classes(quantized: GraphModule) -> int:
+    """How many logits it returns; 0 for a backbone, which has none."""
     import torch
 
-    from ptq4vm.record import record_of
+    from ptq4vm.graph import example_inputs
 
     with torch.inference_mode():
-        logits = quantized(*(torch.zeros(1, *shape) for shape in record_of(quantized).input_shapes))
-    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else None
+        logits = quantized(*example_inputs(quantized, 1))
+    return logits.shape[1] if isinstance(logits, torch.Tensor) and logits.ndim == 2 else 0
 
 
 def named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
@@ -158,18 +158,12 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
 
 def _floating(folder: str, architecture: dict[str, Any] | None) -> nn.Module:
     """The network of a saved model in floating point, with random weights; nothing but such a network is built."""
-    import timm
+    from ptq4vm.checkpoint_v1 import build_model
 
-    import ptq4vm.models  # noqa: F401
-
-    if architecture is None or not timm.is_model(architecture["name"]):
-        raise ValueError(
-            f"{folder} holds a model that timm cannot build, so there is no other way to run it to compare"
-        )
-    arguments = architecture["arguments"]
-    if wrong := [key for key in arguments if key.startswith(("pretrained", "checkpoint", "cache"))]:
-        raise ValueError(f"{folder} asks for {', '.join(wrong)}, which a saved model does not need; is it yours?")
-    return timm.create_model(architecture["name"], pretrained=False, **arguments).eval()
+    try:
+        return build_model(architecture, folder).eval()
+    except ValueError as error:
+        raise ValueError(f"{error}, so there is no other way to run it to compare") from error
 
 
 def _input_shape(model: nn.Module) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from cli_commands import CONFIG, MODEL, WEIGHTS, calibration
 from PIL import Image
@@ -288,3 +289,16 @@ def test_a_saved_model_is_read_by_a_new_process(saved):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["architecture"]["name"] == MODEL
+
+
+def test_a_head_that_was_replaced_by_hand_is_what_evaluation_counts(run, tmp_path):
+    """The model's name would tell another number of classes."""
+    torch.manual_seed(0)
+    model = timm.create_model("vim_nano_patch4_32", depth=1, num_classes=3)
+    model.head = torch.nn.Linear(model.head.in_features, 10)
+    images = torch.randn(4, 3, 32, 32)
+    folder = ptq4vm.save(
+        ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False), tmp_path / "model"
+    )
+    code, out, error = run("evaluate", folder, "--data-dir", "digits", "--limit", 8, "--json")
+    assert code == 0 and json.loads(out)["images"] == 8, error

@@ -158,5 +158,5 @@ def test_a_model_of_another_shape_is_an_error_that_names_tensors(folder):
 
 def test_a_model_that_timm_cannot_build_must_be_given(folder, expected):
     edit(folder, lambda config: config.update(architecture=None))
-    refused(folder, r"made from a model that timm cannot build: load\(folder, model=your_model\)")
+    refused(folder, r"made from a model that timm cannot build; load\(folder, model=your_model\)")
     assert load(folder, model=make())(expected["images"]).shape == (2, 7)

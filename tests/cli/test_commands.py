@@ -188,7 +188,7 @@ def test_a_model_that_timm_does_not_know_is_used_as_far_as_its_folder_tells(run,
     code, _, err = run("evaluate", tmp_path / "own", "--data-dir", tmp_path / "images")
     assert code == 1 and "1 class folders (a), but the model has 10 classes" in err
     code, _, err = run("benchmark", tmp_path / "own")
-    assert code == 1 and "own holds a model that timm cannot build" in err.splitlines()[-1]
+    assert code == 1 and "own was made from a model that timm cannot build" in err.splitlines()[-1]
 
 
 def test_a_damaged_model_is_named(run, saved, tmp_path):

@@ -415,6 +415,7 @@ struct Checked<F, Name> {
 
   static void check(State& state, const Tensor& x) {
     state.place++;
+    PTQ4VM_CHECK(x.defined(), argument(state), " is None, it must be a tensor");
     const auto device = x.device();
     if (!state.first) state.first = device;
     PTQ4VM_CHECK(device == *state.first, "all tensors must be on one device: the first is on ", name(*state.first),

@@ -183,7 +183,8 @@ def conv2d_quantize(
     """
     maps = x.float().unflatten(1, (height, width)).permute(0, 3, 1, 2)
     padding = (weight.shape[1] // 2, weight.shape[2] // 2)
-    y = F.silu(F.conv2d(maps, weight.unsqueeze(1), bias, padding=padding, groups=weight.shape[0]))
+    kernel, start = weight.float().unsqueeze(1), None if bias is None else bias.float()
+    y = F.silu(F.conv2d(maps, kernel, start, padding=padding, groups=weight.shape[0]))
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     _, codes = _with_codes(y.unsqueeze(0), inv_scale, zero_point, inv_smooth, bits, x.dtype)
     return y.to(x.dtype).contiguous(), codes

@@ -41,8 +41,8 @@ def unclamped_codes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth
     """The codes of `quantize` before they are clamped, float32."""
     v = x.float()
     if inv_smooth is not None:
-        v = v * inv_smooth
-    return torch.round(v * _along_channels(inv_scale, x)) + _along_channels(zero_point, x)
+        v = v * inv_smooth.float()
+    return torch.round(v * _along_channels(inv_scale.float(), x)) + _along_channels(zero_point, x)
 
 
 def _along_channels(qparams: Tensor, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def _along_channels(qparams: Tensor, x: Tensor) -> Tensor:
 
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """(q - z) · scale in float32."""
-    return (x_q.float() - _along_channels(zero_point, x_q)) * _along_channels(scale, x_q)
+    return (x_q.float() - _along_channels(zero_point, x_q)) * _along_channels(scale.float(), x_q)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
 
 def choose_qparams(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point (B, L) of every token of x (B, L, D) from its own minimum and maximum."""
-    v = x.float() if inv_smooth is None else x.float() * inv_smooth
+    v = x.float() if inv_smooth is None else x.float() * inv_smooth.float()
     return affine_qparams(v.amin(-1), v.amax(-1), bits)
 
 
@@ -122,7 +122,7 @@ def accumulate(x_q: Tensor, x_zero_point: Tensor, w_q: Tensor) -> Tensor:
 
 def rescale(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(float32(acc) · scale_x[t]) · scale_w[n] + bias[n], then one cast."""
-    y = (acc.float() * _along_channels(x_scale, acc)) * w_scale
+    y = (acc.float() * _along_channels(x_scale.float(), acc)) * w_scale.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)

@@ -57,11 +57,16 @@ def _checked(
     def operator(*values: Any) -> Any:
         arguments.check_placement(name, names, values, gradients=True)
         arguments.check(name, names, values)
-        if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
-            results = _of_nothing(name, fake(*values))
-            if results is not None:
-                return results
-        return run(*values)
+        try:
+            if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
+                results = _of_nothing(name, fake(*values))
+                if results is not None:
+                    return results
+            return run(*values)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            raise RuntimeError(f"ptq4vm::{name}: {error}") from error
 
     return operator
 

@@ -56,8 +56,8 @@ def _checked(
 
     def operator(*values: Any) -> Any:
         arguments.check_placement(name, names, values, gradients=True)
-        arguments.check(name, names, values)
         try:
+            arguments.check(name, names, values)
             if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
                 results = _of_nothing(name, fake(*values))
                 if results is not None:

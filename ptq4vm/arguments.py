@@ -115,7 +115,7 @@ def check_placement(name: str, names: Sequence[str], arguments: Sequence[Any], g
         if gradients and value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"ptq4vm::{name}: the operator has no gradient, and {argument} requires one: call it under "
-                "torch.no_grad(), or take gradients of the model that prepare() or convert(..., lower=False) gives"
+                "torch.no_grad(), or take gradients of the prepared model"
             )
 
 

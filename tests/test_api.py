@@ -245,7 +245,7 @@ def test_models_are_freed_when_nobody_holds_them(small_vim, images):
 
 @pytest.mark.parametrize("stage", ["between quantize and dequantize", "integers", "fused"])
 def test_no_gradient_of_an_input_is_zero_or_left_out_in_silence(roads, stage):
-    """Rounding has the gradient zero; the calibrated model's is straight through. Without gradients all is as before."""
+    """Rounding has the gradient zero, that of the calibrated model is straight through."""
     calibrated = roads.calibrated(QuantConfig.w8a8(range_search=False))
     model = convert(calibrated, lower=stage != "between quantize and dequantize")
     model = fuse(model) if stage == "fused" else model

@@ -415,14 +415,14 @@ struct Checked<F, Name> {
 
   static void check(State& state, const Tensor& x) {
     state.place++;
+    PTQ4VM_CHECK(x.defined(), argument(state), " is None, it must be a tensor");
     const auto device = x.device();
     if (!state.first) state.first = device;
     PTQ4VM_CHECK(device == *state.first, "all tensors must be on one device: the first is on ", name(*state.first),
                  ", another on ", name(device), ", ", argument(state), "; move the model and its inputs with .to(device)");
     PTQ4VM_CHECK(x.layout() == torch::headeronly::Layout::Strided, argument(state), " is sparse: call .to_dense()");
     PTQ4VM_CHECK(!state.gradients || !requires_gradient(x), "the operator has no gradient, and ", argument(state),
-                 " requires one: call it under torch.no_grad(), or take gradients of the model that prepare() or "
-                 "convert(..., lower=False) gives");
+                 " requires one: call it under torch.no_grad(), or take gradients of the prepared model");
   }
 
   static void check(State& state, const Optional& x) { x ? check(state, *x) : void(state.place++); }

@@ -73,6 +73,10 @@ inline void check_plain_weight(const Tensor& x, const Tensor& weight, const Tens
   check_shape("weight_scale", scale, {weight.size(0)});
 }
 
+inline void check_out_dtype(ScalarType type) {
+  PTQ4VM_CHECK(is_float(type), "out_dtype must be float32, bfloat16, float16 or float64, it is ", name(type));
+}
+
 // The qparams of the codes of a linear's GELU.
 inline Codes gelu_codes(const LinearInputs& linear, const Tensor& inv_scale, const Tensor& zero_point,
                         const Optional& inv_smooth, int64_t bits) {

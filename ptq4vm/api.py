@@ -118,7 +118,19 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )
-    return converted_graph(prepared, LOWERED if lower else BEFORE_LOWERING)
+    made = converted_graph(prepared, LOWERED if lower else BEFORE_LOWERING)
+    if not lower:  # integer operators refuse gradients themselves
+        made.register_forward_pre_hook(_refuse_gradients)
+    return made
+
+
+def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Rounding has the gradient zero, which nobody means who asks for one."""
+    if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
+        raise RuntimeError(
+            "a converted model has no gradients, and an input requires one: call it under torch.no_grad(), or take "
+            "gradients of the prepared model"
+        )
 
 
 @_with_gradients

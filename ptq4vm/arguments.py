@@ -86,15 +86,24 @@ two, `...` any axes, `*` a shape that another check knows, `=other` the shape of
 scales of the operator's input are: (1,), (L,), or the input's shape without channels."""
 
 
-def check_placement(name: str, names: Sequence[str], arguments: Sequence[Any], gradients: bool) -> None:
-    """Raises ValueError unless all tensors lie in strides on one device; RuntimeError where one requires a gradient.
+def names_of(schema: str) -> tuple[str, ...]:
+    """The arguments' names; those that may be None end in a question mark."""
+    parsed = torch._C.parse_schema(f"ptq4vm::{schema}").arguments
+    return tuple(f"{each.name}{'?' * isinstance(each.type, torch.OptionalType)}" for each in parsed)
 
-    The second for operators that have none, and with `gradients` for those only that must not be given such tensors.
+
+def check_placement(name: str, names: Sequence[str], arguments: Sequence[Any], gradients: bool) -> None:
+    """Checks that all tensors are there and lie in strides on one device, and with `gradients` that none requires one.
+
+    Raises ValueError for the first, and RuntimeError for the second: the operator has no gradient.
     """
     first: Tensor | None = None
     for argument, value in zip(names, arguments, strict=True):
+        if value is None and not argument.endswith("?"):
+            raise ValueError(f"ptq4vm::{name}: {argument} is None, it must be a tensor")
         if not isinstance(value, Tensor):
             continue
+        argument = argument.rstrip("?")
         first = value if first is None else first
         if value.device != first.device:
             raise ValueError(
@@ -106,13 +115,13 @@ def check_placement(name: str, names: Sequence[str], arguments: Sequence[Any], g
         if gradients and value.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"ptq4vm::{name}: the operator has no gradient, and {argument} requires one: call it under "
-                "torch.no_grad(), or take gradients of the model that prepare() or convert(..., lower=False) gives"
+                "torch.no_grad(), or take gradients of the prepared model"
             )
 
 
 def check(name: str, names: Sequence[str], arguments: Sequence[Any]) -> None:
     """Raises ValueError for dtypes, shapes and values that the operator does not take."""
-    values = dict(zip(names, arguments, strict=True))
+    values = dict(zip((each.rstrip("?") for each in names), arguments, strict=True))
     try:
         stacked = name.startswith("linear_") and values["weight_scale"].dim() == 2
         if stacked and name == "linear_gelu_quantize":
@@ -211,13 +220,14 @@ def check_scales(x: Tensor, scale: Tensor, stacked: bool = False) -> None:
 
 def _check_values(name: str, kind: str, value: Tensor) -> None:
     if kind == "zeros":
+        value = value.long()
         wrong = value[(value < -128) | (value > 127)]
         if len(wrong):
             raise ValueError(f"{name}: zero points are int8 codes, one is {int(wrong[0])}")
 
 
 def _check_order(values: dict[str, Any], tokens: int, least: int) -> None:
-    order = values["order"]
+    order = values["order"].long()
     if order.device.type != "cpu":
         return
     wrong = order[(order < least) | (order >= tokens)]
@@ -270,6 +280,11 @@ def _check_map(values: dict[str, Any]) -> None:
         raise ValueError(f"a kernel of {rows} by {columns} has no middle: both must be odd")
 
 
+def _check_out_dtype(values: dict[str, Any]) -> None:
+    if values["out_dtype"] not in FLOATS:
+        raise ValueError(f"out_dtype must be float32, bfloat16, float16 or float64, it is {values['out_dtype']}")
+
+
 def _check_plain_weight(values: dict[str, Any]) -> None:
     _check_most_channels(values)
     check_weight(values["x"], values["weight"])
@@ -309,6 +324,7 @@ def _check_packed_weight(values: dict[str, Any]) -> None:
 def _check_sums(name: str, sums: Tensor, channels: int) -> None:
     if sums.device.type != "cpu":
         return
+    sums = sums.long()
     wrong = sums[(sums < -128 * channels) | (sums > 128 * channels)]
     if len(wrong):
         raise ValueError(
@@ -345,8 +361,8 @@ def _check_directions(values: dict[str, Any]) -> None:
 _MORE = {
     "choose_qparams": (_check_channels,),
     "norm_quantize": (_check_norm,),
-    "linear": (_check_plain_weight,),
-    "linear_packed": (_check_packed_weight,),
+    "linear": (_check_out_dtype, _check_plain_weight),
+    "linear_packed": (_check_out_dtype, _check_packed_weight),
     "linear_gelu_quantize": (_check_packed_weight,),
     "causal_conv1d": (_check_taps,),
     "causal_conv1d_backward": (_check_taps,),

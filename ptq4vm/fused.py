@@ -119,7 +119,7 @@ def _codes(
 ) -> Tensor:
     """Of x, or of its rotation. Smoothing comes first: a rotation spreads a large channel over all of them."""
     if rotated:
-        x, inv_smooth = reference.rotate(x if inv_smooth is None else x * inv_smooth), None
+        x, inv_smooth = reference.rotate(x if inv_smooth is None else x * inv_smooth.float()), None
     return reference.quantize(x, inv_scale, zero_point, inv_smooth, bits)
 
 
@@ -139,6 +139,7 @@ def norm_quantize(
     """x + residual in float32 (empty without one), and the codes of its RMS norm or layer norm, or of its rotation."""
     total = x.float() if residual is None else x.float() + residual.float()
     shape = total.shape[-1:]
+    weight, bias = (None if value is None else value.float() for value in (weight, bias))
     normed = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
     codes = _codes(normed, rotated, inv_scale, zero_point, inv_smooth, bits)
     return total.new_empty(0) if residual is None else total, codes
@@ -183,7 +184,8 @@ def conv2d_quantize(
     """
     maps = x.float().unflatten(1, (height, width)).permute(0, 3, 1, 2)
     padding = (weight.shape[1] // 2, weight.shape[2] // 2)
-    y = F.silu(F.conv2d(maps, weight.unsqueeze(1), bias, padding=padding, groups=weight.shape[0]))
+    kernel, start = weight.float().unsqueeze(1), None if bias is None else bias.float()
+    y = F.silu(F.conv2d(maps, kernel, start, padding=padding, groups=weight.shape[0]))
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     _, codes = _with_codes(y.unsqueeze(0), inv_scale, zero_point, inv_smooth, bits, x.dtype)
     return y.to(x.dtype).contiguous(), codes

@@ -23,6 +23,9 @@ _library = torch.library.Library("ptq4vm", "FRAGMENT" if _NATIVE else "DEF")
 
 SCHEMAS: list[str] = []
 
+REFERENCES: dict[str, Callable[..., Any]] = {}
+"""Each operator as it is where there is no kernel at all."""
+
 _on_gpus: dict[str, Callable[..., Any]] = {}
 """Each operator where there is no native kernel: in Triton, or the reference."""
 
@@ -33,11 +36,12 @@ _DIFFERENTIABLE = {"rotate", "selective_scan", "selective_scan_quantized", "caus
 
 def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) -> None:
     name = schema.split("(", 1)[0]
-    names = [argument.name for argument in torch._C.parse_schema(f"ptq4vm::{schema}").arguments]
+    names = arguments.names_of(schema)
     SCHEMAS.append(schema)
     if not _NATIVE:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, _checked(name, names, default, fake), "CompositeExplicitAutograd")
+    REFERENCES[name] = _checked(name, names, default, fake)
+    _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
     on_gpus = triton_kernels.operator(name, default)
     _on_gpus[name] = _checked(name, names, on_gpus, fake)
     if native.cuda_problem() is not None and on_gpus is not default:
@@ -45,17 +49,24 @@ def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"ptq4vm::{name}", _checked_fake(name, names, fake), lib=_library)
 
 
-def _checked(name: str, names: list[str], run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _checked(
+    name: str, names: tuple[str, ...], run: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """An implementation in Python, after the checks that csrc/glue.h has for the native ones."""
 
     def operator(*values: Any) -> Any:
         arguments.check_placement(name, names, values, gradients=True)
-        arguments.check(name, names, values)
-        if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
-            results = _of_nothing(name, fake(*values))
-            if results is not None:
-                return results
-        return run(*values)
+        try:
+            arguments.check(name, names, values)
+            if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
+                results = _of_nothing(name, fake(*values))
+                if results is not None:
+                    return results
+            return run(*values)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise
+            raise RuntimeError(f"ptq4vm::{name}: {error}") from error
 
     return operator
 
@@ -63,12 +74,12 @@ def _checked(name: str, names: list[str], run: Callable[..., Any], fake: Callabl
 def _of_nothing(name: str, results: Any) -> Any:
     """Results without numbers, and gradients of nothing, which are zeros: loops over their other axes could be long."""
     several = results if isinstance(results, tuple) else (results,)
-    if name.endswith("_scan_backward") or name == "causal_conv1d_backward":
+    if name.endswith("_backward"):
         return tuple(map(Tensor.zero_, several))
     return None if any(result.numel() for result in several) else results
 
 
-def _checked_fake(name: str, names: list[str], fake: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_fake(name: str, names: tuple[str, ...], fake: Callable[..., Any]) -> Callable[..., Any]:
     def operator(*values: Any) -> Any:
         arguments.check_placement(name, names, values, gradients=name not in _DIFFERENTIABLE)
         return fake(*values)

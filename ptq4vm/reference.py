@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,18 @@ def unclamped_codes(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth
     """The codes of `quantize` before they are clamped, float32."""
     v = x.float()
     if inv_smooth is not None:
-        v = v * inv_smooth
-    return torch.round(v * inv_scale.unsqueeze(-1)) + zero_point.unsqueeze(-1)
+        v = v * inv_smooth.float()
+    return torch.round(v * _along_channels(inv_scale.float(), x)) + _along_channels(zero_point, x)
+
+
+def _along_channels(qparams: Tensor, x: Tensor) -> Tensor:
+    """Qparams that broadcast against x; of an x (D,) without tokens there are (1,)."""
+    return qparams if qparams.dim() >= x.dim() else qparams.unsqueeze(-1)
 
 
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """(q - z) · scale in float32."""
-    return (x_q.float() - zero_point.unsqueeze(-1)) * scale.unsqueeze(-1)
+    return (x_q.float() - _along_channels(zero_point, x_q)) * _along_channels(scale.float(), x_q)
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -98,7 +104,7 @@ def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
 
 def choose_qparams(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point (B, L) of every token of x (B, L, D) from its own minimum and maximum."""
-    v = x.float() if inv_smooth is None else x.float() * inv_smooth
+    v = x.float() if inv_smooth is None else x.float() * inv_smooth.float()
     return affine_qparams(v.amin(-1), v.amax(-1), bits)
 
 
@@ -111,12 +117,12 @@ def accumulate(x_q: Tensor, x_zero_point: Tensor, w_q: Tensor) -> Tensor:
     acc = torch.zeros(*x_q.shape[:-1], w_q.shape[0], dtype=torch.int32, device=x_q.device)
     for x, w in zip(x_q.split(EXACT_CHANNELS, -1), w_q.split(EXACT_CHANNELS, -1), strict=True):
         acc += F.linear(x.float(), w.float()).to(torch.int32)
-    return acc - x_zero_point.to(torch.int32).unsqueeze(-1) * w_q.sum(-1, dtype=torch.int32)
+    return acc - _along_channels(x_zero_point.to(torch.int32), x_q) * w_q.sum(-1, dtype=torch.int32)
 
 
 def rescale(acc: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """(float32(acc) · scale_x[t]) · scale_w[n] + bias[n], then one cast."""
-    y = (acc.float() * x_scale.unsqueeze(-1)) * w_scale
+    y = (acc.float() * _along_channels(x_scale.float(), acc)) * w_scale.float()
     if bias is not None:
         y = y + bias.float()
     return y.to(dtype)
@@ -152,7 +158,7 @@ def unpack_int4(packed: Tensor, channels: int) -> Tensor:
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int) -> Tensor:
     """What x · smooth is after `quantize` and `dequantize`, or, without zero points, after `quantize_weight`."""
     _, _, clamped = _fake_codes(x, scale, zero_point, smooth, bits)
-    return (clamped * scale.float().unsqueeze(-1)).to(x.dtype).contiguous()
+    return (clamped * _along_channels(scale.float(), x)).to(x.dtype).contiguous()
 
 
 def fake_quantize_backward(
@@ -174,17 +180,18 @@ def fake_quantize_backward(
     the zero point's that of LSQ+ (Bhalgat et al. 2020): only values out of range move with it.
     """
     v, codes, clamped = _fake_codes(x, scale, zero_point, smooth, bits)
-    grad, inside = grad.float(), codes == clamped
+    grad, inside, whole = grad.float(), codes == clamped, scale.dim() >= x.dim()
     through = torch.where(inside, grad, 0)
     grad_x, grad_scale, grad_zero_point, grad_smooth = (grad.new_empty(0) for _ in range(4))
     if need_x:
         grad_x = (through if smooth is None else through * smooth.float()).contiguous()
     if need_scale:
-        grad_scale = (grad * (clamped - torch.where(inside, v, 0))).sum(-1).sum_to_size(scale.shape)
+        grad_scale = (grad * (clamped - torch.where(inside, v, 0))).sum(-1, whole).sum_to_size(scale.shape)
     if need_zero_point:
-        grad_zero_point = (-scale.float() * torch.where(inside, 0, grad).sum(-1)).sum_to_size(scale.shape)
+        grad_zero_point = (-scale.float() * torch.where(inside, 0, grad).sum(-1, whole)).sum_to_size(scale.shape)
     if need_smooth:
-        grad_smooth = (through * x.float()).flatten(0, -2).sum(0)
+        by_row = through * x.float()
+        grad_smooth = by_row.flatten(0, -2).sum(0) if x.dim() > 1 else by_row
     return (
         grad_x.to(x.dtype),
         grad_scale.to(scale.dtype),
@@ -197,22 +204,30 @@ def _fake_codes(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The value to round, its code less the zero point, and this code in range; all float32."""
-    v, scale = x.float(), scale.float().unsqueeze(-1)
+    v, scale = x.float(), _along_channels(scale.float(), x)
     if smooth is not None:
         v = v * smooth.float()
     if zero_point is None:
         v, zero = v / scale, torch.zeros_like(scale)
     else:
-        v, zero = v * (1.0 / scale), zero_point.float().unsqueeze(-1)
+        v, zero = v * (1.0 / scale), _along_channels(zero_point.float(), x)
     low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
     codes = v.round()
     return v, codes, codes.clamp(low - zero, high - zero)
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, zeros before t = 0; x (B, L, E), weight (E, K), bias (E,)."""
-    y = _causal_taps(x, weight, bias)
-    return (F.silu(y) if silu else y).contiguous()
+    """Depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, zeros before t = 0; x (B, L, E), weight (E, K), bias (E,).
+
+    Computed in float32 (float64 for float64 inputs) and returned in x's dtype.
+    """
+    y = _causal_taps(*_in_one_type(x, weight, bias))
+    return (F.silu(y) if silu else y).to(x.dtype).contiguous()
+
+
+def _in_one_type(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return x.to(kind), *(None if value is None else value.to(kind) for value in others)
 
 
 def _causal_taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -227,8 +242,10 @@ def _causal_taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias (empty without a bias): the adjoint of `causal_conv1d`."""
-    taps, tokens = weight.shape[1], x.shape[1]
+    """Gradients of x, weight and bias (empty without a bias), each in its dtype: the adjoint of `causal_conv1d`."""
+    dtypes, taps, tokens = (x.dtype, weight.dtype), weight.shape[1], x.shape[1]
+    bias_dtype = grad.dtype if bias is None else bias.dtype
+    x, grad, weight, bias = _in_one_type(x, grad, weight, bias)
     if silu:
         grad = grad * _silu_slope(_causal_taps(x, weight, bias))
     x_padded, grad_padded = F.pad(x, (0, 0, taps - 1, 0)), F.pad(grad, (0, 0, 0, taps - 1))
@@ -237,7 +254,7 @@ def causal_conv1d_backward(
         grad_x = torch.addcmul(grad_x, grad_padded[:, taps - 1 - k : taps - 1 - k + tokens], weight[:, k])
     grad_weight = torch.stack([(grad * x_padded[:, k : k + tokens]).sum((0, 1)) for k in range(taps)], -1)
     grad_bias = grad.new_empty(0) if bias is None else grad.sum((0, 1))
-    return grad_x.contiguous(), grad_weight, grad_bias
+    return grad_x.to(dtypes[0]).contiguous(), grad_weight.to(dtypes[1]), grad_bias.to(bias_dtype)
 
 
 def _silu_slope(x: Tensor) -> Tensor:

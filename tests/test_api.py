@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 import ptq4vm
-from ptq4vm import Granularity, Learning, QuantConfig, calibrate, convert, prepare
+from ptq4vm import Granularity, Learning, QuantConfig, calibrate, convert, fuse, prepare
 from ptq4vm.graph import CaptureError
 from ptq4vm.record import record_of
 
@@ -335,3 +335,20 @@ def test_models_are_freed_when_nobody_holds_them(small_vim, images):
     references = road()
     gc.collect()
     assert [reference() for reference in references] == [None, None]
+
+
+@pytest.mark.parametrize("stage", ["between quantize and dequantize", "integers", "fused"])
+def test_no_gradient_of_an_input_is_zero_or_left_out_in_silence(roads, stage):
+    """Rounding has the gradient zero, that of the calibrated model is straight through."""
+    calibrated = roads.calibrated(QuantConfig.w8a8(range_search=False))
+    model = convert(calibrated, lower=stage != "between quantize and dequantize")
+    model = fuse(model) if stage == "fused" else model
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    images = roads.images[:2].clone().requires_grad_()
+    assert not model(roads.images[:2]).requires_grad  # gradients are on, and none is asked for
+    with pytest.raises(RuntimeError, match=r"no gradient.* requires one: .*gradients of the prepared model"):
+        model(images)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(roads.images[:2]))
+    calibrated(images).sum().backward()
+    assert images.grad.abs().max() > 0

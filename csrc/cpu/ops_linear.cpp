@@ -137,12 +137,13 @@ Tensor run_gelu_rotated(const LinearInputs& i, const Qparams& qparams) {
 
 Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
                      Optional bias, ScalarType type) {
+  check_out_dtype(type);
   return run_as(LinearInputs(x, x_scale, zero_point, weight, sum, scale, bias), type);
 }
 
 Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias,
               ScalarType type) {
-  check_plain_weight(x, weight, scale);
+  check_out_dtype(type), check_plain_weight(x, weight, scale);
   const int64_t channels = x.size(x.dim() - 1), features = weight.size(0);
   weight = as_contiguous(weight);
   Tensor tiles = make(weight, {groups(features), divided_up(channels, STEP), LANES, STEP}, ScalarType::Char);

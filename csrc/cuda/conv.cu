@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
   const T* x = static_cast<const T*>(c.x) + image * c.x_image + e;
   const int32_t* order = c.order ? c.order + direction * c.tokens : nullptr;
   const float* weight = c.weight + (direction * c.channels + e) * taps;
-  const auto token_of = [&](int64_t step) { return order ? order[step] : step; };
+  const auto token_of = [&](int64_t step) { return order ? checked_token(order[step], 0, c.tokens) : step; };
   const auto input = [&](int64_t step, float(&value)[V]) {
     if (0 <= step && step < c.tokens) {
       load<V>(x + token_of(step) * c.x_row, value);

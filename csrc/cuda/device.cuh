@@ -79,6 +79,13 @@ template <class T>
 __host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
 
 // Once a row it would be a call of a hundred instructions; most numbers have 32 bits.
+// A token of an order, which the host does not read: one below `least` or beyond the tokens stops the kernel before it
+// reads or writes there, as an index of torch's would.
+__device__ inline int32_t checked_token(int32_t token, int32_t least, int64_t tokens) {
+  if (token < least || token >= tokens) __trap();
+  return token;
+}
+
 __device__ inline int64_t remainder(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
   return a % b;

@@ -64,12 +64,13 @@ Tensor run_as(const char* name, const LinearInputs& inputs, ScalarType type) {
 
 Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
                      Optional bias, ScalarType type) {
+  check_out_dtype(type);
   return run_as("linear_packed", LinearInputs(x, x_scale, zero_point, weight, sum, scale, bias), type);
 }
 
 Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias,
               ScalarType type) {
-  check_plain_weight(x, weight, scale);
+  check_out_dtype(type), check_plain_weight(x, weight, scale);
   const bool nibbles = weight.scalar_type() == ScalarType::Byte;
   const int64_t channels = x.size(x.dim() - 1), features = weight.size(0), padded = divided_up(channels, 16) * 16;
   weight = as_contiguous(weight);

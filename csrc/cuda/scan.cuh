@@ -163,7 +163,7 @@ struct Chunk {
     const int32_t* order = s.order + direction * s.steps;
     const int mixed = Chunk::mixed(s), count = quads(s), rank = static_cast<int>(s.rank), width = rank + mixed;
     const float* projected = s.projected + (direction * s.batch + image) * s.tokens * width;
-    const auto token_of = [&](int t) { return begin + t < s.steps ? order[begin + t] : -1; };
+    const auto token_of = [&](int t) { return begin + t < s.steps ? checked_token(order[begin + t], -1, s.tokens) : -1; };
 
 #pragma unroll 4
     for (int i = thread; i < STEPS * mixed; i += threads) {
@@ -250,7 +250,9 @@ struct Channel {
 // The tokens of STRIP steps, the first of which is `first`; -1 behind the last one.
 __device__ inline void read_tokens(const DirectionalScan& s, int64_t direction, int64_t first, int (&tokens)[STRIP]) {
 #pragma unroll
-  for (int t = 0; t < STRIP; t++) tokens[t] = first + t < s.steps ? s.order[direction * s.steps + first + t] : -1;
+  for (int t = 0; t < STRIP; t++) {
+    tokens[t] = first + t < s.steps ? checked_token(s.order[direction * s.steps + first + t], -1, s.tokens) : -1;
+  }
 }
 
 // u of some tokens; zeros where there is none.

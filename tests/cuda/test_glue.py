@@ -1,5 +1,9 @@
 """The operators of the CUDA library on emulated kernels: results of the references, and what is said of bad input."""
 
+import faulthandler
+import os
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -173,6 +177,19 @@ def test_tensors_of_two_devices_are_refused(gpu):
         gpu.quantize.default.redispatch(keys, torch.ones(2, 3), scale.to("meta"), zero_point, None, 8)
     with pytest.raises(RuntimeError, match="all tensors must be on one device"):
         gpu.quantize.default.redispatch(keys, torch.ones(2, 3), scale, zero_point, torch.ones(3, device="meta"), 8)
+
+
+@pytest.mark.parametrize("token", [-1, 6, 2**31 - 1, -(2**31)])
+def test_a_token_that_is_none_stops_the_kernel(gpu, token):
+    """Before it reads or writes; the host, which would have to wait, does not look at orders."""
+    order = torch.tensor([[0, 1, 2, 3, 4, token]], dtype=torch.int32)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
+    child = os.fork()
+    if not child:
+        faulthandler.disable()
+        gpu.conv1d_quantize(torch.ones(1, 6, 4), torch.ones(1, 4, 3), None, order, one, zero, None, 8)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGABRT
 
 
 def test_silu_and_orders_are_those_of_the_weights(gpu):

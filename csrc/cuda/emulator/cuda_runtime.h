@@ -287,6 +287,7 @@ extern "C" __attribute__((weak)) int ptq4vm_launches(const void** streams, int m
 #define blockDim ptq4vm::emulator::block_size
 #define gridDim ptq4vm::emulator::grid_size
 
+[[noreturn]] inline void __trap() { ptq4vm::emulator::fail("a trap"); }
 inline void __syncthreads() { ptq4vm::emulator::park(ptq4vm::emulator::Wait::block); }
 inline void __syncwarp(unsigned mask = ~0u) { ptq4vm::emulator::meet(mask, 0); }
 

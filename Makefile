@@ -45,7 +45,7 @@ tests-only:
 	$(PYTEST)
 
 mutants: venv  ## mutation testing of the fast tests, hours (MUTANTS=250 draws so many; what is done is kept)
-	$(RUN)/python $(PIP_INSTALL) -e '.[mutants]' -c constraints/$(NEWEST).txt
+	$(RUN)/python -c 'import mutmut' 2>/dev/null || $(RUN)/python $(PIP_INSTALL) -e '.[mutants]' -c constraints/$(NEWEST).txt
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RUN)/python tests/mutants.py $(if $(MUTANTS),--sample $(MUTANTS)) $(ARGS)
 
 venv: $(VENV)/.installed  ## .venv with the package and its development tools

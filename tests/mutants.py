@@ -1,11 +1,11 @@
 """`make mutants`: mutation testing with mutmut, on a sample drawn with a fixed seed.
 
-    python tests/mutants.py [--sample N] [--seed S] [--only PATTERN] [--jobs N] [--again]
+    python tests/mutants.py [--sample N] [--seed S] [--only PATTERN] [--share 0.2] [--jobs N] [--again]
 
 mutmut (its settings are in pyproject.toml) writes every one-line mutation of the package beside the original code into
 `mutants/`, and runs the fast tests once to see which test reaches which function. This script draws the mutants and
 chooses their tests: first those in the module's own files, then others that reach the function, the fastest first, up
-to SHARE of the time of all. Each mutant is tested in a process of its own, until one test fails. Outcomes are kept in
+to a share of the time of all. Each mutant is tested in a process of its own, until one test fails. Outcomes are kept in
 `mutants/`: an interrupted run continues, and functions that have changed since are tested again.
 """
 
@@ -30,7 +30,6 @@ from mutmut.utils.file_utils import walk_mutatable_files
 from mutmut.utils.format_utils import mangled_name_from_mutant_name
 from mutmut.workers.isolation import MutantResult, MutantRunner, get_mutant_runner
 
-SHARE = 0.2
 WANTED = 0.9
 KILLED = ("killed", "timeout", "segfault")
 Mutants = dict[str, SourceFileMutationData]
@@ -42,7 +41,7 @@ def main() -> int:
     forget_editable_install()
     generate()
     mutants = draw(arguments.sample, arguments.seed, arguments.only)
-    test(mutants, arguments.jobs, arguments.again)
+    test(mutants, arguments.share, arguments.jobs, arguments.again)
     return report(mutants)
 
 
@@ -51,6 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="how many mutants to draw (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="names, such as 'ptq4vm.passes.smooth.*'")
+    parser.add_argument("--share", type=float, default=0.2, help="of the time of all tests, for one mutant's")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--again", action="store_true", help="test survivors again, after tests were added")
     return parser.parse_args()
@@ -84,31 +84,30 @@ def draw(size: int | None, seed: int, only: str) -> Mutants:
     return {name: mutants[name] for name in names[:size]}
 
 
-def test(mutants: Mutants, jobs: int, again: bool) -> None:
+def test(mutants: Mutants, share: float, jobs: int, again: bool) -> None:
     statuses = ("not checked", "survived") if again else ("not checked",)
     waiting = [name for name in mutants if status(mutants, name) in statuses]
     runner = get_mutant_runner(jobs)
     runner.startup()
     try:
-        for done, name in enumerate(outcomes(runner, mutants, waiting), 1):
+        for done, name in enumerate(outcomes(runner, mutants, waiting, share), 1):
             print(f"{done}/{len(waiting)} {status(mutants, name)} {name}", flush=True)
     finally:
         runner.stop_all_workers()
         runner.shutdown()
 
 
-def outcomes(runner: MutantRunner, mutants: Mutants, waiting: list[str]) -> Iterator[str]:
+def outcomes(runner: MutantRunner, mutants: Mutants, waiting: list[str], share: float) -> Iterator[str]:
     """Names of mutants, each when its outcome is in its file."""
     for name in waiting:
         while not runner.has_capacity():
             yield record(runner.wait_for_result(), mutants)
-        submit(runner, name, Path(mutants[name].path))
+        submit(runner, name, tests_of(name, Path(mutants[name].path), share))
     while runner.pending_count():
         yield record(runner.wait_for_result(), mutants)
 
 
-def submit(runner: MutantRunner, name: str, path: Path) -> None:
-    tests = tests_of(name, path)
+def submit(runner: MutantRunner, name: str, tests: list[str]) -> None:
     seconds = sum(state().duration_by_test[test] for test in tests)
     limit = ceil((seconds + config().timeout_constant) * config().timeout_multiplier)
     runner.submit(name, tests, limit, seconds)
@@ -121,14 +120,14 @@ def record(result: MutantResult, mutants: Mutants) -> str:
     return result.mutant_name
 
 
-def tests_of(name: str, path: Path) -> list[str]:
+def tests_of(name: str, path: Path, share: float) -> list[str]:
     own = tuple(f"{Path('tests', *path.parts[1:-1])}/test_{path.stem}{end}" for end in (".py::", "_"))
     reaching = state().tests_by_mangled_function_name.get(mangled_name_from_mutant_name(name), set())
     durations, spent = state().duration_by_test, 0.0
     chosen = []
     for test in sorted(reaching, key=lambda test: (not test.startswith(own), durations[test], test)):
         spent += durations[test]
-        if not test.startswith(own) and spent > SHARE * sum(durations.values()):
+        if not test.startswith(own) and spent > share * sum(durations.values()):
             break
         chosen.append(test)
     return chosen

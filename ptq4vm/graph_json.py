@@ -4,22 +4,19 @@
      "nodes": [{"name": "x", "input": 0}, {"name": "w", "tensor": "layers.0.in_proj.weight_q"},
                {"name": "y", "call": "aten::relu.default", "args": [{"node": "x"}]}], "output": {"node": "y"}, …}
 
-Reading runs no code that a file names: an operator is called only if it is in the allow-list (`ptq4vm::` and `aten::`
-operators that change nothing, write nothing and open no file, integer arithmetic on sizes, and operators that the
-caller allows by name), and an argument is of one of the few kinds that `_encode` writes. Whatever else a file holds is
-refused by name.
+Reading runs no code that a file names: an operator is called only if it is in the allow-list (`graph_operators`) or the
+caller allows it by name, and an argument is of one of the few kinds that `_encode` writes. Whatever else a file holds
+is refused by name.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import keyword
 import math
-import operator
 import re
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,98 +25,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from ptq4vm import ops  # noqa: F401  (defines the operators of the namespace ptq4vm)
-from ptq4vm.graph import RECORDED, check_input
+from ptq4vm.graph import RECORDED
+from ptq4vm.graph_operators import GraphFormatError, check_call, find_operator, operator_name, shortened
 
 BATCH = "batch"
 """The size of an input's first axis in `inputs`."""
-
-
-class GraphFormatError(ValueError):
-    """A graph that cannot be written, or a description that is not one of a graph that may be run."""
-
-
-# --- operators ---
-
-_ARITHMETIC = [
-    *("getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "neg", "abs", "and_", "or_", "not_"),
-    *("eq", "ne", "lt", "le", "gt", "ge"),
-]
-
-_PYTHON: dict[str, Callable[..., Any]] = {
-    "ptq4vm.check_input": check_input,
-    **{f"operator.{name}": getattr(operator, name) for name in _ARITHMETIC},
-    **{f"math.{name}": getattr(math, name) for name in ("ceil", "floor", "trunc", "sqrt")},
-    **{
-        f"torch.{name}": getattr(torch, name)
-        for name in ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sqrt", "sym_sum")
-        if hasattr(torch, name)
-    },
-}
-_PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
-
-_DECOMPOSED = {"quantize_per_tensor", "dequantize_per_tensor", "quantize_per_channel", "dequantize_per_channel"}
-_ASSERTIONS = {"_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"}
-
-
-def _operator_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        namespace, _, base = target._schema.name.partition("::")
-        return f"{namespace}::{base}.{target._overloadname}"
-    if target in _PYTHON_NAMES:
-        return _PYTHON_NAMES[target]
-    raise GraphFormatError(f"a call of {getattr(target, '__qualname__', target)} cannot be written")
-
-
-def _operator(name: Any, allowed: Collection[str]) -> Callable[..., Any]:
-    """The operator of that name; raises GraphFormatError for one that is not allowed or not there."""
-    if isinstance(name, str) and name in _PYTHON:
-        return _PYTHON[name]
-    match = re.fullmatch(r"([A-Za-z_]\w*)::([A-Za-z_]\w*)\.(\w+)", name, re.ASCII) if isinstance(name, str) else None
-    if match is None:
-        raise GraphFormatError(f"{name!r} is not the name of an operator")
-    namespace, base, overload = match.groups()
-    own = namespace in ("aten", "ptq4vm") or (namespace == "quantized_decomposed" and base in _DECOMPOSED)
-    if not own and name not in allowed:
-        raise GraphFormatError(
-            f"the operator {name} is not one of aten's or ptq4vm's; if you trust it, import what defines it and allow "
-            f"it by name: load(folder, operators=[{name!r}])"
-        )
-    if namespace == "quantized_decomposed":
-        _define_decomposed()
-    try:
-        found = getattr(getattr(getattr(torch.ops, namespace), base), overload)
-    except (AttributeError, RuntimeError) as error:
-        raise GraphFormatError(f"the operator {name} is not defined here: import what defines it") from error
-    reason = None if name in allowed else _impurity(found, namespace, base)
-    if reason is not None:
-        raise GraphFormatError(f"the operator {name} is refused: it {reason}")
-    return found
-
-
-def _define_decomposed() -> None:
-    """torch defines `quantized_decomposed::` where this module of its own is imported."""
-    try:
-        import torch.ao.quantization.fx._decomposed  # noqa: F401
-    except ImportError:
-        import torchao.quantization.pt2e  # noqa: F401
-
-
-def _impurity(found: Any, namespace: str, base: str) -> str | None:
-    """Why an operator does more than compute its result from its arguments; None for one that does not."""
-    schema = found._schema
-    if not torch._C._dispatch_has_kernel(found.name()):
-        return "is not an operator on tensors"
-    if schema.is_mutable:
-        return "changes its arguments"
-    kinds = {str(argument.type) for argument in schema.arguments}
-    if "Storage" in kinds or any(argument.name == "filename" for argument in schema.arguments):
-        return "reaches files or memory that is not a tensor's"
-    if base.startswith("_unsafe_") and base != "_unsafe_view":
-        return "does not check its arguments"
-    if (not schema.returns and base not in _ASSERTIONS) or (namespace == "ptq4vm" and base.startswith("_")):
-        return "is run for what it does besides computing"
-    return None
 
 
 # --- arguments ---
@@ -175,7 +85,7 @@ def _decode(value: Any, nodes: Mapping[str, Node]) -> Any:
     if isinstance(value, list):
         return [_decode(item, nodes) for item in value]
     if not isinstance(value, dict) or len(value) != 1:
-        raise GraphFormatError(f"{_shortened(value)} is no argument")
+        raise GraphFormatError(f"{shortened(value)} is no argument")
     ((kind, content),) = value.items()
     if kind == "node":
         return _node(content, nodes)
@@ -192,12 +102,12 @@ def _decode(value: Any, nodes: Mapping[str, Node]) -> Any:
         return complex(*(float(_decode(item, nodes)) for item in items))
     if kind == "dict" and items is not None and all(isinstance(item, list) and len(item) == 2 for item in items):
         return {_key(key): _decode(item, nodes) for key, item in items}
-    raise GraphFormatError(f"{_shortened(value)} is no argument")
+    raise GraphFormatError(f"{shortened(value)} is no argument")
 
 
 def _node(name: Any, nodes: Mapping[str, Node]) -> Node:
     if not isinstance(name, str) or name not in nodes:
-        raise GraphFormatError(f"{_shortened(name)} is read before it is computed")
+        raise GraphFormatError(f"{shortened(name)} is read before it is computed")
     return nodes[name]
 
 
@@ -209,18 +119,13 @@ def _torch_value(kind: str, name: Any) -> Any:
                 return torch.device(name)
     elif isinstance(name, str) and isinstance(found := getattr(torch, name, None), _TORCH_KINDS[kind]):
         return found
-    raise GraphFormatError(f"{_shortened(name)} is no {kind}")
+    raise GraphFormatError(f"{shortened(name)} is no {kind}")
 
 
 def _key(value: Any) -> Any:
     if isinstance(value, (bool, str, int)):
         return value
-    raise GraphFormatError(f"{_shortened(value)} is no key of a dictionary")
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"
+    raise GraphFormatError(f"{shortened(value)} is no key of a dictionary")
 
 
 # --- structures of inputs and outputs ---
@@ -260,7 +165,7 @@ def _decode_structure(value: Any) -> Any:
         for name in (value["name"], *keys):
             _identifier(name, "a name of a tuple")
         return namedtuple(value["name"], keys)(*items)
-    raise GraphFormatError(f"{_shortened(value)} is no structure of inputs or outputs")
+    raise GraphFormatError(f"{shortened(value)} is no structure of inputs or outputs")
 
 
 # --- names ---
@@ -270,14 +175,14 @@ def _identifier(name: Any, what: str) -> str:
     """A name that may stand in the code that torch.fx makes of a graph."""
     if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and not keyword.iskeyword(name):
         return name
-    raise GraphFormatError(f"{_shortened(name)} cannot be {what}")
+    raise GraphFormatError(f"{shortened(name)} cannot be {what}")
 
 
 def check_tensor_name(name: Any) -> str:
     """The path of a tensor, if torch.fx can write it into code."""
     if isinstance(name, str) and all(name.split(".")) and name.isprintable() and not set(name) & set("\"'\\{}"):
         return name
-    raise GraphFormatError(f"{_shortened(name)} cannot be the name of a tensor")
+    raise GraphFormatError(f"{shortened(name)} cannot be the name of a tensor")
 
 
 # --- graphs ---
@@ -321,11 +226,7 @@ def _describe_node(node: Node) -> dict[str, Any]:
         return {"tensor": check_tensor_name(node.target)}
     if node.op != "call_function":
         raise GraphFormatError(f"a call of the module or method {node.target} cannot be written")
-    entry: dict[str, Any] = {"call": _operator_name(node.target)}
-    if isinstance(node.target, torch._ops.OpOverload):
-        reason = _impurity(node.target, node.target.namespace, node.target._schema.name.partition("::")[2])
-        if reason is not None:
-            raise GraphFormatError(f"the operator {entry['call']} cannot be written: it {reason}")
+    entry: dict[str, Any] = {"call": operator_name(node.target)}
     if node.args:
         entry["args"] = [_encode(value) for value in node.args]
     if node.kwargs:
@@ -424,21 +325,15 @@ def _build_node(
         return graph.create_node("get_attr", path, name=name)
     called = entry["call"]
     if called not in targets:
-        targets[called] = _operator(called, allowed)
+        targets[called] = find_operator(called, allowed)
     target = targets[called]
     arguments = [_decode(value, nodes) for value in entry.get("args", [])]
     options = {
         _identifier(key, "the name of an argument"): _decode(value, nodes)
         for key, value in entry.get("kwargs", {}).items()
     }
-    if isinstance(target, torch._ops.OpOverload):
-        _check_arguments(target, arguments, options)
-    elif options or (target is not check_input and not all(isinstance(value, _NUMBERS) for value in arguments)):
-        raise GraphFormatError(f"{called} takes nodes and numbers, not {_shortened((arguments, options))}")
+    check_call(target, called, arguments, options)
     return graph.create_node("call_function", target, tuple(arguments), options, name=name)
-
-
-_NUMBERS = (Node, bool, int, float, slice, type(None))
 
 
 def tensor_at(root: nn.Module, path: str) -> Any:
@@ -455,70 +350,20 @@ def tensor_at(root: nn.Module, path: str) -> Any:
     return value
 
 
-_ACCEPTED: tuple[tuple[str, tuple[type, ...]], ...] = (
-    ("Tensor", (bool, int, float, complex)),
-    ("number", (bool, int, float, complex)),
-    ("int", (bool, int, torch.dtype, torch.layout, torch.memory_format)),
-    ("float", (bool, int, float)),
-    ("bool", (bool,)),
-    ("str", (str,)),
-    ("Device", (torch.device,)),
-)
-"""By the type in a schema, what may be given besides nodes; torch shows dtypes, layouts and formats as int."""
-
-
-@functools.cache
-def _kinds(target: Any) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
-    """Names and types of an operator's arguments: of those that have a place, and of all."""
-    arguments = target._schema.arguments
-    placed = tuple((argument.name, str(argument.type)) for argument in arguments if not argument.kwarg_only)
-    return placed, {argument.name: str(argument.type) for argument in arguments}
-
-
-def _check_arguments(target: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Raises GraphFormatError for an argument too many, unknown, or of a kind that the schema does not have."""
-    placed, known = _kinds(target)
-    if len(arguments) > len(placed):
-        raise GraphFormatError(f"{target} takes {len(placed)} arguments, not {len(arguments)}")
-    for name in options:
-        if name not in known:
-            raise GraphFormatError(f"{target} has no argument {name}")
-    given = [(*argument, value) for argument, value in zip(placed, arguments, strict=False)]
-    for name, kind, value in (*given, *((name, known[name], value) for name, value in options.items())):
-        if not _fits(kind, value):
-            raise GraphFormatError(f"{target} takes {kind} as {name}, not {_shortened(value)}")
-
-
-def _fits(kind: str, value: Any) -> bool:
-    if isinstance(value, Node):
-        return True
-    if isinstance(value, (list, tuple)):
-        return "List[" in kind and all(_fits(kind, item) for item in value)
-    given: Any = type(value)
-    return _accepts(kind, given)
-
-
-@functools.cache
-def _accepts(kind: str, given: Any) -> bool:
-    if given is type(None):
-        return kind.startswith(("Optional[", "List[Optional["))
-    return any(name in kind and issubclass(given, types) for name, types in _ACCEPTED)
-
-
 def _stack(levels: Any) -> dict[str, tuple[str, str]]:
     if all(isinstance(part, str) for level in levels for part in level):
         return {str(depth): (path, kind) for depth, (path, kind) in enumerate(levels)}
-    raise GraphFormatError(f"{_shortened(levels)} are no modules")
+    raise GraphFormatError(f"{shortened(levels)} are no modules")
 
 
 def _input(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
     if entry["name"] != name:
-        raise GraphFormatError(f"the inputs are not in order: {_shortened(entry['name'])} where {name} is read")
+        raise GraphFormatError(f"the inputs are not in order: {shortened(entry['name'])} where {name} is read")
     if "shape" not in entry:
         return {"val": _decode(entry["value"], {})}
     shape = entry["shape"]
     if not all(size == BATCH or (type(size) is int and 0 <= size < 2**31) for size in shape):
-        raise GraphFormatError(f"{name}: {_shortened(shape)} is no shape of an input")
+        raise GraphFormatError(f"{name}: {shortened(shape)} is no shape of an input")
     return {RECORDED: (_torch_value("dtype", entry["dtype"]), tuple(shape))}
 
 

@@ -24,7 +24,8 @@ from torch.fx import GraphModule, Node
 from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph import set_tensor
-from ptq4vm.graph_json import GraphFormatError, build, check_tensor_name, describe, tensor_at
+from ptq4vm.graph_json import build, check_tensor_name, describe, tensor_at
+from ptq4vm.graph_operators import GraphFormatError
 from ptq4vm.record import FUSIONS, LinearRecord, Record, Stage, record_of, set_record
 
 FORMAT_VERSION = 2

@@ -275,7 +275,9 @@ inline Tensor orders(const Tensor& order, int64_t tokens, bool permutation) {
   const Tensor values = integers("order", order);
   if (ON_GPU) return values;
   const int64_t steps = order.size(1), least = permutation ? 0 : -1;
-  std::vector<char> seen(tokens);
+  constexpr int64_t MOST = int64_t{1} << 24;
+  PTQ4VM_CHECK(!values.numel() || tokens <= MOST, "an order is of at most ", MOST, " tokens, not ", tokens);
+  std::vector<char> seen(values.numel() ? tokens : 0);
   const int32_t *read = in<int32_t>(values), *end = read + values.numel();
   for (const int32_t* direction = read; direction < end; direction += steps) {
     std::fill(seen.begin(), seen.end(), 0);

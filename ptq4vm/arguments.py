@@ -34,6 +34,9 @@ MOST_CHANNELS = 2**16 - 1
 
 MOST_RANK = 512
 
+MOST_TOKENS = 2**24
+"""Of an order, whose tokens are counted."""
+
 _QPARAMS = "inv_scale float tokens; zero_point zeros =inv_scale; inv_smooth float D; bits bits"
 _DIRECTIONS = "inv_scale float K L|1; zero_point zeros =inv_scale; inv_smooth float K E; bits bits"
 _SCAN = (
@@ -230,6 +233,8 @@ def _check_order(values: dict[str, Any], tokens: int, least: int) -> None:
     order = values["order"].long()
     if order.device.type != "cpu":
         return
+    if order.numel() and tokens > MOST_TOKENS:
+        raise ValueError(f"an order is of at most {MOST_TOKENS} tokens, not {tokens}")
     wrong = order[(order < least) | (order >= tokens)]
     if len(wrong):
         raise ValueError(

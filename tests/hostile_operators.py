@@ -358,6 +358,7 @@ def main(library: str, log: str, seed: int, first: int, last: int) -> None:
             of = {names[int(at)] if at.isdigit() else at: kind for at, kind in changes.items()}
             line = {"number": number, "operator": name, "changes": of, "arguments": [*map(describe, arguments)]}
             out.write(json.dumps(line) + "\t")
+            out.flush()
             out.write(json.dumps(outcome(name, names, arguments, changes, perturb)) + "\n")
     assert ops.SCHEMAS
 

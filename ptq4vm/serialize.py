@@ -246,7 +246,9 @@ def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Modul
         if name in facts["complex"]:
             values[name] = torch.view_as_complex(values[name])
     for name in [*stored, *facts["aliases"]]:
-        value = values[facts["aliases"].get(name, name)]
+        if (source := check_tensor_name(facts["aliases"].get(name, name))) not in values:
+            raise CheckpointError(f"there is no tensor {source}")
+        value = values[source]
         placed = nn.Parameter(value, requires_grad=False) if name in parameters else value
         set_tensor(root, check_tensor_name(name), placed)
         if name in hidden:

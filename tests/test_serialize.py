@@ -335,7 +335,7 @@ REFUSED = {
     "a tensor in place of forward": (rename_tensor("forward"), "corrupt|describes"),
     "a tensor in a class": (rename_tensor("__class__.x"), "corrupt|describes"),
     "a missing tensor": (lambda c, t: t.pop(next(iter(t))), "there is no tensor"),
-    "an alias of nothing": (lambda c, t: c["tensors"]["aliases"].update(a="nothing"), "corrupt"),
+    "an alias of nothing": (lambda c, t: c["tensors"]["aliases"].update(a="nothing"), "there is no tensor nothing"),
     "axes out of order": (lambda c, t: c["tensors"]["dim_orders"].update({next(iter(t)): [5, 5]}), "corrupt"),
     "a scale that is not finite": (spoil("weight_scale", float("inf")), "scales are finite and positive"),
     "a scale of zero": (spoil("input_scale", 0.0), "scales are finite and positive"),

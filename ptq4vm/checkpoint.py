@@ -38,8 +38,18 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     """Writes a lowered model: `model.safetensors`, which is all of it, and `config.json`, which describes it.
 
     A model that is there is replaced at once for whoever reads it, also if this process is killed; other files in the
-    folder stay as they are. Returns the folder. Raises ValueError for a graph that is not lowered, and
-    FileExistsError for a folder with a model or a config.json that ptq4vm did not write.
+    folder stay as they are.
+
+    Args:
+        quantized: a lowered graph, from `convert` or `load`.
+        folder: is made with its parents where it is missing.
+
+    Returns:
+        The folder's real path.
+
+    Raises:
+        ValueError: for a graph that is not lowered, or that has something a file cannot hold, naming it.
+        FileExistsError: for a folder with a model or a config.json that ptq4vm did not write.
 
     Example:
         >>> ptq4vm.save(quantized, "vim-tiny-w8a8")  # doctest: +SKIP
@@ -87,14 +97,24 @@ def is_saved(folder: str | Path) -> bool:
 def load(folder: str | Path, *, model: nn.Module | None = None, operators: Sequence[str] = ()) -> GraphModule:
     """The saved model; its outputs equal those of the saved one bit for bit on the same machine and threads.
 
-    The model's code is not needed, nor timm, nor a network, and nothing is unpickled. The graph may call operators of
-    ptq4vm and of aten that do nothing but compute; name others, which your model registers, in `operators`
-    ("mylib::filter.default"). Outputs that were of a class of their own come as a dict.
+    The model's code is not needed, nor timm, nor a network, and nothing is unpickled.
 
-    Folders of format version 1 (ptq4vm 0.1) have no graph: their floating-point model is built by its timm name, or
-    taken from `model`, of any weights.
+    Args:
+        folder: what `save` wrote; `model.safetensors` alone is enough.
+        model: the floating-point model, of any weights, for a folder of format version 1 that timm cannot build. Those
+            folders have no graph; later ones need no model.
+        operators: names of operators that the graph may call besides those of ptq4vm and aten that do nothing but
+            compute, such as "mylib::filter.default", which your code registers.
 
-    Raises CheckpointError with the file's name and the way out for what is missing, truncated, edited or newer.
+    Returns:
+        The lowered graph, on the CPU. Outputs that were in a class of their own come in a dict.
+
+    Raises:
+        CheckpointError: with the file's name and the way out, for what is missing, truncated, edited or newer, and for
+            an operator that is not allowed.
+
+    Example:
+        >>> logits = ptq4vm.load("vim-tiny-w8a8")(images)  # doctest: +SKIP
     """
     folder = Path(folder)
     for attempt in range(2):

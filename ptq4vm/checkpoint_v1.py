@@ -1,4 +1,4 @@
-"""Folders of format version 1 (ptq4vm 0.1): tensors without a graph.
+"""Folders of format version 1: tensors without a graph.
 
 The floating-point model is built by the name that config.json has, captured, given the same structure, and filled with
 the saved tensors. A config.json may come from a stranger: only names of ours and timm's registry are built, with

@@ -173,14 +173,14 @@ def _decode_structure(value: Any) -> Any:
 
 def _identifier(name: Any, what: str) -> str:
     """A name that may stand in the code that torch.fx makes of a graph."""
-    if isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) and not keyword.iskeyword(name):
+    if isinstance(name, str) and name.isidentifier() and not keyword.iskeyword(name):
         return name
     raise GraphFormatError(f"{shortened(name)} cannot be {what}")
 
 
 def check_tensor_name(name: Any) -> str:
-    """The path of a tensor, if torch.fx can write it into code."""
-    if isinstance(name, str) and all(name.split(".")) and name.isprintable() and not set(name) & set("\"'\\{}"):
+    """The path of a tensor, if torch.fx can write it into code, where it may stand between double quotes."""
+    if isinstance(name, str) and all(name.split(".")) and name.isprintable() and not set(name) & set('"\\'):
         return name
     raise GraphFormatError(f"{shortened(name)} cannot be the name of a tensor")
 

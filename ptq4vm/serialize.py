@@ -202,7 +202,7 @@ def read_content(data: bytes) -> dict[str, Any]:
         table, body = _split(data)
         text = table.pop("__metadata__", {}).get(KEY)
         if text is None:
-            raise NotPortable("it has no graph: it is not a model that ptq4vm 0.2 or later saved")
+            raise NotPortable("it holds no graph: it is of format version 1, or no model of ptq4vm's")
         content = json.loads(text)
         version = content["format_version"]
         if not isinstance(version, int) or version > FORMAT_VERSION:

@@ -92,7 +92,7 @@ class Raw(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.ModuleDict({"a-a": nn.Linear(8, 8), "by b": nn.Linear(8, 8)}) for _ in "12")
+        self.layers = nn.ModuleList(nn.ModuleDict({"a-{a}'": nn.Linear(8, 8), "by b": nn.Linear(8, 8)}) for _ in "12")
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = ([module(x) for module in layer.values()] for layer in self.layers)

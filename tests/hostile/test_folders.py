@@ -279,7 +279,7 @@ def test_a_save_that_is_killed_leaves_a_whole_model(saved, tmp_path):
         return "used as it is" if any(torch.equal(y, logits) for logits in outputs) else "silent difference"
 
     cases: list[tuple[str, Case]] = [("killed save", functools.partial(killed, seed)) for seed in range(20)]
-    report("saves that are killed", run_all(cases, tmp_path))
+    report("saves that are killed", run_all(cases, tmp_path, seconds=600))
 
 
 CALIBRATION = """
@@ -328,7 +328,7 @@ def test_a_calibration_that_is_killed_goes_on_to_the_same_bytes(tmp_path):
         return "used as it is" if (output / FILES[0]).read_bytes() == wanted else "silent difference"
 
     cases: list[tuple[str, Case]] = [("killed calibration", functools.partial(killed, seed)) for seed in range(20)]
-    report("calibrations that are killed", run_all(cases, tmp_path))
+    report("calibrations that are killed", run_all(cases, tmp_path, seconds=600))
 
 
 # --- places that cannot be written ---

@@ -16,6 +16,7 @@ from damaged_images import KINDS, damaged
 from hostile_outcomes import Case, of_command, report, run_all
 from PIL import Image
 from public_models import create
+from safetensors.torch import save_file
 
 from ptq4vm import cli
 
@@ -141,10 +142,13 @@ def models(root: Path, saved: Path) -> Iterator[tuple[str, list[object]]]:
         copy = shutil.copytree(saved, root / f"saved {content!r}")
         (copy / name).write_bytes(content)
         yield "saved models", ["evaluate", copy, *digits]
+    copy = shutil.copytree(saved, root / "without weights")
+    (copy / "model.safetensors").unlink()
+    yield "saved models", ["inspect", copy]
+    copy = shutil.copytree(saved, root / "weights without a graph")
+    save_file(state, copy / "model.safetensors")
+    yield "saved models", ["inspect", copy]
     for name in ("config.json", "model.safetensors"):
-        copy = shutil.copytree(saved, root / f"without {name}")
-        (copy / name).unlink()
-        yield "saved models", ["inspect", copy]
         copy = shutil.copytree(saved, root / f"half {name}")
         (copy / name).write_bytes((copy / name).read_bytes()[:100])
         yield "saved models", ["benchmark", copy, "--repeats", "1"]

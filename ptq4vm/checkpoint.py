@@ -142,10 +142,11 @@ def _compare_config(path: Path, content: dict[str, Any]) -> None:
     """Refuses a config.json that is of this model and says something else: it was edited, in vain."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        same = config["model_sha256"] == content["sha256"]
+        # one of version 1 is here where a process was killed that replaced it
+        same = (config.get("model_sha256") or config["weights_sha256"]) == content["sha256"]
     except FileNotFoundError:
         return
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} beside it is corrupt ({type(error).__name__}: {error}); delete it") from error
     if not same:
         _log.warning("%s describes another model than %s beside it; it is not read", path, WEIGHTS)

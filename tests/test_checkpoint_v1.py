@@ -1,6 +1,7 @@
 """Folders of format version 1 still load, the old way; a stranger's config.json builds nothing that it should not."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def test_an_old_folder_is_saved_anew_in_the_new_format(folder, expected):
     old = load(folder)
     save(old, folder)
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert torch.equal(load(folder)(expected["images"]), old(expected["images"]))
+
+
+def test_a_process_that_is_killed_while_it_replaces_an_old_folder_leaves_a_model(folder, expected, monkeypatch):
+    old, replace = load(folder), os.replace
+
+    def fail(source, target):
+        if str(target).endswith("config.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("ptq4vm.files.os.replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(old, folder)
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 1
     assert torch.equal(load(folder)(expected["images"]), old(expected["images"]))
 
 

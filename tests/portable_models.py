@@ -60,7 +60,12 @@ class Pair(Tokens):
     def forward(self, x: Tensor, keep: Tensor) -> Any:
         x = torch.where(keep.unsqueeze(-1), x, float("-inf")).softmax(-1).nan_to_num()
         y = self.body(x)
-        return {"maps": Maps(x, [y]), "all": OrderedDict(last=(y, self.head(y))), "classes": self.head(y).argmax(-1)}
+        total = y.sum(-1, dtype=torch.float64)
+        return {
+            "maps": Maps(x, [y]),
+            "all": OrderedDict(last=(total, self.head(y))),
+            "classes": self.head(y).argmax(-1),
+        }
 
 
 class Constants(Tokens):

@@ -465,3 +465,20 @@ def test_models_without_products_stay_as_they_are(small_vim, images):
     gm = capture(small_vim, (images,))
     before = targets(gm)
     assert targets(Pipeline(CANONICALIZE)(gm)) == before
+
+
+class Scores(nn.Module):
+    """An einsum of two activations, which is no linear, before one with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8))
+
+    def forward(self, x):
+        scores = torch.einsum("bld,bmd->blm", x, x).softmax(-1)
+        return torch.einsum("bld,nd->bln", scores @ x, self.weight)
+
+
+def test_an_einsum_of_activations_hides_no_later_linear():
+    gm = Pipeline(CANONICALIZE)(capture(Scores().eval(), (torch.randn(2, 5, 8),)))
+    assert [site.weight for site in find_linears(gm)] == ["weight"]

@@ -241,3 +241,29 @@ def test_trained_models_keep_their_accuracy(name):
         for quantized in (gm, convert(calibrate(prepare(model, (images[0],), NAIVE), images, progress=False))):
             errors.append((quantized(test[0][0]) - logits).norm().item())
         assert errors[0] < 0.5 * errors[1]
+
+
+class Scan(torch.nn.Module):
+    """A scan over (B, L, E) with some of its optional terms."""
+
+    def __init__(self, terms: str) -> None:
+        super().__init__()
+        self.terms = terms
+        self.A, self.D, self.bias = (torch.nn.Parameter(-normal(*shape).abs()) for shape in ((4, 3), (4,), (4,)))
+
+    def forward(self, u):
+        values = {"D": self.D, "z": 2 * u, "B": self.bias}
+        optional = [value if name in self.terms else None for name, value in values.items()]
+        B, C = u[..., :3] + 1, u[..., 1:] - 1
+        return ops.selective_scan(u, u / 2, self.A, B, C, *optional, "softplus" in self.terms)
+
+
+@pytest.mark.parametrize("terms", ["", "D", "z", "B", "softplus", "DzB softplus"])
+def test_a_scan_taken_apart_computes_what_it_did(terms):
+    model, u = Scan(terms).eval(), normal(2, 5, 4, seed=1)
+    gm = expose_operators(canonical_graph(model, (u,)))
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    torch.testing.assert_close(gm(u), model(u), rtol=1e-5, atol=1e-6)
+    (scan,) = gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default)
+    assert scan.args[5:] == (None, None, None, False)

@@ -137,3 +137,12 @@ def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channel
     assert torch.equal(found[0], leaves[0].grad)
     for value, want in ((found[1], leaves[1].grad), (found[3], leaves[2].grad), (found[2], affine and leaves[3].grad)):
         assert want is False or torch.equal(value, want)
+
+
+def test_the_token_that_stays_in_floating_point_is_smoothed_as_the_others_are():
+    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN, kept=1)
+    fake.set_qparams(torch.tensor([0.5, 0.25, 1.0]), torch.zeros(3, dtype=torch.int32))
+    fake.mode = Mode.QUANTIZE
+    x, smooth = normal(2, 3, 4), torch.tensor([0.5, 2.0, 4.0, 1.0])
+    y, wanted = fake(x, smooth), fake(x * smooth)
+    assert torch.equal(y[:, 1], x[:, 1] * smooth) and torch.equal(y, wanted)

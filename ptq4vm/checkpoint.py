@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
+from ptq4vm import checkpoint_v1
 from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph import is_lowered
 from ptq4vm.record import FUSIONS, Stage, record_of
@@ -116,26 +117,24 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
     Example:
         >>> logits = ptq4vm.load("vim-tiny-w8a8")(images)  # doctest: +SKIP
     """
-    folder = Path(folder)
-    for attempt in range(2):
-        data = _read(folder)
-        try:
-            content = read_content(data)
-            _compare_config(folder / CONFIG, content)
-            return assemble(content, data, operators)
-        except NotPortable:
-            from ptq4vm import checkpoint_v1
+    try:
+        return _load(Path(folder), model, operators)
+    except checkpoint_v1.OtherVersionError:  # version 2 took its place between the two files
+        return _load(Path(folder), model, operators)
 
-            try:
-                return checkpoint_v1.load(folder, data, model)
-            except checkpoint_v1.OtherVersionError:  # a file of version 2 took its place meanwhile
-                if attempt:
-                    raise
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {error}; copy the folder again or quantize the model again"
-            ) from error
-    raise AssertionError
+
+def _load(folder: Path, model: nn.Module | None, operators: Sequence[str]) -> GraphModule:
+    data = _read(folder)
+    try:
+        content = read_content(data)
+        _compare_config(folder / CONFIG, content)
+        return assemble(content, data, operators)
+    except NotPortable:
+        return checkpoint_v1.load(folder, data, model)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: {error}; copy the folder again or quantize the model again"
+        ) from error
 
 
 def _compare_config(path: Path, content: dict[str, Any]) -> None:

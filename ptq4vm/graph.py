@@ -249,7 +249,7 @@ _VIEWS = {
 }
 
 
-def attribute(gm: GraphModule, name: str) -> Any:
+def attribute(gm: nn.Module, name: str) -> Any:
     """The parameter, buffer or module at a dotted path."""
     value: Any = gm
     for part in name.split("."):
@@ -257,7 +257,7 @@ def attribute(gm: GraphModule, name: str) -> Any:
     return value
 
 
-def has_attribute(gm: GraphModule, name: str) -> bool:
+def has_attribute(gm: nn.Module, name: str) -> bool:
     try:
         attribute(gm, name)
     except AttributeError:

@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from ptq4vm.graph import RECORDED
+from ptq4vm.graph import RECORDED, attribute, has_attribute
 from ptq4vm.graph_operators import GraphFormatError, check_call, find_operator, operator_name, shortened
 
 BATCH = "batch"
@@ -320,7 +320,7 @@ def _build_node(
         return graph.create_node("placeholder", _identifier(entry["input"], "the name of an input"), name=name)
     if "tensor" in entry:
         path = check_tensor_name(entry["tensor"])
-        if not isinstance(tensor_at(root, path), Tensor):
+        if not (has_attribute(root, path) and isinstance(attribute(root, path), Tensor)):
             raise GraphFormatError(f"there is no tensor {path}")
         return graph.create_node("get_attr", path, name=name)
     called = entry["call"]
@@ -334,20 +334,6 @@ def _build_node(
     }
     check_call(target, called, arguments, options)
     return graph.create_node("call_function", target, tuple(arguments), options, name=name)
-
-
-def tensor_at(root: nn.Module, path: str) -> Any:
-    """The attribute at a dotted path; None where there is none."""
-    value: Any = root
-    for part in path.split("."):
-        held = value.__dict__ if isinstance(value, nn.Module) else {}
-        for place in ("_parameters", "_buffers", "_modules"):
-            if part in held.get(place, {}):
-                value = held[place][part]
-                break
-        else:
-            value = held.get(part)
-    return value
 
 
 def _stack(levels: Any) -> dict[str, tuple[str, str]]:

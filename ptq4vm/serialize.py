@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -23,9 +24,9 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
-from ptq4vm.graph import set_tensor
-from ptq4vm.graph_json import build, check_tensor_name, describe, tensor_at
-from ptq4vm.graph_operators import GraphFormatError
+from ptq4vm.graph import attribute, set_tensor
+from ptq4vm.graph_json import build, check_tensor_name, describe
+from ptq4vm.graph_operators import GraphFormatError, operator_name
 from ptq4vm.record import FUSIONS, LinearRecord, Record, Stage, record_of, set_record
 
 FORMAT_VERSION = 2
@@ -65,8 +66,8 @@ class PortableGraph(GraphModule):
 
 def _foreign_operators(gm: GraphModule) -> tuple[str, ...]:
     """Names of the operators that a file of this graph would not be allowed."""
-    called = {entry["call"] for entry in describe(gm)["nodes"] if "::" in entry.get("call", "")}
-    return tuple(sorted(name for name in called if name.partition("::")[0] not in ("aten", "ptq4vm")))
+    called = {node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return tuple(sorted(operator_name(target) for target in called if target.namespace not in ("aten", "ptq4vm")))
 
 
 # --- writing ---
@@ -96,7 +97,8 @@ def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
     persistent = set(gm.state_dict(keep_vars=True))
-    for name, tensor in _tensors(gm):
+    named = itertools.chain(gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
         check_tensor_name(name)
         value = tensor.detach()
         if isinstance(tensor, nn.Parameter):
@@ -115,20 +117,6 @@ def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]
             value = value.permute(order)
         stored[name] = value.contiguous().cpu().clone()
     return stored, facts
-
-
-def _tensors(gm: GraphModule) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and tensors that are plain attributes but read by the graph."""
-    seen = set()
-    for named in (gm.named_parameters(remove_duplicate=False), gm.named_buffers(remove_duplicate=False)):
-        for name, value in named:
-            seen.add(name)
-            yield name, value
-    for node in gm.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        if name not in seen:
-            seen.add(name)
-            yield name, tensor_at(gm, name)
 
 
 def _dim_order(value: Tensor) -> list[int] | None:
@@ -305,7 +293,7 @@ def check_qparams(gm: GraphModule) -> None:
             if name is None or check is None or (name, check) in checked:
                 continue
             checked.add((name, check))
-            check(name, tensor_at(gm, name))
+            check(name, attribute(gm, name))
 
 
 def _check_scale(name: str, value: Tensor) -> None:

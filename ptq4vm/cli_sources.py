@@ -74,7 +74,7 @@ def _classes(quantized: GraphModule) -> int:
     """How many logits it returns; 0 for a backbone, which has none."""
     import torch
 
-    from ptq4vm.graph import example_inputs
+    from ptq4vm.graph_values import example_inputs
 
     with torch.inference_mode():
         logits = quantized(*example_inputs(quantized, 1))

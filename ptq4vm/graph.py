@@ -293,7 +293,7 @@ class Insertion:
         with self.gm.graph.inserting_before(self.before):
             node = self.gm.graph.get_attr(name)
         mode = _fake_mode(self.gm)
-        node.meta["val"] = value if mode is None else _to_fake(value, mode)
+        node.meta["val"] = value if mode is None else to_fake(value, mode)
         return self._tag(node)
 
     def call(self, target: Any, *args: Any) -> Node:
@@ -325,7 +325,7 @@ def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any
     mode = _fake_mode(gm)
     arguments, options = fx.map_arg((args, kwargs or {}), value)
     with mode, enable_python_dispatcher(), torch.no_grad():  # operators without gradients refuse parameters otherwise
-        return target(*_to_fake(arguments, mode), **_to_fake(options, mode))
+        return target(*to_fake(arguments, mode), **to_fake(options, mode))
 
 
 def propagate(gm: GraphModule) -> GraphModule:
@@ -336,59 +336,6 @@ def propagate(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def example_inputs(gm: GraphModule, batch: int) -> tuple[Any, ...]:
-    """Zeros of the dtypes and shapes that a graph takes; inputs that are no tensors as they were captured."""
-    made = []
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        dtype, shape = (value.dtype, value.shape) if isinstance(value, Tensor) else node.meta.get(RECORDED, (None, ()))
-        sizes = [size if isinstance(size, int) else batch for size in shape]
-        made.append(value if dtype is None else torch.zeros(sizes, dtype=dtype))
-    return tuple(made)
-
-
-RECORDED = "ptq4vm.input"
-"""The key in the meta of a placeholder of a loaded graph: dtype and shape, whose dynamic axes have a name."""
-
-
-def with_values(gm: GraphModule) -> GraphModule:
-    """Every value's type and shape in a graph that was loaded, which has recorded only those of its inputs."""
-    placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if RECORDED in node.meta]
-    if all("val" in node.meta for node in placeholders):
-        return gm
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    device = next((value.device for value in gm.state_dict().values()), torch.device("cpu"))
-    for node in placeholders:
-        dtype, shape = node.meta[RECORDED]
-        node.meta["val"] = _fake_input(dtype, shape, node.name, device, mode)
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            node.meta["val"] = _to_fake(attribute(gm, str(node.target)), mode)
-        elif node.op == "call_function":
-            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
-    return gm
-
-
-_BATCH_HINT = 13
-"""A batch that equals no other size, for values whose shapes are worked out anew."""
-
-
-def _fake_input(dtype: torch.dtype, shape: Sequence[int | str], name: str, device: torch.device, mode: Any) -> Tensor:
-    """An input whose named axes are dynamic, those of one name with one symbol."""
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
-
-    example = torch.empty(
-        [size if isinstance(size, int) else _BATCH_HINT for size in shape], dtype=dtype, device=device
-    )
-    axes = [DimDynamic.STATIC if isinstance(size, int) else DimDynamic.DUCK for size in shape]
-    context: Any = StatelessSymbolicContext(dynamic_sizes=axes)
-    return mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name))
-
-
 def follow_device(gm: GraphModule) -> GraphModule:
     """What is recorded of values, where the model was moved to another device since."""
     mode = _fake_mode(gm)
@@ -397,7 +344,7 @@ def follow_device(gm: GraphModule) -> GraphModule:
     if mode is None or all(value.device == constants[node].device for node, value in recorded.items()):
         return gm
     for node in recorded:
-        node.meta["val"] = _to_fake(constants[node], mode)
+        node.meta["val"] = to_fake(constants[node], mode)
     device = next(iter(gm.state_dict().values())).device
     for node in gm.graph.find_nodes(op="placeholder"):
         if isinstance(value := node.meta.get("val"), Tensor):
@@ -411,7 +358,9 @@ def _fake_mode(gm: GraphModule) -> Any:
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
 
 
-def _to_fake(values: Any, mode: Any) -> Any:
+def to_fake(values: Any, mode: Any) -> Any:
+    """The same values, tensors as those of a fake mode, with their shapes fixed."""
+
     def convert(value: Any) -> Any:
         real = isinstance(value, Tensor) and not hasattr(value, "fake_mode")
         return mode.from_tensor(value, static_shapes=True) if real else value

@@ -25,8 +25,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from ptq4vm.graph import RECORDED, attribute, has_attribute
+from ptq4vm.graph import attribute, has_attribute
 from ptq4vm.graph_operators import GraphFormatError, check_call, find_operator, operator_name, shortened
+from ptq4vm.graph_values import RECORDED
 
 BATCH = "batch"
 """The size of an input's first axis in `inputs`."""
@@ -263,8 +264,8 @@ def build(description: Any, root: nn.Module, operators: Collection[str] = ()) ->
 
     `operators` are allowed besides ours and aten's.
 
-    Of values only the inputs' dtypes and shapes are recorded, from which `ptq4vm.graph.with_values` works out the
-    others. Raises GraphFormatError.
+    Of values only the inputs' dtypes and shapes are recorded; `graph_values.with_values` works out the others.
+    Raises GraphFormatError.
     """
     with _refusing(description):
         return _build(description, root, frozenset(operators))

@@ -18,7 +18,8 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from ptq4vm import native
-from ptq4vm.graph import Pipeline, example_inputs, finish, set_tensor
+from ptq4vm.graph import Pipeline, finish, set_tensor
+from ptq4vm.graph_values import example_inputs
 from ptq4vm.passes.fuse import fuse
 from ptq4vm.passes.lower import lower
 from ptq4vm.pipeline import converted_graph

@@ -21,7 +21,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph import Insertion, Pipeline, aten, follow_device, with_values
+from ptq4vm.graph import Insertion, Pipeline, aten, follow_device
+from ptq4vm.graph_values import with_values
 from ptq4vm.passes.fold import drop_unused_tensors, fold_constants
 from ptq4vm.passes.fuse_scans import fuse_scans
 from ptq4vm.passes.halve import halve

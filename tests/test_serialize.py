@@ -241,6 +241,19 @@ def test_any_edit_of_the_bytes_is_refused_or_without_effect(small, seed):
     assert torch.equal(loaded(*inputs), outputs)
 
 
+def test_every_bit_of_the_tensors_and_every_fact_of_the_graph_is_verified(small):
+    data, _, _ = small
+    body = 8 + int.from_bytes(data[:8], "little")
+    places = [body, len(data) - 1, *range(body, len(data), max(1, (len(data) - body) // 20))]
+    edits = [data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :] for place in places]
+    for fact, other in ((rb"aten::mul.Tensor", rb"aten::add.Tensor"), (rb"aten::tanh.default", rb"aten::sinh.default")):
+        assert fact in data
+        edits.append(data.replace(fact, other, 1))
+    for edited in edits:
+        with pytest.raises(CheckpointError, match="its SHA-256 differs"):
+            loads(edited)
+
+
 def first_call(content):
     return next(entry for entry in content["graph"]["nodes"] if "call" in entry)
 

@@ -10,15 +10,14 @@ import argparse
 import contextlib
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ptq4vm import __version__, cli_inspect
+from ptq4vm.cli_endings import INTERRUPTED, TERMINATED, Terminated, interrupted_text, message_of, terminable
 from ptq4vm.cli_sources import (
     RANDOM,
     check_ema,
@@ -44,14 +43,8 @@ PRESETS = (
     "w8a8, w6a6, w4a4, or a recipe with its bits: best4, ptq4vm4, ptq4vm_released4, pts+truncation4, pts4, "
     "per_token_dynamic4, per_tensor4, smoothquant4, minmax4, kscaled8, kscaled_linears8, state8, ptq4vm+state8"
 )
-INTERRUPTED, TERMINATED = 130, 143
-"""128 + SIGINT and 128 + SIGTERM, as shells report them."""
 LARGEST = 2**31 - 1
 """Of a count on the command line."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came, and ends the command as SIGINT does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     _prepare_streams()
     args = _parser().parse_args(argv)
     try:
-        with _terminable(), contextlib.redirect_stdout(sys.stderr):
+        with terminable(), contextlib.redirect_stdout(sys.stderr):
             outcome = args.command(args)
     except KeyboardInterrupt as stop:
-        _complain(_interrupted(args))
+        _complain(interrupted_text(args))
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except Exception as error:
-        message = _message(error, args)
+        message = message_of(error, args)
         if message is None:
             raise
         _complain(f"error: {message}")
@@ -89,23 +82,6 @@ def _prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM raises `Terminated`; only the main thread may say so."""
-
-    def stop(number: int, frame: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _complain(text: str) -> None:
@@ -130,41 +106,6 @@ def _show(outcome: Outcome, as_json: bool) -> int:
         _complain(f"error: the result cannot be written to standard output: {error}")
         return 1
     return outcome.code
-
-
-def _message(error: Exception, args: argparse.Namespace) -> str | None:
-    """All there is to say of what a user or the machine caused; None for our mistakes, which keep their traceback."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or re.search(MEMORY, text):
-        return f"out of memory ({text}); take fewer images at once, or a machine with more"
-    if isinstance(error, RuntimeError) and not _is_expected(error, text):
-        return None
-    if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and type(error).__name__ not in READERS:
-        return None
-    files = [getattr(args, name, None) for name in ("output", "resume_dir", "csv", "picture")]
-    where = [str(file) for file in files if file is not None]
-    unnamed = re.search(FULL, text) and not any(file in text for file in where)
-    return f"{text}; it was writing {' or '.join(where)}" if unnamed and where else text
-
-
-MEMORY = r"(?i)out of memory|can't allocate memory|cannot allocate memory|not enough memory|unable to allocate"
-FULL = r"(?i)no space left|disk quota|file too large|PytorchStreamWriter failed|read-only file system"
-READERS = ("SafetensorError", "UnpicklingError", "BadZipFile", "EOFError", "RecursionError")
-"""What readers and writers of files raise beside OSError; the packages are not imported to tell."""
-
-
-def _is_expected(error: RuntimeError, text: str) -> bool:
-    from ptq4vm.graph import CaptureError
-
-    return isinstance(error, (CaptureError, RecursionError)) or bool(re.search(rf"{FULL}|C\+\+ compiler", text))
-
-
-def _interrupted(args: argparse.Namespace) -> str:
-    if "resume_dir" not in args:
-        return "interrupted"
-    if args.resume_dir is None:
-        return "interrupted; nothing is kept (with --resume-dir finished blocks would be)"
-    return f"interrupted; finished blocks are kept in {args.resume_dir}: the same command continues there"
 
 
 def quantize(args: argparse.Namespace) -> Outcome:

@@ -65,6 +65,8 @@ def test_what_is_loaded_is_what_was_saved(name):
         assert equal(loaded(*some), quantized(*some))
     have, want = loaded.state_dict(), quantized.state_dict()
     assert have.keys() == want.keys() and all(torch.equal(have[key], want[key]) for key in want)
+    # layouts decide which kernels run, and so the last bits
+    assert {key: value.stride() for key, value in have.items()} == {key: value.stride() for key, value in want.items()}
     assert record_of(loaded) == record_of(quantized)
     assert not any(value.requires_grad for value in loaded.parameters())
     assert str(loaded.graph) == str(quantized.graph)
@@ -99,6 +101,12 @@ def test_every_recipe_comes_back(roads, images, recipe):
 def test_every_option_at_once_comes_back(roads, images):
     quantized = convert(roads.calibrated(EVERYTHING))
     assert torch.equal(loads(dumps(quantized))(images), quantized(images))
+
+
+def test_weights_lie_in_memory_as_they_lay():
+    quantized, _ = quantized_model("picture")
+    weight = attribute(loads(dumps(quantized)), "stem.weight")
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_tensors_in_two_places_are_stored_once_and_stay_one():

@@ -17,14 +17,15 @@ import torch
 from torch import fx
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import QuantConfig, native, ops, prepare, reference
+from ptq4vm import QuantConfig, ops, prepare, reference
+from ptq4vm.backend import native
 from ptq4vm.config import Learning
-from ptq4vm.fake_quantize import Mode
-from ptq4vm.passes.calibrate import calibrate_blocks
-from ptq4vm.passes.cut import Part, cut
-from ptq4vm.passes.learn import learn_block
-from ptq4vm.quantizer import QuantizedLinear, quantized_linears
-from ptq4vm.record import prepared_record
+from ptq4vm.graph.partition import Part, cut
+from ptq4vm.metadata import prepared_record
+from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
+from ptq4vm.passes.calibrate.jlss import learn_block
+from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
+from ptq4vm.quantizers import Mode
 
 
 def in_pytorch(forward, backward) -> type[torch.autograd.Function]:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.benchmark.plain import EXPORTED, LOOP, replace_ops
-from ptq4vm.graph import Pipeline, aten, capture
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.capture import capture
+from ptq4vm.graph.insert import aten
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.passes.lower.fuse import fuse
+from ptq4vm.passes.lower.pipeline import converted_graph
 
 Call = Callable[[Tensor], Any]
 

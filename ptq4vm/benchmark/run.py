@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network, build, check_kind
 from ptq4vm.benchmark.layers import Category, Layer, is_known, profile, totals
 from ptq4vm.benchmark.memory import Peak, measure
 from ptq4vm.benchmark.picture import check_picture, draw
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
 from ptq4vm.checkpoint import WEIGHTS, save
-from ptq4vm.graph import Pipeline, capture
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.capture import capture
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.passes.lower.fuse import fuse
+from ptq4vm.passes.lower.pipeline import converted_graph
 from ptq4vm.report import table
 
 __all__ = ["Findings", "Plan", "Setting", "check_picture", "run"]

@@ -11,7 +11,7 @@ from ptq4vm.config import Granularity, Outputs, State
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.sites import find_linears
 from ptq4vm.metadata import record_of
-from ptq4vm.passes.prepare.decompose import expose_operators, output_sites, read_site
+from ptq4vm.passes.prepare.decompose import decompose_fused_ops, output_sites, read_site
 from ptq4vm.passes.prepare.pipeline import canonical_graph
 from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
 from ptq4vm.quantizers import Mode
@@ -30,7 +30,7 @@ def exposed(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
-    return model, x, expose_operators(canonical_graph(model, (x,)))
+    return model, x, decompose_fused_ops(canonical_graph(model, (x,)))
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
     """Rounded once: what a linear's input gives is what it was given."""
     outputs = {output.name: output.fake for output in quantized_outputs(kscaled)}
     followers = 0
-    for linear in quantized_linears(kscaled, [fact.name for fact in record_of(kscaled).linears]):
+    for linear in quantized_linears(kscaled):
         source = outputs.get(linear.input.follows)
         if source is None:
             continue
@@ -262,7 +262,7 @@ class Scan(torch.nn.Module):
 @pytest.mark.parametrize("terms", ["", "D", "z", "B", "softplus", "DzB softplus"])
 def test_a_scan_taken_apart_computes_what_it_did(terms):
     model, u = Scan(terms).eval(), normal(2, 5, 4, seed=1)
-    gm = expose_operators(canonical_graph(model, (u,)))
+    gm = decompose_fused_ops(canonical_graph(model, (u,)))
     gm.graph.eliminate_dead_code()
     gm.recompile()
     torch.testing.assert_close(gm(u), model(u), rtol=1e-5, atol=1e-6)

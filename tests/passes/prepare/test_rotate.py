@@ -7,7 +7,7 @@ from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline, finish
+from ptq4vm.graph.pipeline import Pipeline, clean_up
 from ptq4vm.graph.sites import find_linears
 from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
 from ptq4vm.passes.prepare.rotate import insert_rotation
@@ -68,7 +68,7 @@ def test_the_function_stays(width):
     torch.manual_seed(0)
     model, x = Mlp(width).eval(), normal(3, 5, 8)
     gm = canonical(model, x)
-    gm = finish(insert_rotation(gm, find_linears(gm)))
+    gm = clean_up(insert_rotation(gm, find_linears(gm)))
     assert torch.allclose(gm(x), model(x), atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_every_channel_meets_every_other():
     """One large channel of W comes to all of W R, and to each by a like amount."""
     gm = canonical(Mlp(80), normal(2, 5, 8))
     down = next(site.node for site in find_linears(gm) if site.name == "down")
-    gm = finish(insert_rotation(gm, find_linears(gm)))
+    gm = clean_up(insert_rotation(gm, find_linears(gm)))
     with torch.no_grad():
         gm.get_parameter("down.weight").copy_(torch.eye(8, 80))
         rows = constant(gm, down.args[1])
@@ -93,7 +93,7 @@ def test_smoothing_before_the_rotation_keeps_the_function():
     torch.manual_seed(0)
     model, x = Mlp(80).eval(), normal(3, 5, 8)
     prepared = prepare(model, (x,), QuantConfig(rotation=True))
-    linears = quantized_linears(prepared, ["up", "gate", "down"])
+    linears = quantized_linears(prepared)
     assert [linear.rotated for linear in linears] == [False, False, True]
 
     def seen() -> torch.Tensor:

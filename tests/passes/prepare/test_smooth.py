@@ -7,7 +7,7 @@ from hypothesis import given
 from torch import nn
 
 from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline, finish
+from ptq4vm.graph.pipeline import Pipeline, clean_up
 from ptq4vm.graph.sites import find_linears
 from ptq4vm.passes.calibrate.ranges import _root_mean_square
 from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
@@ -22,7 +22,7 @@ def canonical(model: nn.Module, x: torch.Tensor):
 
 def smoothed(model: nn.Module, x: torch.Tensor):
     gm = canonical(model, x)
-    return finish(insert_smoothing(gm, find_linears(gm)))
+    return clean_up(insert_smoothing(gm, find_linears(gm)))
 
 
 class Two(nn.Module):
@@ -54,7 +54,7 @@ def without_exp(x):
     gm = smoothed(Two(), x)
     for node in gm.graph.find_nodes(op="call_function", target=aten.exp.default):
         node.replace_all_uses_with(node.args[0])
-    return finish(gm)
+    return clean_up(gm)
 
 
 @given(seed=seeds)
@@ -86,13 +86,13 @@ def test_folding_keeps_the_function_and_leaves_one_constant(x):
         if name.endswith("log_smooth"):
             parameter.data = torch.linspace(-1, 1, len(parameter)) + i
     before = gm(x)
-    folded = finish(fold_smoothing(gm))
+    folded = clean_up(fold_smoothing(gm))
     assert torch.equal(folded(x), before)
     assert not folded.graph.find_nodes(op="call_function", target=aten.reciprocal.default)
     want = folded.get_parameter("first.log_smooth").exp().reciprocal()
     assert torch.equal(folded.get_buffer("first.inv_smooth"), want)
     code = folded.code
-    assert finish(fold_smoothing(folded)).code == code
+    assert clean_up(fold_smoothing(folded)).code == code
 
 
 def test_folding_leaves_other_reciprocals_alone():
@@ -103,7 +103,7 @@ def test_folding_leaves_other_reciprocals_alone():
     x = torch.ones(2, 3)
     gm = capture(Inverse(), (x,))
     code = gm.code
-    assert finish(fold_smoothing(gm)).code == code
+    assert clean_up(fold_smoothing(gm)).code == code
 
 
 # --- SmoothQuant's vector ---

@@ -42,9 +42,10 @@ from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantCon
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
+from ptq4vm.graph.capture import capture
 from ptq4vm.metadata import record_of
 from ptq4vm.models.outliers import harden
-from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
+from ptq4vm.passes.prepare.pipeline import prepare_captured
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
@@ -121,7 +122,7 @@ class Subject:
             test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
         self.test = list(loader(test, 250))
         self.example = (self.test[0][0][:2],)
-        self.graph = canonical_graph(self.model, self.example)
+        self.graph = capture(self.model, self.example)
         self.logits = predictions(self.model, self.test)
         targets = torch.cat([classes for _, classes in self.test])
         self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
@@ -132,7 +133,7 @@ class Subject:
     def row(self, config: QuantConfig, images: int) -> dict[str, Any]:
         """What quantizing with this config gives."""
         batches = calibration_batches(self.train, images, 32, config.seed)
-        prepared = prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
+        prepared = prepare_captured(copy.deepcopy(self.graph), self.model, self.example, config)
         started = time.perf_counter()
         ptq4vm.calibrate(prepared, batches, progress=False)
         seconds = time.perf_counter() - started

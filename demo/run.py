@@ -28,8 +28,9 @@ from ptq4vm.backend import native
 from ptq4vm.config import Learning, QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
+from ptq4vm.graph.capture import capture
 from ptq4vm.inspection.phenomena import Phenomena, observe
-from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
+from ptq4vm.passes.prepare.pipeline import prepare_captured
 
 MODELS = {"plain": "vim_nano_patch4_32.digits", "hard": "vim_nano_patch4_32.digits_hard"}
 SHORT, FULL = {8: 4, 6: 8, 4: 16}, {8: 10, 6: 50, 4: 100}
@@ -75,7 +76,7 @@ class Subject:
         self.train = open_dataset("digits", "train", transform)
         self.test = list(loader(open_dataset("digits", "test", transform), 150))
         self.example = (self.test[0][0][:2],)
-        self.graph = canonical_graph(self.model, self.example)
+        self.graph = capture(self.model, self.example)
         self.logits = predictions(self.model, self.test)
 
     def evaluate(self, module: nn.Module) -> Any:
@@ -83,7 +84,7 @@ class Subject:
 
     def prepared(self, config: QuantConfig) -> GraphModule:
         """As `ptq4vm.prepare`, from a graph that is captured once."""
-        return prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
+        return prepare_captured(copy.deepcopy(self.graph), self.model, self.example, config)
 
     def calibration(self, seed: int) -> list[torch.Tensor]:
         return calibration_batches(self.train, IMAGES, 32, seed)

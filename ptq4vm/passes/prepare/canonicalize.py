@@ -15,7 +15,9 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import Insertion, aten
+from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.sites import on_tokens
+from ptq4vm.graph.verify import GraphStage
 from ptq4vm.graph.views import parameter_of, scope
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
 
@@ -126,7 +128,10 @@ def linears_on_tokens(gm: GraphModule) -> GraphModule:
     return gm
 
 
-CANONICALIZE = (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens, own_weights, unshare_weights)
+canonicalize = Pipeline(
+    GraphStage.CAPTURED,
+    (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens, own_weights, unshare_weights),
+)
 """In this order: three passes make linears, on any number of axes, one their tokens, and two their weights."""
 
 

@@ -15,7 +15,7 @@ from ptq4vm.graph.verify import GraphStage
 from ptq4vm.metadata import LinearRecord, Record, architecture_of, set_record
 from ptq4vm.passes.prepare.annotate import InsertFakeQuantizers
 from ptq4vm.passes.prepare.bias_correction import insert_corrections
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
+from ptq4vm.passes.prepare.canonicalize import canonicalize
 from ptq4vm.passes.prepare.decompose import decompose_fused_ops
 from ptq4vm.passes.prepare.reparameterize import InsertFactors
 from ptq4vm.passes.prepare.rotate import insert_rotation
@@ -32,10 +32,11 @@ def preparation_pipeline(config: QuantConfig) -> Pipeline:
       captured
         matmul_to_linear
         ...
+        SelectSites()
         insert_smoothing
-      InsertFakeQuantizers(...)
+      InsertFakeQuantizers()
     """
-    passes: list[Pass] = [*CANONICALIZE]
+    passes: list[Pass] = [*canonicalize.passes]
     if config.outputs is not None:
         passes += [decompose_fused_ops]
     passes += [SelectSites(config)]

@@ -2,27 +2,22 @@
 
 import pytest
 import torch
+from helpers.graphs import canonical, passed
 from helpers.strategies import integers, normal, powers_of_two, seeds
 from hypothesis import given
 from torch import nn
 
 from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline, clean_up
-from ptq4vm.graph.sites import find_linears
+from ptq4vm.graph.pipeline import clean_up
+from ptq4vm.graph.sites import LinearSite, find_linears, sites_of
 from ptq4vm.passes.calibrate.ranges import _root_mean_square
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
 from ptq4vm.passes.prepare.smooth import fold_smoothing, insert_smoothing, smoothing_scale
 
 aten = torch.ops.aten
 
 
-def canonical(model: nn.Module, x: torch.Tensor):
-    return Pipeline(CANONICALIZE)(capture(model, (x,)))
-
-
 def smoothed(model: nn.Module, x: torch.Tensor):
-    gm = canonical(model, x)
-    return clean_up(insert_smoothing(gm, find_linears(gm)))
+    return passed(insert_smoothing, model, x)
 
 
 class Two(nn.Module):
@@ -69,7 +64,10 @@ def test_powers_of_two_change_nothing(without_exp, seed):
 def test_one_parameter_a_linear_that_does_not_learn_yet(small_vim, images):
     gm = smoothed(small_vim, images)
     names = [name for name, _ in gm.named_parameters() if name.endswith(".log_smooth")]
-    assert sorted(names) == sorted(f"{site.name}.log_smooth" for site in find_linears(canonical(small_vim, images)))
+    assert sorted(names) == sorted(
+        f"{site.name}.log_smooth" for site in find_linears(canonical(small_vim, images)).values()
+    )
+    assert sorted(names) == sorted(site.log_smooth for site in sites_of(gm, LinearSite).values())
     assert not any(gm.get_parameter(name).requires_grad for name in names)
 
 

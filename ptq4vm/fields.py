@@ -26,7 +26,7 @@ class Checked:
     """Begins the names of fields in messages, as in `learning.epochs`."""
 
     def __post_init__(self) -> None:
-        for name, check in _checks(type(self)).items():
+        for name, check in _checks(type(self)).items():  # type: ignore[arg-type]  # a class has a hash
             dotted = f"{self.section}.{name}".lstrip(".")
             object.__setattr__(self, name, check(dotted, getattr(self, name)))
         self._check_together()

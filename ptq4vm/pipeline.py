@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph import Pipeline, capture, find_linears, finish
 from ptq4vm.passes.canonicalize import CANONICALIZE
 from ptq4vm.passes.class_token import class_tokens
@@ -36,6 +36,7 @@ from ptq4vm.quantizer import (
 )
 from ptq4vm.record import LinearRecord, Record, Stage, architecture_of, record_of, set_record
 from ptq4vm.serialize import PortableGraph
+from ptq4vm.specs import Granularity
 
 
 def _fold_found(gm: GraphModule) -> GraphModule:
@@ -101,7 +102,7 @@ def find_sites(gm: GraphModule, config: QuantConfig) -> Sites:
 
 def _is_smoothed(config: QuantConfig, source: OutputSite | None) -> bool:
     """Whether the channels of a linear's input are divided by a vector, that of smoothing or of step sizes."""
-    vector = config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL
+    vector = config.smoothing is not None or config.activations.granularity is Granularity.K_SCALED_CHANNEL
     return vector and source is None
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.config import Granularity, QuantConfig, QuantSpec, Scheme, State, matches
+from ptq4vm.config import QuantConfig, matches
 from ptq4vm.fake_quantize import (
     ActivationFakeQuantize,
     OutputFakeQuantize,
@@ -22,6 +22,7 @@ from ptq4vm.fake_quantize import (
     quiet_import,
 )
 from ptq4vm.graph import LinearSite, attribute, find_linears, finish
+from ptq4vm.specs import Granularity, IntegerRange, StateQuantization
 
 with quiet_import():
     import torchao.utils
@@ -118,7 +119,7 @@ class TokenQuantizer(Quantizer):
         self.class_tokens = sites.class_tokens
         self.outputs = {site.node.name: site for site in sites.outputs}
         self.convolutions = {node.name for node in sites.convolutions.values()}
-        self.specs: dict[tuple[type, QuantSpec, int | None], QuantizationSpec] = {}
+        self.specs: dict[tuple[type, IntegerRange, int | None], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node in model.graph.nodes:
@@ -129,7 +130,7 @@ class TokenQuantizer(Quantizer):
                 inputs[node.args[1]] = self._spec(WeightFakeQuantize, self.config.weight(name))
             elif node.name in self.convolutions:
                 assert self.config.outputs is not None
-                spec = QuantSpec(bits=self.config.outputs.bits, scheme=Scheme.SYMMETRIC)
+                spec = IntegerRange(bits=self.config.outputs.bits, narrow_range=True)
                 inputs[node.args[1]] = self._spec(WeightFakeQuantize, spec)
             output = self._output(self.outputs[node.name]) if node.name in self.outputs else None
             if inputs or output:
@@ -138,16 +139,16 @@ class TokenQuantizer(Quantizer):
                 )
         return model
 
-    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
+    def _spec(self, kind: Any, spec: IntegerRange, kept: int | None = None) -> QuantizationSpec:
         """One object for equal ones: linears that read one input then share its fake-quantizer."""
         if (kind, spec, kept) not in self.specs:
-            make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
+            make = kind.with_args(spec=spec, granularity=self.config.activations.granularity, kept=kept)
             self.specs[kind, spec, kept] = _specification(spec, make)
         return self.specs[kind, spec, kept]
 
     def _output(self, site: OutputSite) -> QuantizationSpec:
         assert self.config.outputs is not None
-        spec = self.config.outputs.spec
+        spec = IntegerRange(bits=self.config.outputs.bits, narrow_range=False)
         two = site.power_of_two and self.config.power_of_two
         make = OutputFakeQuantize.with_args(spec=spec, granularity=site.granularity, axis=site.axis, power_of_two=two)
         return _specification(spec, make)
@@ -166,7 +167,7 @@ def _groups(linears: Sequence[LinearSite]) -> dict[str, str | None]:
     return {site.name: site.name if site.block is None else f"block {site.block}" for site in linears}
 
 
-def _specification(spec: QuantSpec, make: Any) -> QuantizationSpec:
+def _specification(spec: IntegerRange, make: Any) -> QuantizationSpec:
     low, high = spec.bounds
     return QuantizationSpec(dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high)
 
@@ -256,7 +257,7 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
     torchao makes one for all that read a value, and takes that of an output for the linears that read it as it is.
     """
     names, groups = {site.node.name: site.name for site in sites.linears}, _groups(sites.linears)
-    made: dict[tuple[Node, QuantSpec, int | None, str | None], Node] = {}
+    made: dict[tuple[Node, IntegerRange, int | None, str | None], Node] = {}
     for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
         if node.name not in names:
             continue
@@ -270,18 +271,18 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig, sites: Sites) -> None:
 
 
 def _input(
-    gm: GraphModule, linear: Node, source: Node, like: Node, config: QuantConfig, spec: QuantSpec, kept: int | None
+    gm: GraphModule, linear: Node, source: Node, like: Node, config: QuantConfig, spec: IntegerRange, kept: int | None
 ) -> Node:
     target = f"{linear.name}_input"
-    gm.add_submodule(target, ActivationFakeQuantize(spec, config.granularity, kept))
+    gm.add_submodule(target, ActivationFakeQuantize(spec, config.activations.granularity, kept))
     with gm.graph.inserting_before(linear):
         node = gm.graph.call_module(target, (source,))
     node.meta.update(like.meta)
     return node
 
 
-def _insert_state(gm: GraphModule, node: Node, name: str, state: State) -> None:
-    fake = ScanFakeQuantize(QuantSpec(bits=state.bits, scheme=Scheme.AFFINE))
+def _insert_state(gm: GraphModule, node: Node, name: str, state: StateQuantization) -> None:
+    fake = ScanFakeQuantize(IntegerRange(bits=state.bits, narrow_range=False))
     fake.name = name
     target = f"{node.name}_state"
     gm.add_submodule(target, fake)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from ptq4vm.config import Loss, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.passes.cut import Part, cut
 from ptq4vm.passes.gptq import Moments, best_ridge, compensated_weight, gptq_codes
@@ -24,6 +24,7 @@ from ptq4vm.passes.members import Members, Seen, members_of, run_part
 from ptq4vm.passes.ranges import correct_biases, set_ranges, set_states
 from ptq4vm.passes.resume import Finished, finished_blocks
 from ptq4vm.quantizer import QuantizedLinear
+from ptq4vm.specs import Loss
 
 
 def mirrored(images: Values) -> Values:

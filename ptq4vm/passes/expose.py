@@ -11,12 +11,12 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.config import Granularity
 from ptq4vm.graph import Insertion, LinearSite, aten, parameter_of, scope
 from ptq4vm.passes.patterns import swap
 from ptq4vm.passes.rotate import writes_stream
 from ptq4vm.passes.tokens import channels_first, moves_tokens
 from ptq4vm.quantizer import CONVOLUTIONS, OutputSite, ScanSite
+from ptq4vm.specs import Granularity
 
 
 def expose_operators(gm: GraphModule) -> GraphModule:

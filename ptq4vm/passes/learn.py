@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ptq4vm.config import Learning, Loss, matches
+from ptq4vm.config import matches
 from ptq4vm.fake_quantize import constant
 from ptq4vm.graph import finish as finish_graph
 from ptq4vm.passes.cut import Part
 from ptq4vm.passes.smooth import merge_smoothing
 from ptq4vm.quantizer import QuantizedLinear
+from ptq4vm.specs import Learning, Loss
 
 Values = dict[str, Tensor]
 

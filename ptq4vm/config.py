@@ -1,4 +1,4 @@
-"""What the user asks for: frozen, validated, and the same after a round trip through JSON."""
+"""The user's choices: frozen, validated, and the same after a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ptq4vm.specs import (
 )
 
 FORMAT_VERSION = 2
-"""Of the mapping that `to_dict` returns; version 1 had flat keys, see `ptq4vm.config_v1`."""
+"""The layout of what `to_dict` returns; version 1 had flat keys, see `ptq4vm.config_v1`."""
 
 Fraction = Annotated[float, real(lambda value: 0 <= value <= 1, "None or in [0, 1]")]
 Seed = Annotated[int, integer(lambda value: 0 <= value < 2**63, "a non-negative integer of 63 bits")]
@@ -38,9 +38,12 @@ def _range_search(name: str, value: Any) -> enum.StrEnum:
     return member(RangeSearch, name, value)
 
 
+Search = Annotated[RangeSearch, _range_search]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig(Checked):
-    """One recipe: `prepare` reads the granularity and the bits, `calibrate` the rest.
+    """How a model is quantized: `prepare` reads the granularity and the bits, `calibrate` the rest.
 
     Enums may be given by their values, and sections (`weights`, `activations`, `learning`, …) as mappings.
 
@@ -82,7 +85,7 @@ class QuantConfig(Checked):
     activations: ActivationSpec = field(default=ActivationSpec())
     power_of_two: bool = True
     smoothing: Fraction | None = 0.5
-    range_search: Annotated[RangeSearch, _range_search] = RangeSearch.SQUARED_ERROR
+    range_search: Search = RangeSearch.SQUARED_ERROR
     rotation: bool = False
     gptq: bool = False
     learning: Learning | None = None

@@ -1,8 +1,8 @@
 """Frozen dataclasses that check themselves: what a field takes is declared by its type, or by a check beside it.
 
-Bits = Annotated[int, whole(2, 8)]  # a check of its own
-factors: Factors | None = None      # a member of the enum, its value, or None
-learning: Learning | None = None    # another such dataclass, a mapping of its fields, or None
+bits: Annotated[int, whole(2, 8)] = 8   # a check of its own
+factors: Factors | None = None          # a member of the enum, its value, or None
+learning: Learning | None = None        # another such dataclass, a mapping of its fields, or None
 """
 
 from __future__ import annotations

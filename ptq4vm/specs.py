@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from ptq4vm.fields import Checked, integer, patterns, real, whole
 
 Bits = Annotated[int, whole(2, 8)]
+Clusters = Annotated[int, whole(1, 256)]
 Count = Annotated[int, integer(lambda value: value >= 1, "at least 1")]
 Epochs = Annotated[int, integer(lambda value: value >= 1, "at least 1; for no learning use learning=None")]
 Patterns = Annotated[tuple[str, ...], patterns]
@@ -30,8 +31,8 @@ class Granularity(enum.StrEnum):
     """As many static scales as there are `clusters` of token positions of like magnitude: x (B, L, D), scale (L,) with
     K values (k-scaled paper)."""
     K_SCALED_CHANNEL = "k_scaled_channel"
-    """The same of channels: x (B, L, D), scale (D,) with K values. At run time x is multiplied by a vector, as
-    smoothing does, and W by its inverse."""
+    """As many static scales as there are clusters of channels: x (B, L, D), scale (D,) with K values. At run time x is
+    multiplied by a vector, as smoothing does, and W by its inverse."""
 
     @property
     def static_per_token(self) -> bool:
@@ -61,11 +62,11 @@ class RangeSearch(enum.StrEnum):
     SQUARED_ERROR = "squared_error"
     """The truncation with the least squared error (PTQ4VM section 4.3, stage 2)."""
     RELEASED = "released"
-    """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
+    """The search of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
 
 
 class Loss(enum.StrEnum):
-    """What learning makes small: the distance of a block's output from that in floating point."""
+    """The distance of a block's output from that in floating point, which learning makes small."""
 
     COSINE = "cosine"
     """1 - cosine similarity of each token's channels (PTQ4VM eq. 9)."""
@@ -75,7 +76,7 @@ class Loss(enum.StrEnum):
 
 
 class Factors(enum.StrEnum):
-    """What the hidden state is divided by, found from the states h of the calibration images."""
+    """The numbers that the hidden state is divided by, found from the states h of the calibration images."""
 
     MAXIMA = "maxima"
     """r_C = max|h| of each channel, and r_D that of each state of what remains."""
@@ -145,7 +146,7 @@ class ActivationSpec(Checked):
     bits: Bits = 8
     granularity: Granularity = Granularity.PER_TOKEN
     symmetric: bool = False
-    clusters: Annotated[int, whole(1, 256)] = 4
+    clusters: Clusters = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +161,7 @@ class Learning(Checked):
         epochs: passes over the calibration images, for each block.
         scale_rate: relative change, per optimizer step, of the activation and weight scales.
         smooth_rate: relative change, per optimizer step, of the smoothing scales.
-        loss: what is made small.
+        loss: the distance that is made small.
         batch_size: images in one optimizer step.
         only: shell patterns of the linears that learn, such as `*.in_proj`; none for all.
 

@@ -84,5 +84,6 @@ print(json.dumps([before, timm.list_models("vim_*"), [name for name in ours if "
     sizes = ("base_patch16_224", "nano_patch4_32", "small_patch16_224", "tiny_patch16_224")
     assert set(after) >= {f"vim_{size}" for size in sizes}
     assert set(other) <= {
-        f"ptq4vm.{name}" for name in ("ops", "native", "fused", "arguments", "reference", "config", "triton_kernels")
+        f"ptq4vm.{name}"
+        for name in ("ops", "native", "fused", "arguments", "reference", "specs", "fields", "triton_kernels")
     }

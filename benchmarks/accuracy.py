@@ -8,7 +8,7 @@
 Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
 so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. A row says the commit, the
 torch, the kernels and the date it was measured with; a row of another number of test images is another row. Names of
-recipes are those of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out,
+recipes are those of `ptq4vm.recipes.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out,
 `best+…` adds one. Rows of ablations that are gone, since they did not help, stay in the table.
 """
 
@@ -25,7 +25,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import ptq4vm
 import ptq4vm.models
 from ptq4vm.backend import native
-from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantConfig, State
+from ptq4vm.config import QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
@@ -46,6 +46,7 @@ from ptq4vm.graph.capture import capture
 from ptq4vm.metadata import record_of
 from ptq4vm.models.outliers import harden
 from ptq4vm.passes.prepare.pipeline import prepare_captured
+from ptq4vm.recipes import RECIPES
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
@@ -57,40 +58,26 @@ KSCALED = ("state_naive", "state", "kscaled_naive", "kscaled_linears", "kscaled"
 LADDER = tuple(name for name in RECIPES if name not in ("best", *KSCALED))
 
 
-def learns(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
-    """A recipe with a part of its learning changed."""
-
-    def change(config: QuantConfig) -> QuantConfig:
-        assert config.learning is not None
-        return dataclasses.replace(config, learning=dataclasses.replace(config.learning, **changes))
-
-    return change
-
-
-def with_(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
-    return functools.partial(dataclasses.replace, **changes)
-
-
-ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
-    "best-smoothing": with_(smoothing=None),
-    "best-truncation": with_(range_search=False),
-    "best-per_token": with_(granularity=Granularity.PER_TENSOR),
-    "best-rotation": with_(rotation=False),
-    "best-gptq": with_(gptq=False),
-    "best-mirror": with_(mirror=False),
-    "best-learning": with_(learning=None),
-    "best-fisher": learns(loss=Loss.COSINE),
-    "best+smooth_scales": learns(smooth_rate=1e-2),
-    "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
-    "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
-    "minmax+class_token": with_(class_token_in_float=True),
-    "kscaled-k_scaled": with_(outputs=Outputs(k_scaled=False)),
-    "state+powers": with_(state=State(factors=Factors.POWERS)),
-    "kscaled+powers": with_(state=State(factors=Factors.POWERS)),
-    "kscaled-reparameterization": with_(state=State(factors=None)),
-    "kscaled-integration": with_(state=State(integrate=False)),
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "best-smoothing": {"smoothing": None},
+    "best-truncation": {"range_search": False},
+    "best-per_token": {"activations": {"granularity": "per_tensor"}},
+    "best-rotation": {"rotation": False},
+    "best-gptq": {"gptq": False},
+    "best-mirror": {"mirror": False},
+    "best-learning": {"learning": None},
+    "best-fisher": {"learning": {"loss": "cosine"}},
+    "best+smooth_scales": {"learning": {"smooth_rate": 1e-2}},
+    "best+out_proj_8bit": {"eight_bit": ("*.out_proj",)},
+    "best+x_proj_dt_proj_8bit": {"eight_bit": ("*.x_proj*", "*.dt_proj*")},
+    "minmax+class_token": {"class_token_in_float": True},
+    "kscaled-k_scaled": {"outputs": {"k_scaled": False}},
+    "state+powers": {"state": {"factors": "powers"}},
+    "kscaled+powers": {"state": {"factors": "powers"}},
+    "kscaled-reparameterization": {"state": {"factors": None}},
+    "kscaled-integration": {"state": {"integrate": False}},
 }
-"""Recipes with one thing less or more."""
+"""Changes of recipes: one thing less or more."""
 
 
 def base_of(recipe: str) -> str:
@@ -100,10 +87,10 @@ def base_of(recipe: str) -> str:
 
 def config_of(recipe: str, bits: int, seed: int, epochs: int | None) -> QuantConfig:
     """A recipe or an ablation; `epochs` in place of the preset's."""
-    config = QuantConfig.recipe(base_of(recipe), bits, seed=seed)
-    if epochs is not None and config.learning is not None:
-        config = learns(epochs=epochs)(config)
-    return ABLATIONS[recipe](config) if recipe in ABLATIONS else config
+    config = QuantConfig.recipe(base_of(recipe), bits, seed=seed, **ABLATIONS.get(recipe, {}))
+    if epochs is None or config.learning is None:
+        return config
+    return dataclasses.replace(config, learning=dataclasses.replace(config.learning, epochs=epochs))
 
 
 class Subject:

@@ -20,8 +20,9 @@ from ptq4vm import ops
 from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.pieces import Pieces, write_branch
 from ptq4vm.benchmark.plain import replace_ops
-from ptq4vm.config import Granularity, QuantConfig, RangeSearch
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
+from ptq4vm.specs import Granularity, RangeSearch
 
 MODELS = (
     "vim_base_patch16_224",
@@ -40,9 +41,13 @@ SMOKE = {
 
 QUANTIZED = {
     "W8A8 per token": QuantConfig(range_search=RangeSearch.MINMAX),
-    "W8A8 per tensor": QuantConfig(range_search=RangeSearch.MINMAX, granularity=Granularity.PER_TENSOR),
-    "W8A8 dynamic": QuantConfig(range_search=RangeSearch.MINMAX, granularity=Granularity.PER_TOKEN_DYNAMIC),
-    "W4A4 per token": QuantConfig(range_search=RangeSearch.MINMAX, weight_bits=4, activation_bits=4),
+    "W8A8 per tensor": QuantConfig(
+        range_search=RangeSearch.MINMAX, activations={"granularity": Granularity.PER_TENSOR}
+    ),
+    "W8A8 dynamic": QuantConfig(
+        range_search=RangeSearch.MINMAX, activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}
+    ),
+    "W4A4 per token": QuantConfig(range_search=RangeSearch.MINMAX, weights={"bits": 4}, activations={"bits": 4}),
 }
 EAGER, MAMBA = "fp16", "fp16, mamba-ssm"
 MAMBA_PACKAGES = "mamba_ssm", "causal_conv1d"

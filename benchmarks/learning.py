@@ -19,12 +19,12 @@ from torch import fx
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import QuantConfig, ops, prepare, reference
 from ptq4vm.backend import native
-from ptq4vm.config import Learning
 from ptq4vm.graph.partition import Part, cut
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.jlss import learn_block
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
 from ptq4vm.quantizers import Mode
+from ptq4vm.specs import Learning
 
 
 def in_pytorch(forward, backward) -> type[torch.autograd.Function]:
@@ -82,7 +82,7 @@ PLAIN = {ops.selective_scan.default: plain_scan, ops.causal_conv1d.default: plai
 def block(images: torch.Tensor) -> tuple[Part, list[QuantizedLinear], dict[str, torch.Tensor]]:
     """One calibrated block, its linears and its inputs."""
     model = timm.create_model("vim_small_patch16_224", depth=1).eval()
-    config = QuantConfig(weight_bits=4, activation_bits=4)
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 4})
     prepared = prepare(model, (images[:2],), config)
     linears = quantized_linears(prepared)
     calibrate_blocks(prepared, linears, {"x": images}, config, None, False)

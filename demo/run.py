@@ -25,7 +25,7 @@ import ptq4vm
 import ptq4vm.models
 from ptq4vm import benchmark, report
 from ptq4vm.backend import native
-from ptq4vm.config import Learning, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.graph.capture import capture
@@ -56,13 +56,12 @@ COLUMNS = {
 
 def ladder(bits: int, epochs: int, seed: int) -> dict[str, QuantConfig]:
     """The rungs of the paper's table 6, MinMax below them."""
-    ours: dict[str, Any] = {"weight_bits": bits, "activation_bits": bits, "seed": seed}
     return {
         "MinMax": QuantConfig.minmax(bits, seed=seed),
         "SmoothQuant": QuantConfig.smoothquant(bits, seed=seed),
-        "PTS": QuantConfig(**ours, range_search=False),
-        "PTS + truncation": QuantConfig(**ours),
-        "PTS + truncation + JLSS": QuantConfig(**ours, learning=Learning(epochs=epochs)),
+        "PTS": QuantConfig.recipe("pts", bits, seed=seed),
+        "PTS + truncation": QuantConfig.recipe("pts+truncation", bits, seed=seed),
+        "PTS + truncation + JLSS": QuantConfig.recipe("ptq4vm", bits, seed=seed, learning={"epochs": epochs}),
     }
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4vm import ops, reference
-from ptq4vm.config import Granularity, QuantSpec
 from ptq4vm.graph.insert import Insertion, attribute, replace_node, set_tensor
+from ptq4vm.specs import Granularity, IntegerRange
 
 
 @contextlib.contextmanager
@@ -56,7 +56,7 @@ class _FakeQuantize(FakeQuantizeBase):
 
     scale: Tensor | None
 
-    def __init__(self, spec: QuantSpec) -> None:
+    def __init__(self, spec: IntegerRange) -> None:
         super().__init__()
         self.spec = spec
         self.mode = Mode.PASS
@@ -88,7 +88,7 @@ class ActivationFakeQuantize(_FakeQuantize):
 
     zero_point: Tensor | None
 
-    def __init__(self, spec: QuantSpec, granularity: Granularity, kept: int | None = None, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, granularity: Granularity, kept: int | None = None, **_: Any) -> None:
         super().__init__(spec)
         self.granularity = granularity
         self.kept = kept
@@ -173,7 +173,7 @@ class OutputFakeQuantize(_FakeQuantize):
     Its step sizes are (1,), one per token (L,), or one per channel (C,).
     """
 
-    def __init__(self, spec: QuantSpec, granularity: Granularity, axis: int, power_of_two: bool, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, granularity: Granularity, axis: int, power_of_two: bool, **_: Any) -> None:
         super().__init__(spec)
         self.granularity = granularity
         self.axis = axis
@@ -252,7 +252,7 @@ class WeightFakeQuantize(_FakeQuantize):
     codes: Tensor | None
     """int8 (N, D), chosen by GPTQ."""
 
-    def __init__(self, spec: QuantSpec, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, **_: Any) -> None:
         super().__init__(spec)
         self.register_buffer("codes", None)
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm.config import QuantSpec, Scheme
+from ptq4vm.specs import IntegerRange
 
 EPSILON = torch.finfo(torch.float32).tiny
 """The smallest scale whose reciprocal is finite: a tensor of zeros still has one."""
@@ -33,7 +33,7 @@ SCAN_CHUNK = 2**19
 
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     """Smooth, multiply by the reciprocal, round half to even, shift, clamp; int8 codes in x's shape."""
-    low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    low, high = IntegerRange(bits=bits, narrow_range=False).bounds
     return unclamped_codes(x, inv_scale, zero_point, inv_smooth).clamp(low, high).to(torch.int8)
 
 
@@ -86,7 +86,7 @@ def hartley(size: int, device: torch.device | None = None) -> Tensor:
 
 def quantize_weight(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
     """Symmetric int8 codes (N, D) of an already smoothed weight (N, D), one scale per output channel (N,)."""
-    low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC).bounds
+    low, high = IntegerRange(bits=bits, narrow_range=True).bounds
     return torch.round(weight.float() / scale.unsqueeze(-1)).clamp(low, high).to(torch.int8)
 
 
@@ -95,7 +95,7 @@ def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
 
     The zero point of a range that is not finite is 0, so that its codes stand for NaN.
     """
-    code_low, code_high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    code_low, code_high = IntegerRange(bits=bits, narrow_range=False).bounds
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     scale = ((high - low) / (code_high - code_low)).clamp(min=EPSILON)
     zero_point = (code_low - torch.round(low / scale)).clamp(code_low, code_high)
@@ -211,7 +211,7 @@ def _fake_codes(
         v, zero = v / scale, torch.zeros_like(scale)
     else:
         v, zero = v * (1.0 / scale), _along_channels(zero_point.float(), x)
-    low, high = QuantSpec(bits=bits, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
+    low, high = IntegerRange(bits=bits, narrow_range=zero_point is None).bounds
     codes = v.round()
     return v, codes, codes.clamp(low - zero, high - zero)
 
@@ -321,7 +321,7 @@ def selective_scan_quantized(
     y_t is read before v_t is rounded, so the recurrence alone sees the rounding (k-scaled paper, "hidden state").
     Computed in float32 and returned in u's dtype; q_t is all that a step hands to the next.
     """
-    low, high = QuantSpec(bits=bits, scheme=Scheme.AFFINE).bounds
+    low, high = IntegerRange(bits=bits, narrow_range=False).bounds
     step, dt_u, _ = _scan_steps(u, delta, delta_bias, delta_softplus)
     a, b, c = A.to(step.dtype).t(), B.to(step.dtype).transpose(0, 1), C.to(step.dtype).transpose(0, 1)
     h = step.new_zeros(u.shape[0], A.shape[1], A.shape[0])

@@ -94,7 +94,7 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
                 "out": facts[name].out_features,
                 "weight_bits": record.config.weight(name).bits,
                 "activation_bits": record.config.activation(name).bits,
-                "granularity": str(record.config.granularity),
+                "granularity": str(record.config.activations.granularity),
                 "weight_bytes": integers.numel() * integers.element_size(),
                 "input_scale_min": None if input_scale is None else input_scale.min().item(),
                 "input_scale_max": None if input_scale is None else input_scale.max().item(),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ptq4vm.config import RECIPES, QuantConfig
+from ptq4vm.config import QuantConfig
+from ptq4vm.recipes import RECIPES
 
 SPEC = importlib.util.spec_from_file_location("accuracy", Path(__file__).parents[1] / "benchmarks/accuracy.py")
 accuracy = importlib.util.module_from_spec(SPEC)

@@ -6,9 +6,10 @@ from torch import nn
 
 from ptq4vm import convert, fuse, ops
 from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
 from ptq4vm.serialization.version_1 import empty_quantized_model
+from ptq4vm.specs import Granularity
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 
@@ -20,7 +21,7 @@ def calls(gm):
 @pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_no_operator_of_a_family_is_of_unknown_category(name):
     granularity = Granularity.PER_TOKEN_DYNAMIC if name == NANO[0] else Granularity.PER_TOKEN
-    config = QuantConfig(granularity=granularity, range_search=False)
+    config = QuantConfig(activations={"granularity": granularity}, range_search=False)
     graphs = [
         capture(create(name).eval(), (IMAGES,)),
         empty_quantized_model(create(name, **SHORT[name]).eval(), (IMAGES,), config),

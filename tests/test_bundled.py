@@ -11,11 +11,11 @@ from helpers.lowering import check
 from torch.utils.data import Subset
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.config import Learning
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import record_of
+from ptq4vm.specs import Learning
 
 pytest.importorskip("sklearn")
 
@@ -37,7 +37,7 @@ def hard():
 def hard_w4a4(hard, digits):
     """Calibrated for W4A4 without learning."""
     _, calibration, test = digits
-    config = QuantConfig(weight_bits=4, activation_bits=4)
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 4})
     return calibrate(prepare(hard, (test[0][0][:2],), config), calibration, progress=False)
 
 
@@ -99,7 +99,7 @@ def test_learning_streams_across_downsampling(digits):
     """Four bits, all three stages of a VMamba: every block learns on what the quantized blocks before it give."""
     _, calibration, test = digits
     model = timm.create_model("vmamba_nano_32", pretrained=True).eval()
-    config = QuantConfig(weight_bits=4, activation_bits=4, learning=Learning(epochs=4, batch_size=16))
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, learning=Learning(epochs=4, batch_size=16))
     prepared = calibrate(prepare(model, (test[0][0][:2],), config), calibration, progress=False)
     blocks = record_of(prepared).blocks
     assert [block["block"] for block in blocks] == [

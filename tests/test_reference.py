@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4vm import reference
-from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.quantizers import quantized_decomposed as qd
+from ptq4vm.specs import IntegerRange
 
 
-def bounds(count: int, scheme: Scheme = Scheme.AFFINE) -> tuple[int, int]:
-    return QuantSpec(bits=count, scheme=scheme).bounds
+def bounds(count: int, narrow_range: bool = False) -> tuple[int, int]:
+    return IntegerRange(bits=count, narrow_range=narrow_range).bounds
 
 
 # --- rotation ---
@@ -109,7 +109,7 @@ def test_qparams_per_tensor_token_and_image_broadcast(count, seed):
 
 @given(bits, seeds)
 def test_weight_codes_survive_a_round_trip_and_never_reach_the_lowest(count, seed):
-    low, high = bounds(count, Scheme.SYMMETRIC)
+    low, high = bounds(count, narrow_range=True)
     codes, scale = integers(low, high, 6, 9, seed=seed), normal(6, seed=seed).exp()
     assert torch.equal(reference.quantize_weight(codes * scale.view(-1, 1), scale, count), codes)
     beyond = reference.quantize_weight(torch.full((6, 1), -1e30), scale, count)

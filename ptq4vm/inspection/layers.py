@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vm import ops, reference
-from ptq4vm.config import QuantConfig, QuantSpec, Scheme
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
 from ptq4vm.metadata import record_of
@@ -27,6 +27,7 @@ from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
 from ptq4vm.quantizers import constant
 from ptq4vm.report import linear_rows
+from ptq4vm.specs import IntegerRange
 
 COLUMNS = {
     "output_sqnr_db": "output SQNR dB",
@@ -194,7 +195,7 @@ def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | No
     dequantized = reference.dequantize(codes, scale, zero_point)
     layer.input.add(smoothed, dequantized)
     unclamped = reference.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
-    low, high = QuantSpec(bits=site.bits, scheme=Scheme.AFFINE).bounds
+    low, high = IntegerRange(bits=site.bits, narrow_range=False).bounds
     layer.clipped += int(((unclamped < low) | (unclamped > high)).sum())
     layer.values += x.numel()
     if layer.output is not None and exact is not None:

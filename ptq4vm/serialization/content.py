@@ -29,7 +29,8 @@ from ptq4vm.metadata import FUSIONS, LinearRecord, Record, Stage, record_of, set
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
 from ptq4vm.serialization.operators import GraphFormatError, operator_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Files of version 2 are read too: their record holds the config's flat keys among its own."""
 METHOD = "ptq4vm"
 KEY = "ptq4vm"
 
@@ -148,7 +149,7 @@ def describe_record(record: Record) -> dict[str, Any]:
             "format_version": FORMAT_VERSION,
             "ptq4vm_version": __version__,
             "torch_version": torch.__version__,
-            **record.config.to_dict(),
+            "config": record.config.to_dict(),
             "linears": [dataclasses.asdict(linear) for linear in record.linears],
             "blocks": list(record.blocks),
         },
@@ -265,7 +266,7 @@ def read_record(model: dict[str, Any]) -> Record:
     with _refusing():
         details = model["quantization_config"]
         return Record(
-            config=QuantConfig.from_dict({key: value for key, value in details.items() if key not in _NOT_CONFIG}),
+            config=QuantConfig.from_dict(details["config"] if "config" in details else _flat_config(details)),
             linears=tuple(LinearRecord(**linear) for linear in details["linears"]),
             input_shapes=tuple(tuple(shape) for shape in model["input_shapes"]),
             architecture=_architecture(model),
@@ -274,7 +275,10 @@ def read_record(model: dict[str, Any]) -> Record:
         )
 
 
-_NOT_CONFIG = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks")
+def _flat_config(details: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of the config from a record of format version 1 or 2."""
+    others = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks")
+    return {key: value for key, value in details.items() if key not in others}
 
 
 def _architecture(model: dict[str, Any]) -> dict[str, Any] | None:

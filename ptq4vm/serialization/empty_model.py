@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.metadata import record_of
 from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import (
@@ -21,6 +21,7 @@ from ptq4vm.passes.quantized import (
     quantized_outputs,
     quantized_scans,
 )
+from ptq4vm.specs import Granularity
 
 
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:

@@ -155,7 +155,7 @@ def test_an_expected_error_is_one_line(run, tmp_path, monkeypatch, argv, message
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"weigth_bits": 4}', "config has no key 'weigth_bits'; it knows weight_bits"),
+        ('{"weigth_bits": 4}', "config has no key 'weigth_bits'; it knows weights"),
         ('{"learning": {"epoch": 4}}', "learning has no key 'epoch'; it knows epochs"),
         ("[4]", "a config is a JSON object, got list"),
         ("{", "Expecting property name"),

@@ -42,8 +42,8 @@ FLOWS = {
 }
 CONFIGS = {
     "minmax": QuantConfig.minmax(8),
-    "ptq4vm": dataclasses.replace(LEARNED, weight_bits=8, activation_bits=8),
-    "best": dataclasses.replace(BEST, weight_bits=8, activation_bits=8),
+    "ptq4vm": dataclasses.replace(LEARNED, weights={"bits": 8}, activations={"bits": 8}),
+    "best": dataclasses.replace(BEST, weights={"bits": 8}, activations={"bits": 8}),
     "kscaled": dataclasses.replace(QuantConfig.kscaled(8), state=None),
 }
 

@@ -28,7 +28,7 @@ from ptq4vm.metadata import record_of
 from ptq4vm.passes.lower.fuse import fusions
 from ptq4vm.serialization.content import CheckpointError, dumps, loads
 
-CONFIG = {"weight_bits": 4, "smoothing": None, "range_search": False}
+CONFIG = {"weights": {"bits": 4}, "smoothing": None, "range_search": False}
 
 
 def quantized_model(name, config=None):
@@ -367,12 +367,12 @@ REFUSED = {
         "scales are float32",
     ),
     "an unknown key of the config": (
-        lambda c, t: c["model"]["quantization_config"].update(weight_bit=4),
-        "has no key 'weight_bit'",
+        lambda c, t: c["model"]["quantization_config"]["config"].update(weight=4),
+        "has no key 'weight'",
     ),
     "no linears": (lambda c, t: c["model"]["quantization_config"].pop("linears"), "corrupt"),
     "a newer version": (
-        lambda c, t: c.update(format_version=3, ptq4vm_version="9.9"),
+        lambda c, t: c.update(format_version=4, ptq4vm_version="9.9"),
         "written by ptq4vm '9.9'.*upgrade",
     ),
     "no version": (lambda c, t: c.update(format_version="new"), "upgrade ptq4vm"),

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ptq4vm.config import Learning, Loss, matches
+from ptq4vm.config import matches
 from ptq4vm.graph.partition import Part
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.prepare.smooth import merge_smoothing
 from ptq4vm.passes.quantized import QuantizedLinear
 from ptq4vm.quantizers import constant
+from ptq4vm.specs import Learning, Loss
 
 Values = dict[str, Tensor]
 

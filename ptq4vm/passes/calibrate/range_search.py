@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 FRACTIONS = torch.arange(32, 1, -1) / 32
 """Candidate ends of a range, as fractions of the minimum or the maximum."""
@@ -30,7 +30,9 @@ SAMPLES = 8192
 """Values of one token that are scored; of more, evenly spaced images are taken. The full range is that of all."""
 
 
-def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: RangeSearch) -> tuple[Tensor, Tensor]:
+def input_qparams(
+    x: Tensor, spec: IntegerRange, granularity: Granularity, search: RangeSearch
+) -> tuple[Tensor, Tensor]:
     """Static scale and zero point of x: (L,) per token, (1,) per tensor."""
     per_token = granularity is Granularity.PER_TOKEN
     low, high = x.amin((0, 2)), x.amax((0, 2))
@@ -44,7 +46,7 @@ def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: 
     return find(values, low, high, spec)
 
 
-def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange) -> tuple[Tensor, Tensor]:
     """Shrinks both ends together, then each by itself, twice; every row of `values` keeps its own best."""
     error = _SquaredError(values, spec)
     lows, highs = low.unsqueeze(-1) * FRACTIONS, high.unsqueeze(-1) * FRACTIONS
@@ -69,7 +71,7 @@ class _SquaredError:
     Σ x² - 2 v Σ x + v² · number: differences of running sums. A pair costs one search a code, whatever n is.
     """
 
-    def __init__(self, values: Tensor, spec: QuantSpec) -> None:
+    def __init__(self, values: Tensor, spec: IntegerRange) -> None:
         first, last = spec.bounds
         self.codes = torch.arange(first, last + 1, device=values.device)
         self.sorted = values.float().contiguous().sort(-1).values
@@ -94,7 +96,7 @@ class _SquaredError:
         return (squares - 2 * levels * sums + levels.square() * ends.diff(dim=-1)).sum(-1)
 
 
-def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange) -> tuple[Tensor, Tensor]:
     """Both ends move past each other through the centre, so the full range is never tried and half of the candidates
     are inverted; the best of them is then widened until it holds zero, which nothing has scored."""
     best_low, best_high, best = low.clone(), high.clone(), torch.full_like(low, 1e10)
@@ -113,7 +115,7 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec)
     return scale, (-(best_low / scale).round()).clamp(0, levels).to(torch.int32) - center
 
 
-def weight_scale(weight: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
+def weight_scale(weight: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
     """Step size (N,) of each output channel."""
     full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=reference.EPSILON)
     if search is RangeSearch.MINMAX:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vm.config import QuantConfig, QuantSpec, Scheme
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import module_of, replace_node
 from ptq4vm.graph.sites import SITE, ConvolutionSite, LinearSite, OutputSite, ScanSite, Site, sites_of
 from ptq4vm.quantizers import (
@@ -21,6 +21,7 @@ from ptq4vm.quantizers import (
     WeightFakeQuantize,
     quiet_import,
 )
+from ptq4vm.specs import IntegerRange
 
 with quiet_import():
     import torchao.utils
@@ -51,7 +52,7 @@ class SiteQuantizer(Quantizer):
     def __init__(self, config: QuantConfig) -> None:
         super().__init__()
         self.config = config
-        self.specs: dict[tuple[type, QuantSpec, int | None], QuantizationSpec] = {}
+        self.specs: dict[tuple[type, IntegerRange, int | None], QuantizationSpec] = {}
 
     def annotate(self, model: GraphModule) -> GraphModule:
         for node, site in sites_of(model, Site).items():
@@ -72,20 +73,20 @@ class SiteQuantizer(Quantizer):
             }
         if isinstance(site, ConvolutionSite):
             assert self.config.outputs is not None
-            spec = QuantSpec(bits=self.config.outputs.bits, scheme=Scheme.SYMMETRIC)
+            spec = IntegerRange(bits=self.config.outputs.bits, narrow_range=True)
             return {node.args[1]: self._spec(WeightFakeQuantize, spec)}
         return {}
 
-    def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
+    def _spec(self, kind: Any, spec: IntegerRange, kept: int | None = None) -> QuantizationSpec:
         """Returns one object for equal ones: linears that read one input then share its fake-quantizer."""
         if (kind, spec, kept) not in self.specs:
-            make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
+            make = kind.with_args(spec=spec, granularity=self.config.activations.granularity, kept=kept)
             self.specs[kind, spec, kept] = _specification(spec, make)
         return self.specs[kind, spec, kept]
 
     def _output(self, site: OutputSite) -> QuantizationSpec:
         assert self.config.outputs is not None
-        spec = self.config.outputs.spec
+        spec = IntegerRange(bits=self.config.outputs.bits, narrow_range=False)
         two = site.power_of_two and self.config.power_of_two
         make = OutputFakeQuantize.with_args(spec=spec, granularity=site.granularity, axis=site.axis, power_of_two=two)
         return _specification(spec, make)
@@ -94,7 +95,7 @@ class SiteQuantizer(Quantizer):
         pass
 
 
-def _specification(spec: QuantSpec, make: Any) -> QuantizationSpec:
+def _specification(spec: IntegerRange, make: Any) -> QuantizationSpec:
     low, high = spec.bounds
     return QuantizationSpec(dtype=torch.int8, observer_or_fake_quant_ctr=make, quant_min=low, quant_max=high)
 
@@ -132,7 +133,7 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig) -> None:
         group = (site.block, site.name if site.block is None else "") if blocks else None
         key = x if output else x.args[0], spec, kept, group
         if key not in made:
-            fake = ActivationFakeQuantize(spec, config.granularity, kept)
+            fake = ActivationFakeQuantize(spec, config.activations.granularity, kept)
             taken = output or x in made.values()
             made[key] = _inserted(gm, f"{node.name}_input", fake, node, (key[0],), x) if taken else x
         node.replace_input_with(x, made[key])
@@ -140,7 +141,7 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig) -> None:
 
 def _insert_state(gm: GraphModule, node: Node, config: QuantConfig) -> None:
     assert config.state is not None
-    fake = ScanFakeQuantize(QuantSpec(bits=config.state.bits, scheme=Scheme.AFFINE))
+    fake = ScanFakeQuantize(IntegerRange(bits=config.state.bits, narrow_range=False))
     fake.name = node.meta[SITE].name
     replace_node(node, _inserted(gm, f"{node.name}_state", fake, node, node.args, node))
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.pipeline import Pass, Pipeline
 from ptq4vm.graph.sites import LinearSite, sites_of
@@ -22,6 +22,7 @@ from ptq4vm.passes.prepare.rotate import insert_rotation
 from ptq4vm.passes.prepare.select import SelectSites
 from ptq4vm.passes.prepare.smooth import insert_smoothing
 from ptq4vm.serialization.content import portable
+from ptq4vm.specs import Granularity
 
 
 def preparation_pipeline(config: QuantConfig) -> Pipeline:
@@ -42,7 +43,7 @@ def preparation_pipeline(config: QuantConfig) -> Pipeline:
     passes += [SelectSites(config)]
     if config.state is not None and config.state.factors is not None:
         passes += [InsertFactors(config.state.integrate)]
-    if config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL:
+    if config.smoothing is not None or config.activations.granularity is Granularity.K_SCALED_CHANNEL:
         passes += [insert_smoothing]
     if config.rotation:
         passes += [insert_rotation]

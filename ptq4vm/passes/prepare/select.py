@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.config import Granularity, QuantConfig, matches
+from ptq4vm.config import QuantConfig, matches
 from ptq4vm.graph.class_token import class_tokens
 from ptq4vm.graph.insert import aten, attribute
 from ptq4vm.graph.sites import (
@@ -31,6 +31,7 @@ from ptq4vm.graph.sites import (
 )
 from ptq4vm.graph.token_order import channels_first, moves_tokens
 from ptq4vm.graph.views import parameter_of, scope, writes_stream
+from ptq4vm.specs import Granularity
 
 
 @dataclass(frozen=True)

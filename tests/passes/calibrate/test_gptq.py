@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare, reference
-from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.graph.insert import attribute
 from ptq4vm.metadata import record_of
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
@@ -18,6 +17,7 @@ from ptq4vm.passes.calibrate.jlss import weight_of
 from ptq4vm.passes.calibrate.range_search import weight_scale
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode, WeightFakeQuantize
+from ptq4vm.specs import IntegerRange
 
 
 def moments_of(x, seen) -> Moments:
@@ -26,8 +26,8 @@ def moments_of(x, seen) -> Moments:
     return moments
 
 
-def spec(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+def spec(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=True)
 
 
 def step_of(weight, count: int):
@@ -43,7 +43,7 @@ def correlated(*shape: int, seed: int = 0):
 def test_learning_comes_after_and_keeps_the_codes(roads):
     found = []
     for learning in (None, Learning(epochs=10, scale_rate=3e-3, smooth_rate=3e-3)):
-        config = QuantConfig(weight_bits=4, activation_bits=4, gptq=True, learning=learning)
+        config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, gptq=True, learning=learning)
         prepared = roads.calibrated(config)
         record = record_of(prepared)
         first = record.blocks[0]["linears"]
@@ -146,7 +146,7 @@ def test_on_channels_that_share_much_the_output_is_far_nearer(count):
 
 def test_the_integer_model_has_the_codes(roads, images):
     """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
-    prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
+    prepared = roads.calibrated(QuantConfig(weights={"bits": 4}, activations={"bits": 4}, gptq=True))
     linears = quantized_linears(prepared)
     offsets = [linear.weight.codes - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
     assert any(offset.abs().max() > 0.6 for offset in offsets)
@@ -229,7 +229,7 @@ def test_a_row_far_larger_or_smaller_than_the_rest_is_quantized(size):
 def test_a_models_error_falls(roads, small_vim, images):
     want = small_vim(images)
     plain, better = (
-        (convert(roads.calibrated(QuantConfig(weight_bits=4, activation_bits=8, gptq=on)))(images) - want)
+        (convert(roads.calibrated(QuantConfig(weights={"bits": 4}, activations={"bits": 8}, gptq=on)))(images) - want)
         .square()
         .mean()
         for on in (False, True)

@@ -7,19 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch, Scheme
 from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 MINMAX, SEARCH = RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
 
 
-def affine(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.AFFINE)
+def affine(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=False)
 
 
-def symmetric(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+def symmetric(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=True)
 
 
 def input_error(x, qparams, count: int) -> torch.Tensor:

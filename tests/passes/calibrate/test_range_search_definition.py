@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch, Scheme
 from ptq4vm.passes.calibrate import range_search
 from ptq4vm.passes.calibrate.clusters import Statistics, least_error, symmetric_scale
 from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 widths = st.integers(2, 5)
 ENDS = [i / 32 for i in range(32, 1, -1)]
@@ -23,8 +23,8 @@ STEPS = [i / 100 for i in range(100, 19, -1)]
 SYMMETRIC_STEPS = [i / 100 for i in range(100, 9, -2)]
 
 
-def affine(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.AFFINE)
+def affine(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=False)
 
 
 def error(values: Tensor, scale: Tensor, zero_point: Tensor, count: int) -> float:
@@ -116,7 +116,7 @@ def test_the_released_search_is_the_released_codes(kind, count, seed):
 @settings(max_examples=10)
 @given(widths, st.sampled_from([(RangeSearch.SQUARED_ERROR, 2.0), (RangeSearch.RELEASED, 2.4)]), seeds)
 def test_a_weights_step_is_the_best_of_81_fractions(count, way, seed):
-    weight, spec = normal(3, 16, seed=seed) ** 3, QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+    weight, spec = normal(3, 16, seed=seed) ** 3, IntegerRange(bits=count, narrow_range=True)
     found, last = weight_scale(weight, spec, way[0]), 2 ** (count - 1) - 1
     for row, scale in zip(weight, found, strict=True):
         candidates = row.abs().max() / last * torch.tensor(STEPS)
@@ -126,7 +126,7 @@ def test_a_weights_step_is_the_best_of_81_fractions(count, way, seed):
 
 def test_zeros_have_the_smallest_scale_of_all():
     for way in RangeSearch:
-        found = weight_scale(torch.zeros(2, 3), QuantSpec(bits=4, scheme=Scheme.SYMMETRIC), way)
+        found = weight_scale(torch.zeros(2, 3), IntegerRange(bits=4, narrow_range=True), way)
         assert torch.equal(found, torch.full((2,), torch.finfo(torch.float32).tiny))
 
 

@@ -20,7 +20,7 @@ from ptq4vm.passes.lower.pipeline import fusing_pipeline
 
 CONFIGS = {
     "w8a8": QuantConfig(range_search=False),
-    "rotated w4a4": QuantConfig(weight_bits=4, activation_bits=4, rotation=True, range_search=False),
+    "rotated w4a4": QuantConfig(weights={"bits": 4}, activations={"bits": 4}, rotation=True, range_search=False),
     "per tensor": QuantConfig.minmax(8),
 }
 
@@ -269,7 +269,7 @@ def test_unfused_weights_are_dropped(lowered):
 
 
 def test_dynamic_scales_are_left_and_named(roads):
-    config = QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    config = QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False)
     plain = convert(roads.calibrated(config))
     gm = fuse_lowered(copied(plain))
     reasons = {fusion.skip_reason for fusion in fusions(gm) if "scan" in fusion.pattern}

@@ -7,7 +7,6 @@ from helpers.strategies import normal
 
 import ptq4vm.models  # noqa: F401
 from ptq4vm import QuantConfig, calibrate, convert, fuse, load, ops, prepare, save
-from ptq4vm.config import Granularity, Outputs, State
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.sites import LinearSite, Site, find_linears, sites_of
@@ -17,6 +16,7 @@ from ptq4vm.passes.prepare.decompose import decompose_fused_ops
 from ptq4vm.passes.prepare.select import SelectSites
 from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
 from ptq4vm.quantizers import Mode
+from ptq4vm.specs import Granularity, OutputQuantization, StateQuantization
 
 NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
 KSCALED = QuantConfig.kscaled()
@@ -134,7 +134,7 @@ def test_the_state_alone(roads, images, small_vim):
 def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
     """They are in the steps, which then are one number times them."""
     several, one = (
-        quantized_scans(roads.calibrated(QuantConfig.recipe("state", 8, state=State(per_token=each))))[0].fake.scale
+        quantized_scans(roads.calibrated(QuantConfig.recipe("state", 8, state={"per_token": each})))[0].fake.scale
         for each in (True, False)
     )
     assert len(several) == len(one) == 17 and len(one.unique()) > 1
@@ -144,7 +144,7 @@ def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
 
 @pytest.mark.slow
 def test_both_papers_at_once_learn(roads, images):
-    from ptq4vm.config import Learning
+    from ptq4vm.specs import Learning
 
     config = QuantConfig.recipe("ptq4vm+state", 8, learning=Learning(epochs=1, batch_size=6))
     gm = roads.calibrated(config)
@@ -187,14 +187,14 @@ def test_calibrating_again_gives_the_same(roads, images):
 def test_a_state_without_a_scan_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match="state is for models with a selective scan"):
-        prepare(model, (torch.randn(2, 3, 4),), QuantConfig(state=State()))
+        prepare(model, (torch.randn(2, 3, 4),), QuantConfig(state=StateQuantization()))
 
 
 def test_outputs_of_a_model_without_scans():
     """Any vision model whose linears see a fixed number of tokens."""
     model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
     x = normal(16, 5, 8)
-    config = QuantConfig(smoothing=None, outputs=Outputs())
+    config = QuantConfig(smoothing=None, outputs=OutputQuantization())
     gm = calibrate(prepare(model, (x,), config), [x], progress=False)
     assert [output.name for output in quantized_outputs(gm)] == ["0.norm", "1", "2.gelu", "3"]
     with torch.no_grad():
@@ -216,7 +216,9 @@ class Map(torch.nn.Module):
 
 def test_a_norm_of_maps_is_fused_with_its_quantization():
     x = normal(4, 2, 3, 8)
-    gm = convert(calibrate(prepare(Map(), (x,), QuantConfig(smoothing=None, outputs=Outputs())), [x], progress=False))
+    gm = convert(
+        calibrate(prepare(Map(), (x,), QuantConfig(smoothing=None, outputs=OutputQuantization())), [x], progress=False)
+    )
     fused = fuse(gm)
     assert fused.graph.find_nodes(op="call_function", target=ops.norm_quantize.default)
     with torch.no_grad():

@@ -116,7 +116,7 @@ class Hidden(nn.Module):
 
 
 def error(model: nn.Module, x: torch.Tensor, **changes) -> float:
-    config = QuantConfig(weight_bits=4, activation_bits=4, **changes)
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, **changes)
     with torch.no_grad():
         quantized = convert(calibrate(prepare(model.eval(), (x,), config), [x], progress=False))
         return (quantized(x) - model(x)).square().mean().item()

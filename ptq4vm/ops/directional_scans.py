@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ptq4vm.ops._arguments import FLOATS, Values, check_order, check_shape
 from ptq4vm.ops._define import operator
-from ptq4vm.ops.linears import check_sums, linear_packed, tiles_shape
+from ptq4vm.ops.layouts import tiles_shape
+from ptq4vm.ops.linears import check_sums, linear_packed
 from ptq4vm.ops.quantization import QPARAMS, quantize
 from ptq4vm.ops.scans import selective_scan
 
@@ -121,4 +122,6 @@ def _read(x: Tensor, tokens: Tensor) -> Tensor:
 def directional_scan_quantize(u: Tensor, *inputs: Any) -> Tensor:
     """Returns the codes (B, L, E) of the merged `directional_scan`; inv_scale, zero_point (L,) or (1,)."""
     *scan, factor, inv_scale, zero_point, inv_smooth, bits = inputs
-    return quantize(directional_scan(u.float(), *scan, True, factor), inv_scale, zero_point, inv_smooth, bits)
+    return quantize(
+        directional_scan(u.float(), *scan, merge=True, factor=factor), inv_scale, zero_point, inv_smooth, bits
+    )

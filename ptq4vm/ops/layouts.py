@@ -43,6 +43,11 @@ def pack_weight(codes: Tensor, bits: int) -> Tensor:
     return tiles.contiguous() if bits > 4 else _bytes(tiles[..., :32], tiles[..., 32:])
 
 
+def tiles_shape(features: int, channels: int, packed: bool) -> tuple[int, int, int, int]:
+    """Returns the shape of the weight that `pack_weight` makes, of bytes of two codes if `packed`."""
+    return -(-features // N_TILE), -(-channels // K_TILE), N_TILE, K_TILE // 2 if packed else K_TILE
+
+
 def unpack_weight(packed: Tensor, features: int, channels: int) -> Tensor:
     """Returns int8 codes (…, features, channels): the inverse of `pack_weight`."""
     tiles = torch.cat(_nibbles(packed), -1) if packed.dtype == torch.uint8 else packed

@@ -15,7 +15,7 @@ from torch import Tensor
 from ptq4vm import native
 from ptq4vm.ops._arguments import FLOATS, Values, check_scales
 from ptq4vm.ops._define import operator
-from ptq4vm.ops.layouts import K_TILE, N_TILE, unpack_int4, weight_codes
+from ptq4vm.ops.layouts import tiles_shape, unpack_int4, weight_codes
 from ptq4vm.ops.quantization import QPARAMS, QParams, along_channels
 from ptq4vm.ops.rotation import quantize_output
 
@@ -120,11 +120,6 @@ def _check_packed_weight(values: Values) -> None:
             f"one is {tuple(weight.shape)}; pack it with ptq4vm.ops.layouts.pack_weight"
         )
     check_sums("weight_sum", values["weight_sum"], channels)
-
-
-def tiles_shape(features: int, channels: int, packed: bool) -> tuple[int, int, int, int]:
-    """Returns the shape of the weight that `pack_weight` makes."""
-    return math.ceil(features / N_TILE), math.ceil(channels / K_TILE), N_TILE, K_TILE // 2 if packed else K_TILE
 
 
 def check_sums(name: str, sums: Tensor, channels: int) -> None:

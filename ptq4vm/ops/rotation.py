@@ -56,7 +56,7 @@ def hartley(size: int, device: torch.device | None = None) -> Tensor:
     lambda x, *rest: x.new_empty(x.shape, dtype=torch.int8),
 )
 def rotate_quantize(x: Tensor, gelu: bool, *qparams: *QParams) -> Tensor:
-    """Returns the codes of the rotated x (…, D), or of its rotated GELU (the exact one): what a stream's writer reads."""
+    """Returns the codes of the rotated x (…, D), or of its rotated GELU (the exact one): a stream's input."""
     return quantize_output(F.gelu(x.float()) if gelu else x.float(), True, *qparams)
 
 

@@ -229,8 +229,9 @@ def _recurrence_adjoint(scan: _Recurrence, c: Tensor, g: Tensor) -> tuple[Tensor
         grad_c[chunk] = _sum_channels(states, g[chunk])
         adjoint = c[chunk].unsqueeze(-1) * g[chunk].unsqueeze(-2)
         adjoint[-1] += carry
-        for t in reversed(range(len(adjoint) - 1)):
-            adjoint[t].addcmul_(decay[t + 1], adjoint[t + 1])
+        later, factors = adjoint.unbind(0), decay.unbind(0)
+        for t in reversed(range(len(later) - 1)):
+            later[t].addcmul_(factors[t + 1], later[t + 1])
         carry = adjoint[0] * decay[0]
         grad_b[chunk] = _sum_channels(adjoint, scan.dt_u[chunk])
         grad_dt_u[chunk] = _sum_states(scan.b[chunk], adjoint)

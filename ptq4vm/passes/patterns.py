@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import fused, native, ops, reference
+from ptq4vm import native, ops
 from ptq4vm.graph import Insertion, aten, attribute, scope
+from ptq4vm.ops import layouts
 from ptq4vm.passes.tokens import channels_first, moves_tokens, token_map
 from ptq4vm.record import FUSIONS
 
@@ -170,14 +171,14 @@ def pack_weights(
     moved before it is fused. `scanned` weights, of a scan's steps, have one layout.
     """
     four = weights[0].dtype == torch.uint8
-    codes = [reference.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
+    codes = [layouts.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
     whole = torch.stack(codes) if stack else codes[0]
     capability = None if scanned else capability_of(whole.device)
     if capability is None:
-        packed = fused.pack_weight(whole, 4 if four else 8)
+        packed = layouts.pack_weight(whole, 4 if four else 8)
     else:
         nibbles = four and _bits(x) <= 4 and multiplies_nibbles(capability, whole.shape[-2])
-        packed = fused.pad_weight(whole, 4 if nibbles else 8)
+        packed = layouts.pad_weight(whole, 4 if nibbles else 8)
     return insert.tensor(f"{name}_packed", packed), insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import reference
 from ptq4vm.config import Factors
 from ptq4vm.graph import Insertion, LinearSite, aten, attribute, has_attribute
+from ptq4vm.ops import quantization
 from ptq4vm.passes.tokens import token_map
 from ptq4vm.quantizer import ScanSite
 
@@ -96,7 +96,7 @@ def determine_factors(factors: Factors, mean: Tensor, largest: Tensor) -> tuple[
         return channels, _bounded((left / states.unsqueeze(1)).amax((1, 2))), states
     means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
     spread = torch.stack([value.std(correction=0) for value in means])
-    shares = spread / spread.sum().clamp(min=reference.EPSILON)
+    shares = spread / spread.sum().clamp(min=quantization.EPSILON)
     channels, tokens, states = (_bounded(value.pow(share)) for value, share in zip(means, shares, strict=True))
     return channels, tokens, states
 

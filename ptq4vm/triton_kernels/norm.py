@@ -1,4 +1,4 @@
-"""fused.norm_quantize: the sum with the residual, its norm and the codes in one pass over memory."""
+"""norm_quantize: the sum with the residual, its norm and the codes in one pass over memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm import fused
+from ptq4vm.ops import norms
 from ptq4vm.triton_kernels.common import (
     check_bits,
     check_shape,
@@ -83,7 +83,7 @@ def norm_quantize(
     channels = x.shape[-1]
     if rotated or channels > LONGEST:
         qparams = (inv_scale, zero_point, inv_smooth, bits)
-        total, codes = fused.norm_quantize(x, residual, weight, bias, eps, rms, rotated, *qparams)
+        total, codes = norms.norm_quantize(x, residual, weight, bias, eps, rms, rotated, *qparams)
         return total.contiguous(), codes.contiguous()
     check_bits(bits)
     for name, vector in (("weight", weight), ("bias", bias), ("inv_smooth", inv_smooth)):

@@ -11,11 +11,11 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.fake_quantize import Mode
 from ptq4vm.observers import observe
+from ptq4vm.ops.quantization import affine_qparams
 from ptq4vm.passes import calibrate as module
 from ptq4vm.passes import members
 from ptq4vm.quantizer import quantized_linears
 from ptq4vm.record import record_of
-from ptq4vm.reference import affine_qparams
 
 LEARNED = QuantConfig.w4a4(learning=Learning(epochs=2, batch_size=5))
 UNLEARNED = QuantConfig.w4a4(learning=None)

@@ -11,7 +11,7 @@ from public_models import NANO, SAMPLED, slow_but
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import Granularity, QuantConfig, convert, fused, native, ops, quantize
+from ptq4vm import Granularity, QuantConfig, convert, native, ops, quantize
 from ptq4vm.graph import attribute, propagate, set_tensor
 from ptq4vm.passes import patterns
 from ptq4vm.passes.fuse import fuse, fusions
@@ -95,7 +95,7 @@ def test_every_familys_rotations_are_fused(lowered, name):
 
 
 FUSED = {
-    getattr(torch.ops.ptq4vm, name).default: getattr(fused, name)
+    getattr(torch.ops.ptq4vm, name).default: ops.REFERENCES[name].__wrapped__
     for name in (
         "linear_packed",
         "linear_gelu_quantize",

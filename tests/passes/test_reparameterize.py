@@ -10,9 +10,9 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.config import Factors, State
 from ptq4vm.models.scans import Direction, initial_states, scan_tokens
+from ptq4vm.ops.scans import scan_states, selective_scan
 from ptq4vm.passes.reparameterize import determine_factors, factors_of, set_factors
 from ptq4vm.quantizer import quantized_scans
-from ptq4vm.reference import scan_states, selective_scan
 
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip")
 

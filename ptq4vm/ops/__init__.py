@@ -1,39 +1,33 @@
-"""The `ptq4vm::` operators, one family a file: schema, checks, fake, reference and gradient of each stand together.
+"""The `ptq4vm::` operators, one family a file: schema, checks, reference, fake and gradient of each stand together.
 
-- Define: put `@operator(schema, shapes, fake)` above the reference, a function in plain PyTorch (`_define.py`).
-- Call: `ops.quantize` is the operator; `quantization.quantize` of the family's module is its reference, unchecked.
+- Define: write the reference, a function in plain PyTorch, and pass it to `define` with its schema (`_define.py`).
+- Call: `ops.quantize` is the operator; `quantization.quantize` in its family's module is its reference, unchecked.
 - Kernel: a native one registers for its device and takes precedence, then one in Triton; both equal the reference.
 """
 
-from __future__ import annotations
-
-from typing import Any
-
 import torch
 
-from ptq4vm.ops import (  # noqa: F401
-    convolution_1d,
-    convolution_2d,
-    directional_scans,
-    fake_quantization,
-    linears,
-    norms,
-    quantization,
-    rotation,
-    scans,
-)
+from ptq4vm.ops import convolution_2d, directional_scans, fake_quantization, norms  # noqa: F401  and what they import
 from ptq4vm.ops._define import REFERENCES as REFERENCES
 from ptq4vm.ops._define import SCHEMAS as SCHEMAS
 from ptq4vm.ops._define import serve_other_gpus_later
 
 serve_other_gpus_later()
 
-
-def __getattr__(name: str) -> Any:
-    if name not in REFERENCES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(torch.ops.ptq4vm, name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *REFERENCES])
+causal_conv1d = torch.ops.ptq4vm.causal_conv1d
+choose_qparams = torch.ops.ptq4vm.choose_qparams
+conv1d_quantize = torch.ops.ptq4vm.conv1d_quantize
+conv2d_quantize = torch.ops.ptq4vm.conv2d_quantize
+dequantize = torch.ops.ptq4vm.dequantize
+directional_scan = torch.ops.ptq4vm.directional_scan
+directional_scan_quantize = torch.ops.ptq4vm.directional_scan_quantize
+fake_quantize = torch.ops.ptq4vm.fake_quantize
+linear = torch.ops.ptq4vm.linear
+linear_gelu_quantize = torch.ops.ptq4vm.linear_gelu_quantize
+linear_packed = torch.ops.ptq4vm.linear_packed
+norm_quantize = torch.ops.ptq4vm.norm_quantize
+quantize = torch.ops.ptq4vm.quantize
+rotate = torch.ops.ptq4vm.rotate
+rotate_quantize = torch.ops.ptq4vm.rotate_quantize
+selective_scan = torch.ops.ptq4vm.selective_scan
+selective_scan_quantized = torch.ops.ptq4vm.selective_scan_quantized

@@ -4,11 +4,8 @@ They run before every implementation in Python, so that a user without a compile
 points, orders, sums) are read on the CPU only: a GPU would wait.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +33,6 @@ MAX_TOKENS = 2**24
 """The most tokens of an order, which are counted."""
 
 
-@dataclass(frozen=True, slots=True)
 class Arguments:
     """An operator's arguments and all checks of them.
 
@@ -46,17 +42,12 @@ class Arguments:
     shape without channels.
     """
 
-    operator: str
-    names: tuple[str, ...]
-    optional: frozenset[str]
-    shapes: Shapes
-    checks: tuple[Check, ...]
-
-    @classmethod
-    def of(cls, schema: str, shapes: Shapes, checks: tuple[Check, ...]) -> Arguments:
+    def __init__(self, schema: str, shapes: Shapes, checks: tuple[Check, ...]) -> None:
         parsed = torch._C.parse_schema(f"ptq4vm::{schema}").arguments
-        optional = frozenset(each.name for each in parsed if isinstance(each.type, torch.OptionalType))
-        return cls(schema.split("(", 1)[0], tuple(each.name for each in parsed), optional, shapes, checks)
+        self.operator = schema.split("(", 1)[0]
+        self.names = tuple(each.name for each in parsed)
+        self.optional = {each.name for each in parsed if isinstance(each.type, torch.OptionalType)}
+        self.shapes, self.checks = shapes, checks
 
     def check_placement(self, values: Sequence[Any], refuses_gradients: bool) -> None:
         """Checks that all tensors are there and lie in strides on one device, and that none requires a gradient.

@@ -1,24 +1,20 @@
-"""Registers the `ptq4vm::` operators: each is one decorated function, which is its reference.
+"""Registers the `ptq4vm::` operators: schema, checks, reference, fake and gradient of each in one call.
 
 The reference runs where no kernel is registered. A native kernel takes precedence on its device, then one in Triton.
 Every operator returns new, contiguous tensors.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptq4vm import native, triton_kernels
 from ptq4vm.ops._arguments import Arguments, Check, Shapes
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _NATIVE = native.problem() is None
 """Whether the library has defined the operators, and their kernels for the CPU."""
@@ -36,45 +32,49 @@ on_gpus: dict[str, Callable[..., Any]] = {}
 """Each operator where there is no native kernel: in Triton, or the reference."""
 
 
-def operator(
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keeps an operator's leading tensors and the number behind them for `adjoint`."""
+    tensors = tuple(itertools.takewhile(lambda value: value is None or isinstance(value, Tensor), inputs))
+    ctx.save_for_backward(*tensors)
+    ctx.option, ctx.others = inputs[len(tensors)], len(inputs) - len(tensors)
+
+
+def define(
     schema: str,
+    reference: Callable[..., Any],
     shapes: Shapes,
     fake: Callable[..., Any],
     *,
     checks: tuple[Check, ...] = (),
     gradient: Callable[..., Any] | None = None,
-    save: Callable[..., None] | None = None,
-) -> Callable[[Function], Function]:
-    """Defines an operator whose reference is the decorated function, which stays as it is.
+    save: Callable[..., None] | None = save_inputs,
+) -> None:
+    """Defines an operator.
 
     Args:
         schema: Name, arguments and results. Saved graphs hold them, and csrc/schemas.h repeats them.
+        reference: The operator in plain PyTorch.
         shapes: Each argument's kind and shape; see `Arguments`.
         fake: Returns empty results, for tensors without numbers.
         checks: Raise ValueError for what shapes do not say.
         gradient, save: As `torch.library.register_autograd` takes them. An operator without a gradient refuses tensors
             that require one, rather than to leave it out in silence.
     """
-
-    def define(reference: Function) -> Function:
-        arguments = Arguments.of(schema, shapes, checks)
-        name = arguments.operator
-        SCHEMAS.append(schema)
-        if not _NATIVE:
-            _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        REFERENCES[name] = _checked(arguments, reference, fake)
-        _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
-        kernel = triton_kernels.operator(name, reference)
-        on_gpus[name] = _checked(arguments, kernel, fake)
-        if native.cuda_problem() is not None and kernel is not reference:
-            _library.impl(name, on_gpus[name], "CUDA")
-        checked_fake = _checked_fake(arguments, fake, refuses_gradients=gradient is None)
-        torch.library.register_fake(f"ptq4vm::{name}", checked_fake, lib=_library)
-        if gradient is not None:
-            torch.library.register_autograd(f"ptq4vm::{name}", gradient, setup_context=save, lib=_library)
-        return reference
-
-    return define
+    arguments = Arguments(schema, shapes, checks)
+    name = arguments.operator
+    SCHEMAS.append(schema)
+    if not _NATIVE:
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    REFERENCES[name] = _checked(arguments, reference, fake)
+    _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
+    kernel = triton_kernels.operator(name, reference)
+    on_gpus[name] = _checked(arguments, kernel, fake)
+    if native.cuda_problem() is not None and kernel is not reference:
+        _library.impl(name, on_gpus[name], "CUDA")
+    checked_fake = _checked_fake(arguments, fake, refuses_gradients=gradient is None)
+    torch.library.register_fake(f"ptq4vm::{name}", checked_fake, lib=_library)
+    if gradient is not None:
+        torch.library.register_autograd(f"ptq4vm::{name}", gradient, setup_context=save, lib=_library)
 
 
 def _checked(arguments: Arguments, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,13 +112,6 @@ def _checked_fake(arguments: Arguments, fake: Callable[..., Any], refuses_gradie
         return fake(*values)
 
     return checked
-
-
-def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keeps an operator's leading tensors and the number behind them for `adjoint`."""
-    tensors = tuple(itertools.takewhile(lambda value: value is None or isinstance(value, Tensor), inputs))
-    ctx.save_for_backward(*tensors)
-    ctx.option, ctx.others = inputs[len(tensors)], len(inputs) - len(tensors)
 
 
 def adjoint(name: str) -> Callable[..., tuple[Any, ...]]:

@@ -4,8 +4,6 @@ Shapes: B images, L tokens, E channels, K directions. Directions do not move tok
 natural (row-major) order, and `order` (K, L) says which token each direction reads at its t-th step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops._arguments import Values, check_order
-from ptq4vm.ops._define import adjoint, empty_gradient, operator, save_inputs
+from ptq4vm.ops._define import adjoint, define, empty_gradient
 from ptq4vm.ops.quantization import QPARAMS, QParams, quantize
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
@@ -26,14 +24,6 @@ def _check_taps(values: Values) -> None:
         raise ValueError("a convolution needs at least one tap")
 
 
-@operator(
-    f"causal_conv1d({_INPUTS}) -> Tensor",
-    _SHAPES,
-    lambda x, *rest: x.new_empty(x.shape),
-    checks=(_check_taps,),
-    gradient=adjoint("causal_conv1d_backward"),
-    save=save_inputs,
-)
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """Computes depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, zeros before t = 0; x (B, L, E), weight (E, K), bias (E,).
 
@@ -57,12 +47,6 @@ def _taps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-@operator(
-    f"causal_conv1d_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
-    f"{_SHAPES}; grad float B L E",
-    lambda grad, x, weight, bias, silu: tuple(empty_gradient(value, grad) for value in (x, weight, bias)),
-    checks=(_check_taps,),
-)
 def causal_conv1d_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,12 +76,6 @@ def _quantize_fake(x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tenso
     return x.new_empty(shape), x.new_empty(shape, dtype=torch.int8)
 
 
-@operator(
-    f"conv1d_quantize(Tensor x, Tensor weight, Tensor? bias, Tensor order, {QPARAMS}) -> (Tensor, Tensor)",
-    f"x float B L E; weight float K E taps; bias float K E; order order K L; {DIRECTIONS_SHAPES}",
-    _quantize_fake,
-    checks=(_check_taps, lambda values: check_order(values["order"], values["x"].shape[1], least=0)),
-)
 def conv1d_quantize(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, *qparams: *QParams
 ) -> tuple[Tensor, Tensor]:
@@ -119,3 +97,27 @@ def directions_codes(y: Tensor, *qparams: *QParams) -> Tensor:
     inv_scale, zero_point, inv_smooth, bits = qparams
     smooth = None if inv_smooth is None else inv_smooth[:, None, None]
     return quantize(y, inv_scale.unsqueeze(1), zero_point.unsqueeze(1), smooth, bits)
+
+
+define(
+    f"causal_conv1d({_INPUTS}) -> Tensor",
+    causal_conv1d,
+    _SHAPES,
+    lambda x, *rest: x.new_empty(x.shape),
+    checks=(_check_taps,),
+    gradient=adjoint("causal_conv1d_backward"),
+)
+define(
+    f"causal_conv1d_backward(Tensor grad, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    causal_conv1d_backward,
+    f"{_SHAPES}; grad float B L E",
+    lambda grad, x, weight, bias, silu: tuple(empty_gradient(value, grad) for value in (x, weight, bias)),
+    checks=(_check_taps,),
+)
+define(
+    f"conv1d_quantize(Tensor x, Tensor weight, Tensor? bias, Tensor order, {QPARAMS}) -> (Tensor, Tensor)",
+    conv1d_quantize,
+    f"x float B L E; weight float K E taps; bias float K E; order order K L; {DIRECTIONS_SHAPES}",
+    _quantize_fake,
+    checks=(_check_taps, lambda values: check_order(values["order"], values["x"].shape[1], least=0)),
+)

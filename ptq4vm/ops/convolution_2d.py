@@ -1,7 +1,5 @@
 """Depth-wise convolutions of maps in one pass with SiLU and the codes of K scan directions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops._arguments import Values
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 from ptq4vm.ops.convolution_1d import DIRECTIONS_SHAPES, directions_codes
 from ptq4vm.ops.quantization import QPARAMS, QParams
 
@@ -31,12 +29,6 @@ def _check_map(values: Values) -> None:
         raise ValueError(f"a kernel of {rows} by {columns} has no middle: both must be odd")
 
 
-@operator(
-    f"conv2d_quantize(Tensor x, Tensor weight, Tensor? bias, int height, int width, {QPARAMS}) -> (Tensor, Tensor)",
-    f"x float B L E; weight float E rows columns; bias float E; {DIRECTIONS_SHAPES}",
-    _fake,
-    checks=(_check_map,),
-)
 def conv2d_quantize(
     x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, *qparams: *QParams
 ) -> tuple[Tensor, Tensor]:
@@ -50,3 +42,12 @@ def conv2d_quantize(
     y = F.silu(F.conv2d(maps, kernel, start, padding=padding, groups=weight.shape[0]))
     y = y.permute(0, 2, 3, 1).flatten(1, 2)
     return y.to(x.dtype).contiguous(), directions_codes(y.unsqueeze(0), *qparams)
+
+
+define(
+    f"conv2d_quantize(Tensor x, Tensor weight, Tensor? bias, int height, int width, {QPARAMS}) -> (Tensor, Tensor)",
+    conv2d_quantize,
+    f"x float B L E; weight float E rows columns; bias float E; {DIRECTIONS_SHAPES}",
+    _fake,
+    checks=(_check_map,),
+)

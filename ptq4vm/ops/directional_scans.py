@@ -6,8 +6,6 @@ a token of zeros, which is how windows pad a map that they do not divide. Per-to
 natural order too. Floating-point inputs are float32 or bfloat16 and are computed in float32.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops._arguments import FLOATS, Values, check_order, check_shape
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 from ptq4vm.ops.layouts import tiles_shape
 from ptq4vm.ops.linears import check_sums, linear_packed
 from ptq4vm.ops.quantization import QPARAMS, quantize
@@ -60,28 +58,7 @@ def _fake(u: Tensor, projected: Tensor, *rest: Any) -> Tensor:
     return u.new_empty(u.shape[1:] if merge else (projected.shape[0], *u.shape[1:]))
 
 
-@operator(
-    f"directional_scan({_INPUTS}, bool merge, float factor) -> Tensor", _SHAPES, _fake, checks=(_check_directions,)
-)
-def directional_scan(
-    u: Tensor,
-    projected: Tensor,
-    step_inv_scale: Tensor,
-    step_scale: Tensor,
-    step_zero_point: Tensor,
-    step_inv_smooth: Tensor | None,
-    step_bits: int,
-    step_weight: Tensor,
-    step_weight_sum: Tensor,
-    step_weight_scale: Tensor,
-    step_bias: Tensor,
-    A: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    order: Tensor,
-    merge: bool,
-    factor: float,
-) -> Tensor:
+def directional_scan(u: Tensor, projected: Tensor, *rest: Any) -> Tensor:
     """Computes selective scans along K orders, gated by SiLU of z, times `factor`.
 
     u (K, B, L, E), or (1, B, L, E) for all directions; projected (K, B, L, R + 2S) float32 is [low-rank dt | B | C].
@@ -89,18 +66,20 @@ def directional_scan(
     (K, E, R) with scales (K, E); those arguments are called step. step_bias, D (K, E); A (K, E, S); z (B, L, E).
     `merge` returns the sum of all directions (B, L, E), else each is returned, (K, B, L, E), in u's dtype.
     """
+    *step, A, D, z, order, merge, factor = rest
+    inv_scale, scale, zero_point, inv_smooth, bits, weight, weight_sum, weight_scale, bias = step
     states, outputs = A.shape[-1], []
     low_rank, B, C = projected.float().split((projected.shape[-1] - 2 * states, states, states), -1)
     gate = factor if z is None else F.silu(z.float()) * factor
     for k, tokens in enumerate(order.long().unbind(0)):
-        smooth = None if step_inv_smooth is None else step_inv_smooth[k]
-        codes = quantize(low_rank[k], step_inv_scale[k], step_zero_point[k], smooth, step_bits)
-        packed = (step_weight[k], step_weight_sum[k], step_weight_scale[k], None)
-        delta = linear_packed(codes, step_scale[k], step_zero_point[k], *packed, torch.float32)
+        smooth = None if inv_smooth is None else inv_smooth[k]
+        codes = quantize(low_rank[k], inv_scale[k], zero_point[k], smooth, bits)
+        packed = (weight[k], weight_sum[k], weight_scale[k], None)
+        delta = linear_packed(codes, scale[k], zero_point[k], *packed, torch.float32)
         skip = None if D is None else D[k]
         x = u[k if len(u) > 1 else 0].float()
         x_k, delta_k, B_k, C_k = (_read(value, tokens) for value in (x, delta, B[k], C[k]))
-        y = selective_scan(x_k, delta_k, A[k], B_k, C_k, skip, None, step_bias[k], True)
+        y = selective_scan(x_k, delta_k, A[k], B_k, C_k, skip, None, bias[k], True)
         places = torch.where(tokens < 0, x.shape[1], tokens)  # a mask would make a GPU wait for the host
         natural = F.pad(torch.zeros_like(x), (0, 0, 0, 1)).index_copy_(1, places, y)[:, :-1]
         outputs.append(natural if merge else natural * gate)
@@ -113,15 +92,25 @@ def _read(x: Tensor, tokens: Tensor) -> Tensor:
     return torch.where((tokens >= 0)[:, None], x[:, tokens.clamp(min=0)], 0.0)
 
 
-@operator(
-    f"directional_scan_quantize({_INPUTS}, float factor, {QPARAMS}) -> Tensor",
-    f"{_SHAPES}; inv_scale float L|1; zero_point zeros =inv_scale; inv_smooth float E; bits bits",
-    lambda u, *rest: u.new_empty(u.shape[1:], dtype=torch.int8),
-    checks=(_check_directions,),
-)
 def directional_scan_quantize(u: Tensor, *inputs: Any) -> Tensor:
     """Returns the codes (B, L, E) of the merged `directional_scan`; inv_scale, zero_point (L,) or (1,)."""
     *scan, factor, inv_scale, zero_point, inv_smooth, bits = inputs
     return quantize(
-        directional_scan(u.float(), *scan, merge=True, factor=factor), inv_scale, zero_point, inv_smooth, bits
+        directional_scan(u.float(), *scan, True, factor), inv_scale, zero_point, inv_smooth, bits
     )
+
+
+define(
+    f"directional_scan({_INPUTS}, bool merge, float factor) -> Tensor",
+    directional_scan,
+    _SHAPES,
+    _fake,
+    checks=(_check_directions,),
+)
+define(
+    f"directional_scan_quantize({_INPUTS}, float factor, {QPARAMS}) -> Tensor",
+    directional_scan_quantize,
+    f"{_SHAPES}; inv_scale float L|1; zero_point zeros =inv_scale; inv_smooth float E; bits bits",
+    lambda u, *rest: u.new_empty(u.shape[1:], dtype=torch.int8),
+    checks=(_check_directions,),
+)

@@ -1,14 +1,12 @@
 """Fake quantization in one operator: codes and what they stand for, in floating point, with gradients to learn by."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptq4vm.ops._arguments import Values, check_scales
-from ptq4vm.ops._define import operator, save_inputs
+from ptq4vm.ops._define import define
 from ptq4vm.ops.quantization import along_channels, code_range
 
 _INPUTS = "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
@@ -27,7 +25,6 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return *(value if need else None for value, need in zip(grads, needs, strict=True)), None
 
 
-@operator(f"fake_quantize({_INPUTS}) -> Tensor", _SHAPES, _fake, gradient=_gradient, save=save_inputs)
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int) -> Tensor:
     """Returns x · smooth after `quantize` and `dequantize`, or, without zero points, after `quantize_weight`."""
     _, _, clamped = _codes(x, scale, zero_point, smooth, bits)
@@ -68,12 +65,6 @@ def _check_needs(values: Values) -> None:
             raise ValueError(f"there is no {what} whose gradient could be given")
 
 
-@operator(
-    f"fake_quantize_backward(Tensor grad, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    f"{_SHAPES}; grad float =x",
-    _backward_fake,
-    checks=(_check_needs,),
-)
 def fake_quantize_backward(
     grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, bits: int, *needs: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -99,3 +90,13 @@ def fake_quantize_backward(
         grad_smooth = by_row.flatten(0, -2).sum(0) if x.dim() > 1 else by_row
     smooth_dtype = x.dtype if smooth is None else smooth.dtype
     return grad_x.to(x.dtype), grad_scale.to(scale.dtype), grad_zero_point, grad_smooth.to(smooth_dtype)
+
+
+define(f"fake_quantize({_INPUTS}) -> Tensor", fake_quantize, _SHAPES, _fake, gradient=_gradient)
+define(
+    f"fake_quantize_backward(Tensor grad, {_INPUTS}, {_NEEDS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake_quantize_backward,
+    f"{_SHAPES}; grad float =x",
+    _backward_fake,
+    checks=(_check_needs,),
+)

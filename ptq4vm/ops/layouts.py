@@ -1,7 +1,5 @@
 """The layouts of integer weights: 4-bit codes in pairs, and the tiles and padded rows that kernels read."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -3,8 +3,6 @@
 The exact half and the rounded half are two functions, because kernels are compared with them differently.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ptq4vm import native
 from ptq4vm.ops._arguments import FLOATS, Values, check_scales
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 from ptq4vm.ops.layouts import tiles_shape, unpack_int4, weight_codes
 from ptq4vm.ops.quantization import QPARAMS, QParams, along_channels
 from ptq4vm.ops.rotation import quantize_output
@@ -72,14 +70,6 @@ def _linear_fake(x: Tensor, x_scale: Tensor, x_zero_point: Tensor, weight: Tenso
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=rest[-1])
 
 
-@operator(
-    "linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
-    "ScalarType out_dtype) -> Tensor",
-    "x codes ... D; x_scale float tokens; x_zero_point zeros =x_scale; weight weight N *; weight_scale float N; "
-    "bias float N",
-    _linear_fake,
-    checks=(_check_out_dtype, _check_max_channels, lambda values: _check_columns(values["x"], values["weight"])),
-)
 def linear(
     x: Tensor,
     x_scale: Tensor,
@@ -97,7 +87,9 @@ def linear(
 
 
 _Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
-_PACKED = "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale"
+_PACKED = (
+    "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias"
+)
 _SHAPES = (
     "x codes ... D; x_scale float tokens; x_zero_point zeros =x_scale; weight weight *; weight_scale float N; "
     "weight_sum sums N; bias float N"
@@ -135,27 +127,13 @@ def check_sums(name: str, sums: Tensor, channels: int) -> None:
         )
 
 
-@operator(
-    f"linear_packed({_PACKED}, Tensor? bias, ScalarType out_dtype) -> Tensor",
-    lambda values: _STACKED_SHAPES if values["weight_scale"].dim() == 2 else _SHAPES,
-    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[4].shape[-1]), dtype=rest[-1]),
-    checks=(_check_out_dtype, _check_packed_weight),
-)
-def linear_packed(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def linear_packed(*inputs: *tuple[*_Packed, torch.dtype]) -> Tensor:
     """Computes `linear` with a weight of `pack_weight` or `pad_weight`, and the int32 sums of its rows' codes.
 
     Sums are shaped as weight_scale. weight_scale (N,) is one linear of x (…, D). weight_scale (K, N) is K of them, with
     x (K, …, D), x_scale and x_zero_point (K, L) or (K, 1), and bias (K, N).
     """
+    x, x_scale, x_zero_point, weight, _, weight_scale, bias, out_dtype = inputs
     w_q = weight_codes(weight, weight_scale, x.shape[-1])
     if weight_scale.dim() == 1:
         return rescale(accumulate(x, x_zero_point, w_q), x_scale, weight_scale, bias, out_dtype)
@@ -170,12 +148,31 @@ def _gelu_shapes(values: Values) -> str:
     return f"{_SHAPES}; inv_scale float tokens; zero_point zeros =inv_scale; inv_smooth float N; bits bits"
 
 
-@operator(
-    f"linear_gelu_quantize({_PACKED}, Tensor? bias, bool rotated, {QPARAMS}) -> Tensor",
+def linear_gelu_quantize(*inputs: *tuple[*_Packed, bool, *QParams]) -> Tensor:
+    """Returns the codes of one linear's GELU (the exact one, with erf), or of its rotation: an MLP's second input."""
+    return quantize_output(F.gelu(linear_packed(*inputs[:7], torch.float32)), *inputs[7:])
+
+
+define(
+    "linear(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
+    "ScalarType out_dtype) -> Tensor",
+    linear,
+    "x codes ... D; x_scale float tokens; x_zero_point zeros =x_scale; weight weight N *; weight_scale float N; "
+    "bias float N",
+    _linear_fake,
+    checks=(_check_out_dtype, _check_max_channels, lambda values: _check_columns(values["x"], values["weight"])),
+)
+define(
+    f"linear_packed({_PACKED}, ScalarType out_dtype) -> Tensor",
+    linear_packed,
+    lambda values: _STACKED_SHAPES if values["weight_scale"].dim() == 2 else _SHAPES,
+    lambda x, *rest: x.new_empty((*x.shape[:-1], rest[4].shape[-1]), dtype=rest[-1]),
+    checks=(_check_out_dtype, _check_packed_weight),
+)
+define(
+    f"linear_gelu_quantize({_PACKED}, bool rotated, {QPARAMS}) -> Tensor",
+    linear_gelu_quantize,
     _gelu_shapes,
     lambda x, *rest: x.new_empty((*x.shape[:-1], rest[4].shape[-1]), dtype=torch.int8),
     checks=(_check_packed_weight,),
 )
-def linear_gelu_quantize(*inputs: *tuple[*_Packed, bool, *QParams]) -> Tensor:
-    """Returns the codes of one linear's GELU (the exact one, with erf), or of its rotation: an MLP's second input."""
-    return quantize_output(F.gelu(linear_packed(*inputs[:7], torch.float32)), *inputs[7:])

@@ -1,7 +1,5 @@
 """Norms in one pass with the residual before them and the codes after them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops._arguments import Values
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 from ptq4vm.ops.quantization import QPARAMS, QPARAMS_SHAPES, QParams
 from ptq4vm.ops.rotation import quantize_output
 
@@ -24,13 +22,6 @@ def _check_rms(values: Values) -> None:
         raise ValueError("an RMS norm has no bias")
 
 
-@operator(
-    f"norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, bool rotated, "
-    f"{QPARAMS}) -> (Tensor, Tensor)",
-    f"x float ... D; residual float =x; weight float D; bias float D; {QPARAMS_SHAPES}",
-    _fake,
-    checks=(_check_rms,),
-)
 def norm_quantize(
     x: Tensor,
     residual: Tensor | None,
@@ -48,3 +39,13 @@ def norm_quantize(
     normed = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
     codes = quantize_output(normed, rotated, *qparams)
     return total.new_empty(0) if residual is None else total, codes
+
+
+define(
+    f"norm_quantize(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, bool rotated, "
+    f"{QPARAMS}) -> (Tensor, Tensor)",
+    norm_quantize,
+    f"x float ... D; residual float =x; weight float D; bias float D; {QPARAMS_SHAPES}",
+    _fake,
+    checks=(_check_rms,),
+)

@@ -6,8 +6,6 @@ are (N, D) with one scale per output channel (N,). Codes are signed: [-2^(b-1), 
 [1 - 2^(b-1), 2^(b-1) - 1] for weights.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.ops._arguments import Values, check_scales
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 
 EPSILON = torch.finfo(torch.float32).tiny
 """The smallest scale whose reciprocal is finite: a tensor of zeros still has one."""
@@ -42,7 +40,6 @@ def _quantize_fake(x: Tensor, inv_scale: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
-@operator(f"quantize(Tensor x, {QPARAMS}) -> Tensor", f"x float ... D; {QPARAMS_SHAPES}", _quantize_fake)
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
     """Smooths, multiplies by the reciprocal, rounds half to even, shifts, clamps; int8 codes in x's shape."""
     codes = unclamped_codes(x, inv_scale, zero_point, inv_smooth)
@@ -58,11 +55,6 @@ def _smoothed(x: Tensor, inv_smooth: Tensor | None) -> Tensor:
     return x.float() if inv_smooth is None else x.float() * inv_smooth.float()
 
 
-@operator(
-    "dequantize(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor",
-    "x_q codes ... D; scale float tokens; zero_point zeros =scale",
-    lambda x_q, *rest: x_q.new_empty(x_q.shape, dtype=torch.float32),
-)
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Returns (q - z) · scale in float32."""
     return ((x_q.float() - along_channels(zero_point, x_q)) * along_channels(scale.float(), x_q)).contiguous()
@@ -95,13 +87,23 @@ def _check_channels(values: Values) -> None:
         raise ValueError("x needs channels: no token has a range without them")
 
 
-@operator(
-    "choose_qparams(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)",
-    "x float ... D; inv_smooth float D; bits bits",
-    _choose_qparams_fake,
-    checks=(_check_channels,),
-)
 def choose_qparams(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point (B, L) of every token of x (B, L, D), from its own minimum and maximum."""
     v = _smoothed(x, inv_smooth)
     return affine_qparams(v.amin(-1), v.amax(-1), bits)
+
+
+define(f"quantize(Tensor x, {QPARAMS}) -> Tensor", quantize, f"x float ... D; {QPARAMS_SHAPES}", _quantize_fake)
+define(
+    "dequantize(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor",
+    dequantize,
+    "x_q codes ... D; scale float tokens; zero_point zeros =scale",
+    lambda x_q, *rest: x_q.new_empty(x_q.shape, dtype=torch.float32),
+)
+define(
+    "choose_qparams(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)",
+    choose_qparams,
+    "x float ... D; inv_smooth float D; bits bits",
+    _choose_qparams_fake,
+    checks=(_check_channels,),
+)

@@ -1,26 +1,18 @@
 """Rotations that spread large channels over all of them, alone or in one pass with the codes."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm.ops._define import operator
+from ptq4vm.ops._define import define
 from ptq4vm.ops.quantization import QPARAMS, QPARAMS_SHAPES, QParams, quantize
 
 LARGEST_HARTLEY = 15
 """The largest odd factor of the number of channels that a rotation mixes; the kernel has the same number."""
 
 
-@operator(
-    "rotate(Tensor x) -> Tensor",
-    "x float ... D",
-    lambda x: x.new_empty(x.shape),
-    gradient=lambda _, grad: torch.ops.ptq4vm.rotate(grad),
-)
 def rotate(x: Tensor) -> Tensor:
     """Multiplies x (…, D) by an orthogonal matrix that is its own inverse; in x's type, computed in float32.
 
@@ -50,11 +42,6 @@ def hartley(size: int, device: torch.device | None = None) -> Tensor:
     return ((angles.cos() + angles.sin()) / math.sqrt(max(1, size))).float()
 
 
-@operator(
-    f"rotate_quantize(Tensor x, bool gelu, {QPARAMS}) -> Tensor",
-    f"x float ... D; {QPARAMS_SHAPES}",
-    lambda x, *rest: x.new_empty(x.shape, dtype=torch.int8),
-)
 def rotate_quantize(x: Tensor, gelu: bool, *qparams: *QParams) -> Tensor:
     """Returns the codes of the rotated x (…, D), or of its rotated GELU (the exact one): a stream's input."""
     return quantize_output(F.gelu(x.float()) if gelu else x.float(), True, *qparams)
@@ -66,3 +53,19 @@ def quantize_output(x: Tensor, rotated: bool, *qparams: *QParams) -> Tensor:
     if rotated:
         x, inv_smooth = rotate(x if inv_smooth is None else x * inv_smooth.float()), None
     return quantize(x, inv_scale, zero_point, inv_smooth, bits)
+
+
+define(
+    "rotate(Tensor x) -> Tensor",
+    rotate,
+    "x float ... D",
+    lambda x: x.new_empty(x.shape),
+    gradient=lambda _, grad: torch.ops.ptq4vm.rotate(grad),
+    save=None,
+)
+define(
+    f"rotate_quantize(Tensor x, bool gelu, {QPARAMS}) -> Tensor",
+    rotate_quantize,
+    f"x float ... D; {QPARAMS_SHAPES}",
+    lambda x, *rest: x.new_empty(x.shape, dtype=torch.int8),
+)

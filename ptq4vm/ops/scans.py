@@ -4,17 +4,14 @@ Shapes: B images, L tokens, E channels, S states. u, delta, z (B, L, E); A (E, S
 delta_bias (E,); the result is (B, L, E). Computed in float32 (float64 for float64 inputs) and returned in u's dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm.ops._define import adjoint, empty_gradient, operator, save_inputs
+from ptq4vm.ops._define import adjoint, define, empty_gradient
 from ptq4vm.ops.convolution_1d import silu_slope
 from ptq4vm.ops.quantization import code_range
 
@@ -32,28 +29,19 @@ _SHAPES = (
 )
 
 
-@dataclass(frozen=True)
 class _Recurrence:
-    """A scan's inputs in the type that it computes in, tokens first."""
+    """A scan's inputs in the type that it computes in, tokens first: Δ and what it makes of u (L, B, E), A, B, h_0."""
 
-    dt: Tensor  # Δ (L, B, E)
-    dt_u: Tensor  # Δ · u (L, B, E)
-    raw_dt: Tensor  # Δ before softplus (L, B, E)
-    a: Tensor  # (S, E)
-    b: Tensor  # (L, B, S)
-    start: Tensor  # the state h_0 = 0 (B, S, E)
-
-    @classmethod
-    def of(
-        cls, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, softplus: bool
-    ) -> _Recurrence:
+    def __init__(
+        self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool
+    ) -> None:
         kind = torch.promote_types(u.dtype, torch.float32)
         raw_dt = delta.to(kind) if delta_bias is None else delta.to(kind) + delta_bias.to(kind)
-        raw_dt = raw_dt.transpose(0, 1).contiguous()
-        dt = F.softplus(raw_dt) if softplus else raw_dt.clone()
-        dt_u = dt * u.to(kind).transpose(0, 1)
-        start = dt.new_zeros(u.shape[0], A.shape[1], A.shape[0])
-        return cls(dt, dt_u, raw_dt, A.to(kind).t(), B.to(kind).transpose(0, 1), start)
+        self.raw_dt = raw_dt.transpose(0, 1).contiguous()
+        self.dt = F.softplus(self.raw_dt) if delta_softplus else self.raw_dt
+        self.dt_u = self.dt * u.to(kind).transpose(0, 1)
+        self.a, self.b = A.to(kind).t(), B.to(kind).transpose(0, 1)  # (S, E), (L, B, S)
+        self.start = self.dt.new_zeros(u.shape[0], A.shape[1], A.shape[0])  # (B, S, E)
 
     def chunks(self) -> list[slice]:
         tokens = len(self.dt)
@@ -69,24 +57,7 @@ class _Recurrence:
         return decay, states
 
 
-@operator(
-    f"selective_scan({_INPUTS}) -> Tensor",
-    _SHAPES,
-    lambda u, *rest: u.new_empty(u.shape),
-    gradient=adjoint("selective_scan_backward"),
-    save=save_inputs,
-)
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def selective_scan(*inputs: *_Inputs) -> Tensor:
     """Computes the selective scan, tokens before channels (Gu and Dao 2023, algorithm 2, with B̄ = Δ · B).
 
         Δ_t = softplus(delta_t + delta_bias)
@@ -96,7 +67,8 @@ def selective_scan(
     Within a chunk of tokens everything but the recurrence is one vector operation; the recurrence is one fused
     multiply-add a token.
     """
-    scan = _Recurrence.of(u, delta, A, B, delta_bias, delta_softplus)
+    u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
+    scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
     h, y, c = scan.start, torch.empty_like(scan.dt), C.to(scan.dt.dtype).transpose(0, 1)
     for chunk in scan.chunks():
         _, states = scan.run(chunk, h)
@@ -109,7 +81,7 @@ def scan_states(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool
 ) -> Iterator[Tensor]:
     """Yields the states h_t of `selective_scan`, (tokens, B, S, E) for chunks of tokens."""
-    scan = _Recurrence.of(u, delta, A, B, delta_bias, delta_softplus)
+    scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
     h = scan.start
     for chunk in scan.chunks():
         _, states = scan.run(chunk, h)
@@ -146,13 +118,6 @@ def _quantized_fake(u: Tensor, *rest: Any) -> Tensor:
     return u.new_empty(u.shape)
 
 
-@operator(
-    f"selective_scan_quantized({_INPUTS}, Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor",
-    f"{_SHAPES}; state_scale float L|1; state_inv_scale float =state_scale; bits bits",
-    _quantized_fake,
-    gradient=adjoint("selective_scan_backward"),  # straight through the rounding
-    save=save_inputs,
-)
 def selective_scan_quantized(*inputs: *tuple[*_Inputs, Tensor, Tensor, int]) -> Tensor:
     """Computes `selective_scan` with its state kept as integers of `bits` bits from one token to the next.
 
@@ -166,7 +131,7 @@ def selective_scan_quantized(*inputs: *tuple[*_Inputs, Tensor, Tensor, int]) -> 
     is all that a token hands to the next.
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus, state_scale, state_inv_scale, bits = inputs
-    scan = _Recurrence.of(u, delta, A, B, delta_bias, delta_softplus)
+    scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
     h, y, c = scan.start, torch.empty_like(scan.dt), C.to(scan.dt.dtype).transpose(0, 1)
     scales, inverses = (value.to(y.dtype).expand(len(y)) for value in (state_scale, state_inv_scale))
     for t in range(len(y)):
@@ -181,11 +146,6 @@ def _backward_fake(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(empty_gradient(tensor, default) for tensor in inputs[:8])
 
 
-@operator(
-    f"selective_scan_backward(Tensor grad, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
-    f"{_SHAPES}; grad float B L E",
-    _backward_fake,
-)
 def selective_scan_backward(grad: Tensor, *inputs: *_Inputs) -> tuple[Tensor, ...]:
     """Returns gradients of u, delta, A, B, C, D, z and delta_bias, empty where absent: the adjoint of `selective_scan`.
 
@@ -193,7 +153,7 @@ def selective_scan_backward(grad: Tensor, *inputs: *_Inputs) -> tuple[Tensor, ..
     again, chunk by chunk, from those at the chunks' starts.
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
-    scan = _Recurrence.of(u, delta, A, B, delta_bias, delta_softplus)
+    scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
     kind, nothing = scan.dt.dtype, scan.dt.new_empty(0)
     g = grad.to(kind) if z is None else grad.to(kind) * F.silu(z.to(kind))
     y, grad_dt, grad_dt_u, grad_a, grad_b, grad_c = _recurrence_adjoint(
@@ -246,3 +206,25 @@ def _recurrence_adjoint(scan: _Recurrence, c: Tensor, g: Tensor) -> tuple[Tensor
 def _sum_channels(states: Tensor, values: Tensor) -> Tensor:
     """(T, B, S, E), (T, B, E) → (T, B, S)."""
     return torch.matmul(states, values.unsqueeze(-1)).squeeze(-1)
+
+
+define(
+    f"selective_scan({_INPUTS}) -> Tensor",
+    selective_scan,
+    _SHAPES,
+    lambda u, *rest: u.new_empty(u.shape),
+    gradient=adjoint("selective_scan_backward"),
+)
+define(
+    f"selective_scan_quantized({_INPUTS}, Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor",
+    selective_scan_quantized,
+    f"{_SHAPES}; state_scale float L|1; state_inv_scale float =state_scale; bits bits",
+    _quantized_fake,
+    gradient=adjoint("selective_scan_backward"),
+)
+define(
+    f"selective_scan_backward(Tensor grad, {_INPUTS}) -> ({', '.join(['Tensor'] * 8)})",
+    selective_scan_backward,
+    f"{_SHAPES}; grad float B L E",
+    _backward_fake,
+)

@@ -86,8 +86,10 @@ def _checked(arguments: Arguments, run: Callable[..., Any], fake: Callable[..., 
         try:
             arguments.check(values)
             if any(isinstance(value, Tensor) and not value.numel() for value in values[:2]):
-                results = _of_nothing(arguments.operator, fake(*values))
-                if results is not None:
+                results = fake(*values)  # loops over their other axes could be long
+                if arguments.operator.endswith("_backward"):
+                    return tuple(map(Tensor.zero_, results))
+                if not any(result.numel() for result in (results if isinstance(results, tuple) else (results,))):
                     return results
             return run(*values)
         except RuntimeError as error:
@@ -96,14 +98,6 @@ def _checked(arguments: Arguments, run: Callable[..., Any], fake: Callable[..., 
             raise RuntimeError(f"ptq4vm::{arguments.operator}: {error}") from error
 
     return checked
-
-
-def _of_nothing(name: str, results: Any) -> Any:
-    """Returns results without numbers, and zeros for gradients: loops over their other axes could be long."""
-    several = results if isinstance(results, tuple) else (results,)
-    if name.endswith("_backward"):
-        return tuple(map(Tensor.zero_, several))
-    return None if any(result.numel() for result in several) else results
 
 
 def _checked_fake(arguments: Arguments, fake: Callable[..., Any], refuses_gradients: bool) -> Callable[..., Any]:
@@ -123,6 +117,16 @@ def adjoint(name: str) -> Callable[..., tuple[Any, ...]]:
         return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), *(None,) * ctx.others
 
     return gradient
+
+
+def like(x: Tensor, *rest: Any) -> Tensor:
+    """Returns a fake result in x's shape and type."""
+    return x.new_empty(x.shape)
+
+
+def codes_like(x: Tensor, *rest: Any) -> Tensor:
+    """Returns fake codes in x's shape."""
+    return x.new_empty(x.shape, dtype=torch.int8)
 
 
 def empty_gradient(x: Tensor | None, default: Tensor) -> Tensor:

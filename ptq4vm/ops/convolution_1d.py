@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops._arguments import Values, check_order
-from ptq4vm.ops._define import adjoint, define, empty_gradient
+from ptq4vm.ops._define import adjoint, define, empty_gradient, like
 from ptq4vm.ops.quantization import QPARAMS, QParams, quantize
 
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu"
@@ -103,7 +103,7 @@ define(
     f"causal_conv1d({_INPUTS}) -> Tensor",
     causal_conv1d,
     _SHAPES,
-    lambda x, *rest: x.new_empty(x.shape),
+    like,
     checks=(_check_taps,),
     gradient=adjoint("causal_conv1d_backward"),
 )

@@ -95,9 +95,7 @@ def _read(x: Tensor, tokens: Tensor) -> Tensor:
 def directional_scan_quantize(u: Tensor, *inputs: Any) -> Tensor:
     """Returns the codes (B, L, E) of the merged `directional_scan`; inv_scale, zero_point (L,) or (1,)."""
     *scan, factor, inv_scale, zero_point, inv_smooth, bits = inputs
-    return quantize(
-        directional_scan(u.float(), *scan, True, factor), inv_scale, zero_point, inv_smooth, bits
-    )
+    return quantize(directional_scan(u.float(), *scan, True, factor), inv_scale, zero_point, inv_smooth, bits)
 
 
 define(

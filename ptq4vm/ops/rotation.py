@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm.ops._define import define
+from ptq4vm.ops._define import codes_like, define, like
 from ptq4vm.ops.quantization import QPARAMS, QPARAMS_SHAPES, QParams, quantize
 
 LARGEST_HARTLEY = 15
@@ -59,7 +59,7 @@ define(
     "rotate(Tensor x) -> Tensor",
     rotate,
     "x float ... D",
-    lambda x: x.new_empty(x.shape),
+    like,
     gradient=lambda _, grad: torch.ops.ptq4vm.rotate(grad),
     save=None,
 )
@@ -67,5 +67,5 @@ define(
     f"rotate_quantize(Tensor x, bool gelu, {QPARAMS}) -> Tensor",
     rotate_quantize,
     f"x float ... D; {QPARAMS_SHAPES}",
-    lambda x, *rest: x.new_empty(x.shape, dtype=torch.int8),
+    codes_like,
 )

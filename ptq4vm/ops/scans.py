@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm.ops._define import adjoint, define, empty_gradient
+from ptq4vm.ops._define import adjoint, define, empty_gradient, like
 from ptq4vm.ops.convolution_1d import silu_slope
 from ptq4vm.ops.quantization import code_range
 
@@ -56,6 +56,14 @@ class _Recurrence:
             h = state.addcmul_(factor, h)
         return decay, states
 
+    def states(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields chunks and the states (T, B, S, E) of their tokens."""
+        h = self.start
+        for chunk in self.chunks():
+            _, states = self.run(chunk, h)
+            h = states[-1].clone()  # and not the whole chunk's memory
+            yield chunk, states
+
 
 def selective_scan(*inputs: *_Inputs) -> Tensor:
     """Computes the selective scan, tokens before channels (Gu and Dao 2023, algorithm 2, with B̄ = Δ · B).
@@ -69,10 +77,8 @@ def selective_scan(*inputs: *_Inputs) -> Tensor:
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
     scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
-    h, y, c = scan.start, torch.empty_like(scan.dt), C.to(scan.dt.dtype).transpose(0, 1)
-    for chunk in scan.chunks():
-        _, states = scan.run(chunk, h)
-        h = states[-1]
+    y, c = torch.empty_like(scan.dt), C.to(scan.dt.dtype).transpose(0, 1)
+    for chunk, states in scan.states():
         y[chunk] = _sum_states(c[chunk], states)
     return _gate(_skip(y, u, D), z).to(u.dtype).contiguous()
 
@@ -81,11 +87,7 @@ def scan_states(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool
 ) -> Iterator[Tensor]:
     """Yields the states h_t of `selective_scan`, (tokens, B, S, E) for chunks of tokens."""
-    scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
-    h = scan.start
-    for chunk in scan.chunks():
-        _, states = scan.run(chunk, h)
-        h = states[-1].clone()
+    for _, states in _Recurrence(u, delta, A, B, delta_bias, delta_softplus).states():
         yield states
 
 
@@ -104,17 +106,13 @@ def _gate(y: Tensor, z: Tensor | None) -> Tensor:
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
-def check_state_scale(u: Tensor, state_scale: Tensor) -> None:
-    """Raises ValueError unless there is one scale, or one for each token of u."""
+def _quantized_fake(u: Tensor, *rest: Any) -> Tensor:
+    state_scale = rest[8]
     if state_scale.dim() != 1 or state_scale.shape[0] not in (1, u.shape[1]):
         raise ValueError(
             f"state scales of shape {tuple(state_scale.shape)} were calibrated for another number of tokens than the "
             f"{u.shape[1]} of this scan; calibrate at this resolution"
         )
-
-
-def _quantized_fake(u: Tensor, *rest: Any) -> Tensor:
-    check_state_scale(u, rest[8])
     return u.new_empty(u.shape)
 
 
@@ -179,7 +177,7 @@ def _recurrence_adjoint(scan: _Recurrence, c: Tensor, g: Tensor) -> tuple[Tensor
     """Returns Σ_s C_t · h_t, and the gradients of Δ where it decays states, of Δ · u, A, B and C, tokens first."""
     chunks, starts = scan.chunks(), [scan.start]
     for chunk in chunks[:-1]:
-        starts.append(scan.run(chunk, starts[-1])[1][-1])
+        starts.append(scan.run(chunk, starts[-1])[1][-1].clone())
     y, grad_dt, grad_dt_u = (torch.empty_like(scan.dt) for _ in range(3))
     grad_a, grad_b, grad_c = torch.zeros_like(scan.a), torch.empty_like(scan.b), torch.empty_like(c)
     carry = torch.zeros_like(scan.start)
@@ -187,17 +185,17 @@ def _recurrence_adjoint(scan: _Recurrence, c: Tensor, g: Tensor) -> tuple[Tensor
         decay, states = scan.run(chunk, start)
         y[chunk] = _sum_states(c[chunk], states)
         grad_c[chunk] = _sum_channels(states, g[chunk])
-        adjoint = c[chunk].unsqueeze(-1) * g[chunk].unsqueeze(-2)
-        adjoint[-1] += carry
-        later, factors = adjoint.unbind(0), decay.unbind(0)
+        grad_h = c[chunk].unsqueeze(-1) * g[chunk].unsqueeze(-2)
+        grad_h[-1] += carry
+        later, factors = grad_h.unbind(0), decay.unbind(0)
         for t in reversed(range(len(later) - 1)):
             later[t].addcmul_(factors[t + 1], later[t + 1])
-        carry = adjoint[0] * decay[0]
-        grad_b[chunk] = _sum_channels(adjoint, scan.dt_u[chunk])
-        grad_dt_u[chunk] = _sum_states(scan.b[chunk], adjoint)
-        adjoint[1:] *= states[:-1]
-        adjoint[0] *= start
-        grad_log_decay = adjoint.mul_(decay)
+        carry = grad_h[0] * decay[0]
+        grad_b[chunk] = _sum_channels(grad_h, scan.dt_u[chunk])
+        grad_dt_u[chunk] = _sum_states(scan.b[chunk], grad_h)
+        grad_h[1:] *= states[:-1]
+        grad_h[0] *= start
+        grad_log_decay = grad_h.mul_(decay)
         grad_dt[chunk] = (grad_log_decay * scan.a).sum(-2)
         grad_a += (grad_log_decay * scan.dt[chunk].unsqueeze(-2)).sum((0, 1))
     return y, grad_dt, grad_dt_u, grad_a, grad_b, grad_c
@@ -209,11 +207,7 @@ def _sum_channels(states: Tensor, values: Tensor) -> Tensor:
 
 
 define(
-    f"selective_scan({_INPUTS}) -> Tensor",
-    selective_scan,
-    _SHAPES,
-    lambda u, *rest: u.new_empty(u.shape),
-    gradient=adjoint("selective_scan_backward"),
+    f"selective_scan({_INPUTS}) -> Tensor", selective_scan, _SHAPES, like, gradient=adjoint("selective_scan_backward")
 )
 define(
     f"selective_scan_quantized({_INPUTS}, Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor",

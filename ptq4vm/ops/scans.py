@@ -152,7 +152,7 @@ def selective_scan_backward(grad: Tensor, *inputs: *_Inputs) -> tuple[Tensor, ..
     """
     u, delta, A, B, C, D, z, delta_bias, delta_softplus = inputs
     scan = _Recurrence(u, delta, A, B, delta_bias, delta_softplus)
-    kind, nothing = scan.dt.dtype, scan.dt.new_empty(0)
+    kind, empty = scan.dt.dtype, scan.dt.new_empty
     g = grad.to(kind) if z is None else grad.to(kind) * F.silu(z.to(kind))
     y, grad_dt, grad_dt_u, grad_a, grad_b, grad_c = _recurrence_adjoint(
         scan, C.to(kind).transpose(0, 1), g.transpose(0, 1).contiguous()
@@ -166,9 +166,9 @@ def selective_scan_backward(grad: Tensor, *inputs: *_Inputs) -> tuple[Tensor, ..
         grad_a.t(),
         grad_b.transpose(0, 1),
         grad_c.transpose(0, 1),
-        nothing if D is None else (g * u.to(kind)).sum((0, 1)),
-        nothing if z is None else grad.to(kind) * _skip(y, u, D) * silu_slope(z.to(kind)),
-        nothing if delta_bias is None else grad_delta.sum((0, 1)),
+        empty(0) if D is None else (g * u.to(kind)).sum((0, 1)),
+        empty(0) if z is None else grad.to(kind) * _skip(y, u, D) * silu_slope(z.to(kind)),
+        empty(0) if delta_bias is None else grad_delta.sum((0, 1)),
     )
     return tuple(g if x is None else g.to(x.dtype).contiguous() for g, x in zip(grads, inputs[:8], strict=True))
 

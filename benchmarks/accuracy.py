@@ -37,14 +37,14 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantConfig, State
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
-from ptq4vm.models.hard import harden
-from ptq4vm.pipeline import canonical_graph, prepared_from
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
+from ptq4vm.models.outliers import harden
+from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"

@@ -31,7 +31,8 @@ from gpu_rows import BATCHES, Candidate, Row, Setup, rows
 from tqdm import tqdm
 
 import ptq4vm
-from ptq4vm import doctor, native
+from ptq4vm import doctor
+from ptq4vm.backend import native
 from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.timing import Timing, compare, machine
 from ptq4vm.report import table, write_json

@@ -21,7 +21,7 @@ from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.pieces import Pieces, write_branch
 from ptq4vm.benchmark.plain import replace_ops
 from ptq4vm.config import Granularity, QuantConfig, RangeSearch
-from ptq4vm.graph import capture
+from ptq4vm.graph.capture import capture
 
 MODELS = (
     "vim_base_patch16_224",

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import native, ops
+from ptq4vm import ops
+from ptq4vm.backend import native
 from ptq4vm.ops import convolution_1d, directional_scans, layouts
 from ptq4vm.ops import scans as scan_ops
 

@@ -23,12 +23,13 @@ from tqdm import tqdm
 
 import ptq4vm
 import ptq4vm.models
-from ptq4vm import benchmark, native, report
+from ptq4vm import benchmark, report
+from ptq4vm.backend import native
 from ptq4vm.config import Learning, QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
-from ptq4vm.observers import Phenomena, observe
-from ptq4vm.pipeline import canonical_graph, prepared_from
+from ptq4vm.inspection.phenomena import Phenomena, observe
+from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
 
 MODELS = {"plain": "vim_nano_patch4_32.digits", "hard": "vim_nano_patch4_32.digits_hard"}
 SHORT, FULL = {8: 4, 6: 8, 4: 16}, {8: 10, 6: 50, 4: 100}

@@ -5,18 +5,19 @@ import time
 
 import pytest
 import torch
+from helpers.public_models import create
+from helpers.strategies import normal
 from hypothesis import given
 from hypothesis import strategies as st
-from public_models import create
-from strategies import normal
 
-from ptq4vm import benchmark, native
+from ptq4vm import benchmark
+from ptq4vm.backend import native
 from ptq4vm.benchmark import compare, machine
 from ptq4vm.benchmark.layers import Category
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
-from ptq4vm.pipeline import skeleton
 from ptq4vm.report import write_csv
+from ptq4vm.serialization.version_1 import empty_quantized_model
 
 seconds = st.integers(1, 1000)
 
@@ -145,7 +146,7 @@ def nano():
     """A model in floating point, and quantized with scales of one."""
     torch.manual_seed(0)
     model = create("vim_nano_patch4_32", depth=2).eval()
-    return model, skeleton(model, (normal(2, 3, 32, 32, seed=0),), QuantConfig(range_search=False))
+    return model, empty_quantized_model(model, (normal(2, 3, 32, 32, seed=0),), QuantConfig(range_search=False))
 
 
 @pytest.fixture(scope="module")

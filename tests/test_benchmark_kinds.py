@@ -4,19 +4,19 @@ import sys
 
 import pytest
 import torch
-from public_models import NANO, SAMPLED, SHORT, create
-from strategies import normal
+from helpers.public_models import NANO, SAMPLED, SHORT, create
+from helpers.strategies import normal
 from torch import nn
 from torch.fx import Graph, GraphModule
 
 from ptq4vm import quantize
 from ptq4vm.benchmark import kinds, memory, plain
 from ptq4vm.benchmark.kinds import KINDS, Network, build, check_kind
-from ptq4vm.cli import KINDS as SAID
+from ptq4vm.cli.main import KINDS as SAID
 from ptq4vm.config import QuantConfig
-from ptq4vm.graph import capture
+from ptq4vm.graph.capture import capture
 from ptq4vm.ops import convolution_1d, scans
-from ptq4vm.pipeline import skeleton
+from ptq4vm.serialization.version_1 import empty_quantized_model
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 OPTIONAL = ("onnxruntime-int8", "openvino-int8")
@@ -125,7 +125,7 @@ def test_memory_that_is_given_back_counts():
 @on_linux
 def test_a_fresh_process_measures_the_memory_of_a_forward(tmp_path):
     model = create(NANO[0]).eval()
-    made = Network(model, skeleton(model, (IMAGES,), QuantConfig(range_search=False)), tmp_path)
+    made = Network(model, empty_quantized_model(model, (IMAGES,), QuantConfig(range_search=False)), tmp_path)
     peaks = memory.measure(made, (3, 32, 32), ["quantized", "eager-fp32"], 64, 1)
     assert [(peak.name, peak.batch_size, peak.threads) for peak in peaks] == [
         ("quantized", 64, 1),

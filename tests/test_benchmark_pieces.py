@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
-from public_models import NANO, SHORT, create
-from strategies import normal
+from helpers.public_models import NANO, SHORT, create
+from helpers.strategies import normal
 
 import ptq4vm
 from ptq4vm.benchmark.graphs import WARMUP, Recorded, copied, recorded

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from lowering import check
+from helpers.lowering import check
 from torch.utils.data import Subset
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.config import Learning
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
-from ptq4vm.observers import observe
-from ptq4vm.record import record_of
+from ptq4vm.inspection.phenomena import observe
+from ptq4vm.metadata import record_of
 
 pytest.importorskip("sklearn")
 

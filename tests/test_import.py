@@ -83,5 +83,5 @@ print(json.dumps([before, timm.list_models("vim_*"), [name for name in ours if "
     assert before == []
     sizes = ("base_patch16_224", "nano_patch4_32", "small_patch16_224", "tiny_patch16_224")
     assert set(after) >= {f"vim_{size}" for size in sizes}
-    allowed = {f"ptq4vm.{name}" for name in ("ops", "native", "config", "triton_kernels")}
+    allowed = {f"ptq4vm.{name}" for name in ("ops", "config", "backend", "backend.native", "backend.triton")}
     assert {name for name in other if not name.startswith("ptq4vm.ops.")} <= allowed

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.benchmark.plain import EXPORTED, LOOP, replace_ops
-from ptq4vm.graph import Pipeline, aten, capture
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.capture import capture
+from ptq4vm.graph.insert import aten
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 
 Call = Callable[[Tensor], Any]
 
@@ -112,7 +112,7 @@ def _quantized(network: Network, images: Tensor) -> Call:
 @_kind("fused")
 def _fused(network: Network, images: Tensor) -> Call:
     """The lowered graph after fusion, operator by operator."""
-    return converted_graph(network.quantized, Pipeline((fuse,)))
+    return converted_graph(network.quantized, fusing_pipeline())
 
 
 @_kind("compiled")

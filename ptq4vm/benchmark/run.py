@@ -16,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network, build, check_kind
 from ptq4vm.benchmark.layers import Category, Layer, is_known, profile, totals
 from ptq4vm.benchmark.memory import Peak, measure
 from ptq4vm.benchmark.picture import check_picture, draw
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
 from ptq4vm.checkpoint import WEIGHTS, save
-from ptq4vm.graph import Pipeline, capture
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.capture import capture
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 from ptq4vm.report import table
 
 __all__ = ["Findings", "Plan", "Setting", "check_picture", "run"]
@@ -172,7 +171,7 @@ def run(
     images = torch.randn(max(plan.batch_sizes), *shape, generator=random)
     graphs: dict[str, GraphModule] = {}
     if plan.layers:
-        fused = converted_graph(quantized, Pipeline((fuse,)))
+        fused = converted_graph(quantized, fusing_pipeline())
         graphs = {"FP32": capture(float_model, (images[:2],)), "quantized": quantized, "fused": fused}
     settings = []
     with tempfile.TemporaryDirectory() as folder, _progress(plan, len(graphs)) as bar:

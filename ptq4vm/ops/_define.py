@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import native, triton_kernels
+from ptq4vm.backend import native, triton
 from ptq4vm.ops._arguments import Arguments, Check, Shapes
 
 _NATIVE = native.problem() is None
@@ -67,7 +67,7 @@ def define(
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     REFERENCES[name] = _checked(arguments, reference, fake)
     _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
-    kernel = triton_kernels.operator(name, reference)
+    kernel = triton.operator(name, reference)
     on_gpus[name] = _checked(arguments, kernel, fake)
     if native.cuda_problem() is not None and kernel is not reference:
         _library.impl(name, on_gpus[name], "CUDA")

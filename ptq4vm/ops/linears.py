@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.ops._arguments import FLOATS, Values, check_scales
 from ptq4vm.ops._define import define
 from ptq4vm.ops.layouts import tiles_shape, unpack_int4, weight_codes

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cli_commands import CONFIG, MODEL, WEIGHTS, calibration
+from helpers.cli_commands import CONFIG, MODEL, WEIGHTS, calibration
 from PIL import Image
 from torch import nn
 
 import ptq4vm
-from ptq4vm import doctor, native
-from ptq4vm.cli import main
+from ptq4vm import doctor
+from ptq4vm.backend import native
+from ptq4vm.cli.main import main
 
 COMMANDS = ("quantize", "evaluate", "benchmark", "inspect", "export", "doctor")
 
@@ -276,7 +277,8 @@ def test_help_is_short_and_shows_defaults(capsys, command):
 
 def test_help_and_version_come_without_torch():
     program = (
-        "import sys; from ptq4vm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+        "import sys; from ptq4vm.cli.main import main\n"
+        "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     )
     for option in ("--help", "--version"):
         done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True)

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
+from helpers.gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
+from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_laws import LAWS, laws_of, name_of, tolerance
 from test_native import relative
 from test_native_producers import assert_same_codes
 
-from ptq4vm import doctor, ops, triton_kernels
+from ptq4vm import doctor, ops
+from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.ops import linears, quantization
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

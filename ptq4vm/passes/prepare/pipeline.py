@@ -1,0 +1,69 @@
+"""The preparation pipeline: from a captured model to a graph with fake-quantizers that still do nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.graph.capture import capture
+from ptq4vm.graph.pipeline import Pass, Pipeline
+from ptq4vm.graph.sites import LinearSite, sites_of
+from ptq4vm.graph.verify import GraphStage
+from ptq4vm.metadata import LinearRecord, Record, architecture_of, set_record
+from ptq4vm.passes.prepare.annotate import InsertFakeQuantizers
+from ptq4vm.passes.prepare.bias_correction import insert_corrections
+from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
+from ptq4vm.passes.prepare.decompose import decompose_fused_ops
+from ptq4vm.passes.prepare.reparameterize import InsertFactors
+from ptq4vm.passes.prepare.rotate import insert_rotation
+from ptq4vm.passes.prepare.select import SelectSites
+from ptq4vm.passes.prepare.smooth import insert_smoothing
+from ptq4vm.serialization.content import portable
+
+
+def preparation_pipeline(config: QuantConfig) -> Pipeline:
+    """Returns the passes from a captured graph to a prepared one, to be run or printed.
+
+    >>> print(preparation_pipeline(QuantConfig.w8a8()))  # doctest: +ELLIPSIS
+    prepared
+      captured
+        matmul_to_linear
+        ...
+        insert_smoothing
+      InsertFakeQuantizers(...)
+    """
+    passes: list[Pass] = [*CANONICALIZE]
+    if config.outputs is not None:
+        passes += [decompose_fused_ops]
+    passes += [SelectSites(config)]
+    if config.state is not None and config.state.factors is not None:
+        passes += [InsertFactors(config.state.integrate)]
+    if config.smoothing is not None or config.granularity is Granularity.K_SCALED_CHANNEL:
+        passes += [insert_smoothing]
+    if config.rotation:
+        passes += [insert_rotation]
+    if config.bias_correction:
+        passes += [insert_corrections]
+    return Pipeline(GraphStage.PREPARED, (Pipeline(GraphStage.CAPTURED, tuple(passes)), InsertFakeQuantizers(config)))
+
+
+def prepared_graph(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
+    """Returns the model, captured and prepared."""
+    return prepare_captured(capture(model, example_inputs), model, example_inputs, config)
+
+
+def prepare_captured(
+    captured: GraphModule, model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig
+) -> GraphModule:
+    """Returns `prepared_graph` from the captured graph of `model`, which is changed in place."""
+    gm = portable(preparation_pipeline(config)(captured), type(captured).__name__)
+    linears = tuple(
+        LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
+        for site in sites_of(gm, LinearSite).values()
+    )
+    shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
+    record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
+    return set_record(gm, record)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
 from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.bounds import GPU
 from ptq4vm.benchmark.graphs import recorded
+from ptq4vm.ops import layouts, quantization
 
 Call = Callable[[], Any]
 
@@ -177,9 +178,9 @@ def weights(features: int, channels: int, bits: int, device: torch.device) -> tu
     codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)
     capability = capability_of(device)
     if capability is None:
-        packed = fused.pack_weight(codes, bits)
+        packed = layouts.pack_weight(codes, bits)
     else:
-        packed = fused.pad_weight(codes, 4 if bits == 4 and multiplies_nibbles(capability, features) else 8)
+        packed = layouts.pad_weight(codes, 4 if bits == 4 and multiplies_nibbles(capability, features) else 8)
     return packed, codes.sum(-1, dtype=torch.int32), torch.rand(features) / half
 
 
@@ -207,7 +208,7 @@ def unmerged(*steps: Any) -> Tensor:
     total = None
     for k in range(len(order)):
         tokens = order[k].long()
-        weight = fused.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
+        weight = layouts.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
         delta = F.linear(low_rank[k], weight.to(low_rank.dtype))[:, tokens]
         inputs = (u[k if len(u) > 1 else 0][:, tokens], delta, A[k], B[k][:, tokens], C[k][:, tokens], D[k])
         y = ops.selective_scan(*inputs, None if z is None else z[:, tokens], bias[k], True)
@@ -284,7 +285,7 @@ def operator_cases(batch: int, smoke: bool) -> dict[str, tuple[Callable, Callabl
             lambda: scan(True, **maps),
         ),
         "VMamba-B s2 fc1 + GELU": (ops.linear_gelu_quantize, one_by_one_gelu, lambda: gelu(MAPS, 512, 2048)),
-        "Vim-B quantize": (ops.quantize, reference.quantize, lambda: plain(VIM, 1536)),
+        "Vim-B quantize": (ops.quantize, quantization.quantize, lambda: plain(VIM, 1536)),
         "VMamba-B s2 GELU + rotate": (
             ops.rotate_quantize,
             kernels.rotate_one_by_one,

@@ -17,9 +17,10 @@ import torch
 from torch import fx
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import QuantConfig, ops, prepare, reference
+from ptq4vm import QuantConfig, ops, prepare
 from ptq4vm.backend import native
 from ptq4vm.graph.partition import Part, cut
+from ptq4vm.ops import convolution_1d, fake_quantization, scans
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.jlss import learn_block
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
@@ -46,8 +47,8 @@ def in_pytorch(forward, backward) -> type[torch.autograd.Function]:
     return Reference
 
 
-Scan = in_pytorch(reference.selective_scan, reference.selective_scan_backward)
-Conv = in_pytorch(reference.causal_conv1d, reference.causal_conv1d_backward)
+Scan = in_pytorch(scans.selective_scan, scans.selective_scan_backward)
+Conv = in_pytorch(convolution_1d.causal_conv1d, convolution_1d.causal_conv1d_backward)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -55,12 +56,12 @@ class FakeQuantize(torch.autograd.Function):
     def forward(ctx, *inputs):
         ctx.save_for_backward(*inputs[:4])
         ctx.bits = inputs[4]
-        return reference.fake_quantize(*inputs)
+        return fake_quantization.fake_quantize(*inputs)
 
     @staticmethod
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[:4]
-        grads = reference.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, *needs)
+        grads = fake_quantization.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, *needs)
         return *(value if need else None for value, need in zip(grads, needs, strict=True)), None
 
 

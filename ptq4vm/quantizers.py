@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, attribute, replace_node, set_tensor
+from ptq4vm.ops import quantization
 from ptq4vm.specs import Granularity, IntegerRange
 
 
@@ -126,7 +127,7 @@ class ActivationFakeQuantize(_FakeQuantize):
         if self.mode is not Mode.QUANTIZE:
             return x
         scale, zero_point = (
-            reference.choose_qparams(x.detach(), None, self.spec.bits)
+            quantization.choose_qparams(x.detach(), None, self.spec.bits)
             if self.dynamic
             else (self.step(), self.zero_point)
         )
@@ -274,7 +275,7 @@ class WeightFakeQuantize(_FakeQuantize):
         assert self.scale is not None
         if self.codes is not None:
             return self.codes
-        return reference.quantize_weight(w.contiguous().flatten(1), self.scale, self.spec.bits).view(w.shape)
+        return quantization.quantize_weight(w.contiguous().flatten(1), self.scale, self.spec.bits).view(w.shape)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""

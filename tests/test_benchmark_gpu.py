@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from test_native import draw, relative, scan_inputs
 from torch._dynamo.testing import CompileCounter
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
+from ptq4vm.ops import convolution_1d, scans
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -192,10 +193,10 @@ def test_the_kernels_of_mamba_ssm_are_called_with_channels_before_tokens(optiona
         turned = [None if x is None else x.transpose(1, 2) for x in (u, delta, B, C, z)]
         assert all(x is None or x.is_contiguous() for x in (u, delta, B, C, z))
         u, delta, B, C, z = turned
-        return reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus).transpose(1, 2)
+        return scans.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus).transpose(1, 2)
 
     def causal_conv1d_fn(x, weight, bias, activation):
-        return reference.causal_conv1d(x.transpose(1, 2), weight, bias, activation == "silu").transpose(1, 2)
+        return convolution_1d.causal_conv1d(x.transpose(1, 2), weight, bias, activation == "silu").transpose(1, 2)
 
     interface = types.SimpleNamespace(selective_scan_fn=selective_scan_fn)
     modules = {"mamba_ssm": types.ModuleType("mamba_ssm"), "mamba_ssm.ops": types.ModuleType("ops")}
@@ -206,9 +207,9 @@ def test_the_kernels_of_mamba_ssm_are_called_with_channels_before_tokens(optiona
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)
-        torch.testing.assert_close(gpu_models.mamba_scan(*inputs, True), reference.selective_scan(*inputs, True))
+        torch.testing.assert_close(gpu_models.mamba_scan(*inputs, True), scans.selective_scan(*inputs, True))
         conv = (inputs[0], torch.randn(5, 4, generator=random), None, optional)
-        assert torch.equal(gpu_models.mamba_conv1d(*conv), reference.causal_conv1d(*conv))
+        assert torch.equal(gpu_models.mamba_conv1d(*conv), convolution_1d.causal_conv1d(*conv))
     assert set(gpu_models.WITH_MAMBA) == {ops.selective_scan.default, ops.causal_conv1d.default}
 
 

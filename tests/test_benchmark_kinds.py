@@ -9,12 +9,13 @@ from helpers.strategies import normal
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ptq4vm import quantize, reference
+from ptq4vm import quantize
 from ptq4vm.benchmark import kinds, memory, plain
 from ptq4vm.benchmark.kinds import KINDS, Network, build, check_kind
 from ptq4vm.cli.main import KINDS as SAID
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
+from ptq4vm.ops import convolution_1d, scans
 from ptq4vm.serialization.version_1 import empty_quantized_model
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
@@ -47,13 +48,15 @@ def test_the_plain_scans_are_the_reference(scan, whole):
     optional = (D, z, bias) if whole else (None, None, None)
     delta = delta if whole else delta.abs()
     arguments = (u, delta, A, B, C, *optional, whole)
-    torch.testing.assert_close(scan(*arguments), reference.selective_scan(*arguments), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scan(*arguments), scans.selective_scan(*arguments), rtol=1e-4, atol=1e-5)
 
 
 def test_the_plain_convolution_is_the_reference():
     x, weight, bias = normal(2, 7, 5, seed=1), normal(5, 4, seed=2), normal(5, seed=3)
     for arguments in ((x, weight, bias, True), (x, weight, None, False)):
-        torch.testing.assert_close(plain.conv1d(*arguments), reference.causal_conv1d(*arguments), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            plain.conv1d(*arguments), convolution_1d.causal_conv1d(*arguments), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_replacing_leaves_the_graph_itself_alone():

@@ -10,17 +10,18 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
+from ptq4vm.ops import layouts, scans
 
 
 @given(st.lists(st.integers(1, 3), max_size=1), st.integers(1, 40), st.integers(1, 150), st.sampled_from([4, 8]))
 def test_packing_a_weight_is_undone_by_unpacking(leading, features, channels, bits):
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (*leading, features, channels)).to(torch.int8)
-    packed = fused.pack_weight(codes, bits)
+    packed = layouts.pack_weight(codes, bits)
     assert packed.shape[-4:-1] == (-(-features // 16), -(-channels // 64), 16)
-    assert packed.nbytes * 2 == fused.pack_weight(codes, 8).nbytes if bits == 4 else packed.dtype == torch.int8
-    assert torch.equal(fused.unpack_weight(packed, features, channels), codes)
+    assert packed.nbytes * 2 == layouts.pack_weight(codes, 8).nbytes if bits == 4 else packed.dtype == torch.int8
+    assert torch.equal(layouts.unpack_weight(packed, features, channels), codes)
 
 
 def test_one_direction_in_order_is_the_plain_scan():
@@ -33,12 +34,12 @@ def test_one_direction_in_order_is_the_plain_scan():
     low_rank, b, c = projected[0].split((R, S, S), -1)
     codes = ops.quantize(low_rank, 1 / scale[0], zero_point[0], None, 8)
     delta = ops.linear(codes, scale[0], zero_point[0], weight[0], weight_scale[0], None, torch.float32)
-    packed = (fused.pack_weight(weight, 8), weight.sum(-1, dtype=torch.int32), weight_scale)
+    packed = (layouts.pack_weight(weight, 8), weight.sum(-1, dtype=torch.int32), weight_scale)
     steps = (u, projected, 1 / scale, scale, zero_point, None, 8, *packed, bias, A, D, z)
     for reverse in (False, True):
         turn = (lambda x: x.flip(1)) if reverse else (lambda x: x)
         inputs = (turn(u[0]), turn(delta), A[0], turn(b), turn(c), D[0], turn(z), bias[0], True)
-        want = turn(reference.selective_scan(*inputs))
+        want = turn(scans.selective_scan(*inputs))
         order = turn(torch.arange(L)[None]).int()
         torch.testing.assert_close(ops.directional_scan(*steps, order, False, 1.0)[0], want)
         torch.testing.assert_close(ops.directional_scan(*steps, order, True, 0.5), want / 2)
@@ -62,15 +63,10 @@ class Watched:
             with FakeTensorMode() as mode:
                 there = tree_map(lambda x: mode.from_tensor(x).cuda() if isinstance(x, Tensor) else x, arguments)
                 with OnTheGpu():
-                    default(name)(*there)
+                    ops.REFERENCES[name].__wrapped__(*there)
             return getattr(torch.ops.ptq4vm, name)(*arguments)
 
         return operator
-
-
-def default(name):
-    """The operator without kernels."""
-    return getattr(fused, name, None) or getattr(reference, name)
 
 
 @pytest.mark.slow

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.export import Dim
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.backend import native
+from ptq4vm.ops import convolution_1d, fake_quantization, linears, quantization, scans
+from ptq4vm.ops import layouts as weight_layouts
 
 library = torch.ops.ptq4vm
 
@@ -30,7 +32,7 @@ def linear_inputs(images=2, tokens=3, channels=5, outputs=4, *, bias=True, packe
         integers(-8, 7, images, tokens, channels),
         scale,
         zero_point,
-        reference.pack_int4(weight) if packed else weight,
+        weight_layouts.pack_int4(weight) if packed else weight,
         normal(outputs, seed=2).exp(),
         normal(outputs, seed=3) if bias else None,
         torch.float32,
@@ -135,15 +137,15 @@ def test_quantizing_is_the_references(images, tokens, channels, count, smooth, q
     inputs = quantize_inputs(images, tokens, channels, smooth=smooth, count=count, qparams=qparams)
     codes = ops.quantize(layout(inputs[0]), *inputs[1:])
     assert codes.is_contiguous()
-    assert torch.equal(codes, reference.quantize(*inputs))
-    assert torch.equal(ops.dequantize(layout(codes), *inputs[1:3]), reference.dequantize(codes, *inputs[1:3]))
+    assert torch.equal(codes, quantization.quantize(*inputs))
+    assert torch.equal(ops.dequantize(layout(codes), *inputs[1:3]), quantization.dequantize(codes, *inputs[1:3]))
 
 
 @given(sizes, sizes, st.sampled_from([1, 2, 5, 17]), bits, st.booleans(), layouts)
 def test_dynamic_qparams_are_the_references(images, tokens, channels, count, smooth, layout):
     x, _, _, inv_smooth, _ = quantize_inputs(images, tokens, channels, smooth=smooth)
     for ours, theirs in zip(
-        ops.choose_qparams(layout(x), inv_smooth, count), reference.choose_qparams(x, inv_smooth, count), strict=True
+        ops.choose_qparams(layout(x), inv_smooth, count), quantization.choose_qparams(x, inv_smooth, count), strict=True
     ):
         assert ours.is_contiguous() and torch.equal(ours, theirs)
 
@@ -154,19 +156,19 @@ def test_the_linear_is_the_references(images, tokens, channels, outputs, bias, p
     x_q, scale, zero_point, weight, *rest = inputs
     y = ops.linear(layout(x_q), scale, zero_point, layout(weight), *rest)
     assert y.is_contiguous() and y.shape == (images, tokens, outputs)
-    assert torch.equal(y, reference.linear(*inputs))
+    assert torch.equal(y, linears.linear(*inputs))
 
 
 @pytest.mark.parametrize("optional", OPTIONAL, ids=str)
 def test_the_scan_is_the_references(optional):
     inputs = scan_inputs(2, 9, 5, 3, optional=optional)
-    assert close(ops.selective_scan(*inputs), reference.selective_scan(*inputs))
+    assert close(ops.selective_scan(*inputs), scans.selective_scan(*inputs))
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_convolution_is_the_references(bias):
     inputs = conv_inputs(2, 9, 5, bias=bias)
-    assert close(ops.causal_conv1d(*inputs), reference.causal_conv1d(*inputs))
+    assert close(ops.causal_conv1d(*inputs), convolution_1d.causal_conv1d(*inputs))
 
 
 @given(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), seeds)
@@ -174,7 +176,7 @@ def test_the_linear_is_cast_once(dtype, seed):
     inputs = linear_inputs()
     y = ops.linear(*inputs[:-1], dtype)
     assert y.dtype == dtype
-    assert torch.equal(y, reference.linear(*inputs).to(dtype))
+    assert torch.equal(y, linears.linear(*inputs).to(dtype))
 
 
 # --- gradients ---
@@ -392,7 +394,7 @@ def test_zero_points_are_codes_whatever_their_type(implementation, value):
 def test_a_zero_point_that_learns_is_not_cut_to_an_integer():
     x, zero = normal(1, 2, 3) * 9, torch.tensor([1.5])
     ours = library.fake_quantize(x, torch.ones(1), zero, None, 4)
-    assert ours.max() == 5.5 and torch.equal(ours, reference.fake_quantize(x, torch.ones(1), zero, None, 4))
+    assert ours.max() == 5.5 and torch.equal(ours, fake_quantization.fake_quantize(x, torch.ones(1), zero, None, 4))
 
 
 @pytest.mark.parametrize("implementation", ["operator", "reference"])

@@ -6,7 +6,7 @@ from helpers.strategies import bits, integers, normal, positive_sizes, powers_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import reference
+from ptq4vm.ops import fake_quantization, quantization
 from ptq4vm.quantizers import ActivationFakeQuantize, Mode, WeightFakeQuantize
 from ptq4vm.specs import Granularity, IntegerRange
 
@@ -34,15 +34,15 @@ def weight(count: int, outputs: int, seed: int = 0) -> WeightFakeQuantize:
 def test_inputs_are_what_the_reference_gives(granularity, count, tokens, channels, seed):
     x = normal(2, tokens, channels, seed=seed)
     fake = activation(count, granularity, tokens, seed)
-    pair = reference.choose_qparams(x, None, count) if fake.dynamic else fake.calculate_qparams()
-    codes = reference.quantize(x, 1 / pair[0], pair[1], None, count)
-    assert torch.equal(fake(x), reference.dequantize(codes, *pair))
+    pair = quantization.choose_qparams(x, None, count) if fake.dynamic else fake.calculate_qparams()
+    codes = quantization.quantize(x, 1 / pair[0], pair[1], None, count)
+    assert torch.equal(fake(x), quantization.dequantize(codes, *pair))
 
 
 @given(bits, positive_sizes, positive_sizes, seeds)
 def test_weights_are_what_the_reference_gives(count, outputs, channels, seed):
     w, fake = normal(outputs, channels, seed=seed), weight(count, outputs, seed)
-    codes = reference.quantize_weight(w, fake.scale, count)
+    codes = quantization.quantize_weight(w, fake.scale, count)
     assert torch.equal(fake(w), codes * fake.scale.view(-1, 1))
 
 
@@ -133,7 +133,7 @@ def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channel
     straight_through(leaves[0], leaves[1], leaves[3] if affine else None, leaves[2], count).backward(grad)
     whole = zero.int() if affine else None
     needs = (True, True, affine, True)
-    found = reference.fake_quantize_backward(grad, x, scale, whole, smooth, count, *needs)
+    found = fake_quantization.fake_quantize_backward(grad, x, scale, whole, smooth, count, *needs)
     assert torch.equal(found[0], leaves[0].grad)
     for value, want in ((found[1], leaves[1].grad), (found[3], leaves[2].grad), (found[2], affine and leaves[3].grad)):
         assert want is False or torch.equal(value, want)

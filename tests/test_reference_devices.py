@@ -8,7 +8,7 @@ import torch
 from helpers.strategies import integers, normal
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import convolution_1d, fake_quantization, layouts, linears, quantization, rotation, scans
 
 TOKENS = normal(3, seed=1).exp()
 ZERO_POINT = integers(-4, 3, 3, seed=2).int()
@@ -19,23 +19,23 @@ SCAN = (
 )  # fmt: skip
 CONVOLUTION = (X, normal(12, 4), normal(12), True)
 FAKE = (X, TOKENS, ZERO_POINT, normal(12).exp(), 4)
-CALLS: dict[str, tuple[Any, ...]] = {
-    "quantize": (X, TOKENS, ZERO_POINT, normal(12), 4),
-    "dequantize": (CODES, TOKENS, ZERO_POINT),
-    "rotate": (X,),
-    "quantize_weight": (normal(5, 12), normal(5).exp(), 4),
-    "affine_qparams": (-TOKENS, TOKENS, 4),
-    "choose_qparams": (X, normal(12), 4),
-    "accumulate": (CODES, ZERO_POINT, WEIGHT),
-    "linear": (CODES, TOKENS, ZERO_POINT, reference.pack_int4(WEIGHT), normal(5).exp(), normal(5), torch.float32),
-    "pack_int4": (CODES,),
-    "fake_quantize": FAKE,
-    "fake_quantize_backward": (X, *FAKE, True, True, True, True),
-    "causal_conv1d": CONVOLUTION,
-    "causal_conv1d_backward": (X, *CONVOLUTION),
-    "selective_scan": SCAN,
-    "selective_scan_quantized": (*SCAN, TOKENS, 1 / TOKENS, 4),
-    "selective_scan_backward": (X, *SCAN),
+CALLS: dict[Callable[..., Any], tuple[Any, ...]] = {
+    quantization.quantize: (X, TOKENS, ZERO_POINT, normal(12), 4),
+    quantization.dequantize: (CODES, TOKENS, ZERO_POINT),
+    rotation.rotate: (X,),
+    quantization.quantize_weight: (normal(5, 12), normal(5).exp(), 4),
+    quantization.affine_qparams: (-TOKENS, TOKENS, 4),
+    quantization.choose_qparams: (X, normal(12), 4),
+    linears.accumulate: (CODES, ZERO_POINT, WEIGHT),
+    linears.linear: (CODES, TOKENS, ZERO_POINT, layouts.pack_int4(WEIGHT), normal(5).exp(), normal(5), torch.float32),
+    layouts.pack_int4: (CODES,),
+    fake_quantization.fake_quantize: FAKE,
+    fake_quantization.fake_quantize_backward: (X, *FAKE, True, True, True, True),
+    convolution_1d.causal_conv1d: CONVOLUTION,
+    convolution_1d.causal_conv1d_backward: (X, *CONVOLUTION),
+    scans.selective_scan: SCAN,
+    scans.selective_scan_quantized: (*SCAN, TOKENS, 1 / TOKENS, 4),
+    scans.selective_scan_backward: (X, *SCAN),
 }
 
 
@@ -44,16 +44,15 @@ def results(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[T
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_results_are_where_the_inputs_are(name):
-    function = getattr(reference, name)
-    moved = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in CALLS[name])
-    for here, there in zip(results(function, CALLS[name]), results(function, moved), strict=True):
+@pytest.mark.parametrize("function", CALLS, ids=lambda function: function.__name__)
+def test_results_are_where_the_inputs_are(function):
+    moved = tuple(value.to("meta") if isinstance(value, Tensor) else value for value in CALLS[function])
+    for here, there in zip(results(function, CALLS[function]), results(function, moved), strict=True):
         assert there.device.type == "meta"
         assert (there.shape, there.dtype, there.stride()) == (here.shape, here.dtype, here.stride())
 
 
-@pytest.mark.parametrize("make", [reference.hadamard, reference.hartley])
+@pytest.mark.parametrize("make", [rotation.hadamard, rotation.hartley])
 def test_matrices_are_made_where_they_are_used(make):
     assert make(4, torch.device("meta")).device.type == "meta"
     assert torch.equal(make(4), make(4, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""reference.fake_quantize and its gradient, which serve where there are no kernels: equal to autograd on exact numbers.
+"""fake_quantize and its gradient where there are no kernels: equal to autograd on exact numbers.
 
 x (B, L, D) is in quarters, scales and smoothing are powers of two, and gradients integers: every sum is exact.
 """
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import fake_quantization
 
 KINDS = st.sampled_from(["weight", "tensor", "token", "image"])
 SCALES = {"weight": (3,), "tensor": (1,), "token": (3,), "image": (2, 3)}
@@ -43,9 +43,9 @@ def test_values_and_gradients_are_those_of_the_definition(kind, count, smooth, s
     grad = integers(-3, 3, *x.shape, seed=seed + 2).float()
     want = straight_through(x, scale, zero_point, factor, count)
     with torch.no_grad():
-        assert torch.equal(reference.fake_quantize(x, scale, zero_point, factor, count), want)
+        assert torch.equal(fake_quantization.fake_quantize(x, scale, zero_point, factor, count), want)
         needs = (True, True, zero_point is not None, smooth)
-        every = reference.fake_quantize_backward(grad, x, scale, zero_point, factor, count, *needs)
+        every = fake_quantization.fake_quantize_backward(grad, x, scale, zero_point, factor, count, *needs)
     have = [value for value, needed in zip(every, needs, strict=True) if needed]
     assert all(map(torch.equal, have, torch.autograd.grad(want, leaves, grad)))
 
@@ -56,8 +56,8 @@ def test_what_nobody_needs_is_empty_and_changes_nothing_else(kind, smooth, needs
     possible = (True, True, kind != "weight", smooth)
     needs = tuple(a and b for a, b in zip(needs, possible, strict=True))
     grad = integers(-3, 3, *arguments[0].shape, seed=seed + 2).float()
-    every = reference.fake_quantize_backward(grad, *arguments, *possible)
-    some = reference.fake_quantize_backward(grad, *arguments, *needs)
+    every = fake_quantization.fake_quantize_backward(grad, *arguments, *possible)
+    some = fake_quantization.fake_quantize_backward(grad, *arguments, *needs)
     for one, all_of_it, needed in zip(some, every, needs, strict=True):
         assert torch.equal(one, all_of_it) if needed else one.numel() == 0
 
@@ -67,11 +67,11 @@ def test_gradients_have_the_types_of_what_they_belong_to(dtype):
     """Computed in float32; a product with the smoothing is rounded once."""
     x, scale, zero_point, smooth, count = inputs("token", 4, True, 0)
     grad = integers(-3, 3, *x.shape, seed=2).float()
-    wide = reference.fake_quantize_backward(grad, x, scale, zero_point, smooth, count, True, True, True, True)
+    wide = fake_quantization.fake_quantize_backward(grad, x, scale, zero_point, smooth, count, True, True, True, True)
     for kinds in ([dtype] * 3, [dtype, torch.float32, torch.float32], [torch.float32, dtype, dtype]):
         narrow = (value.to(kind) for value, kind in zip((x, scale, smooth), kinds, strict=True))
         a, b, c = narrow
-        have = reference.fake_quantize_backward(grad, a, b, zero_point, c, count, True, True, True, True)
+        have = fake_quantization.fake_quantize_backward(grad, a, b, zero_point, c, count, True, True, True, True)
         want = [value.to(kind) for value, kind in zip(wide, [*kinds[:2], torch.float32, kinds[2]], strict=True)]
         assert all(one.dtype is other.dtype and torch.equal(one, other) for one, other in zip(have, want, strict=True))
-        assert reference.fake_quantize(a, b, zero_point, c, count).dtype is kinds[0]
+        assert fake_quantization.fake_quantize(a, b, zero_point, c, count).dtype is kinds[0]

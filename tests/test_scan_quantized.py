@@ -1,4 +1,4 @@
-"""reference.selective_scan_quantized: laws that say which value is rounded, when, and with which token's scale."""
+"""scans.selective_scan_quantized: laws that say which value is rounded, when, and with which token's scale."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import draw, scan_inputs
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
+from ptq4vm.ops import scans
 
 TOKENS = st.sampled_from([0, 1, 2, 17, 33])
 
@@ -31,7 +32,7 @@ def on_the_grid(images, tokens, channels, states, seed):
 
 
 def largest_states(u, delta, A, B, bias):
-    """max |h_t| (L,) in `reference.selective_scan` with softplus."""
+    """max |h_t| (L,) in `scans.selective_scan` with softplus."""
     step, h, largest = torch.nn.functional.softplus(delta if bias is None else delta + bias).unsqueeze(-1), 0, []
     for t in range(u.shape[1]):
         h = torch.exp(step[:, t] * A) * h + step[:, t] * u[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)
@@ -43,7 +44,7 @@ def largest_states(u, delta, A, B, bias):
 def test_a_sum_grows_by_the_rounded_value_until_the_last_code(bits):
     """3/4 is read before it is rounded to 1."""
     half, t = 2 ** (bits - 1), torch.arange(140.0).view(1, -1, 1)
-    up, down = (reference.selective_scan_quantized(*counting(u, 140), bits) for u in (0.75, -0.75))
+    up, down = (scans.selective_scan_quantized(*counting(u, 140), bits) for u in (0.75, -0.75))
     assert torch.equal(up, t.clamp(max=half - 1) + 0.75)
     assert torch.equal(down, -t.clamp(max=half) - 0.75)
 
@@ -51,7 +52,7 @@ def test_a_sum_grows_by_the_rounded_value_until_the_last_code(bits):
 def test_ties_go_to_even():
     u, *rest = counting(1.0, 4)
     u[0, :, 0] = torch.tensor([0.5, 1.5, 0.5, 1.0])  # states 0.5 → 0, 1.5 → 2, 2.5 → 2, 3
-    assert reference.selective_scan_quantized(u, *rest, 8).flatten().tolist() == [0.5, 1.5, 2.5, 3.0]
+    assert scans.selective_scan_quantized(u, *rest, 8).flatten().tolist() == [0.5, 1.5, 2.5, 3.0]
 
 
 @given(sizes, TOKENS, positive_sizes, positive_sizes, seeds)
@@ -60,8 +61,8 @@ def test_states_that_are_codes_stay_as_they_are(images, tokens, channels, states
     """Whatever the tokens' scales, if they divide the states."""
     inputs = on_the_grid(images, tokens, channels, states, seed)
     scale = 0.5 ** torch.randint(0, 2, (tokens,), generator=draw(seed))
-    ours = reference.selective_scan_quantized(*inputs, scale, 1 / scale, 8)
-    assert torch.equal(ours, reference.selective_scan(*inputs))
+    ours = scans.selective_scan_quantized(*inputs, scale, 1 / scale, 8)
+    assert torch.equal(ours, scans.selective_scan(*inputs))
 
 
 @given(TOKENS, st.booleans(), bits, seeds)
@@ -70,8 +71,8 @@ def test_one_scale_is_the_same_for_every_token(tokens, optional, bits, seed):
     inputs = (*scan_inputs(2, tokens, 5, 3, optional, draw(seed)), True)
     scale = torch.tensor([0.03])
     every = scale.repeat(tokens)
-    one = reference.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
-    assert torch.equal(one, reference.selective_scan_quantized(*inputs, every, 1 / every, bits))
+    one = scans.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
+    assert torch.equal(one, scans.selective_scan_quantized(*inputs, every, 1 / every, bits))
 
 
 @given(st.integers(0, 16), bits, seeds)
@@ -79,9 +80,9 @@ def test_one_scale_is_the_same_for_every_token(tokens, optional, bits, seed):
 def test_a_tokens_scale_is_seen_by_later_tokens_only(token, bits, seed):
     inputs = (*scan_inputs(1, 17, 5, 3, True, draw(seed)), True)
     scale = torch.full((17,), 0.1)
-    before = reference.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
+    before = scans.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
     scale[token] = 0.05
-    after = reference.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
+    after = scans.selective_scan_quantized(*inputs, scale, 1 / scale, bits)
     assert torch.equal(before[:, : token + 1], after[:, : token + 1])
     assert token == 16 or not torch.equal(before[:, token + 1 :], after[:, token + 1 :])
 
@@ -91,8 +92,8 @@ def test_a_tokens_scale_is_seen_by_later_tokens_only(token, bits, seed):
 def test_twice_the_scale_goes_with_twice_the_input(power, optional, bits, seed):
     u, *rest = (*scan_inputs(2, 17, 5, 3, optional, draw(seed)), True)
     scale, factor = torch.rand(17, generator=draw(seed)) / 20 + 0.01, 2.0**power
-    once = reference.selective_scan_quantized(u, *rest, scale, 1 / scale, bits)
-    more = reference.selective_scan_quantized(factor * u, *rest, factor * scale, 1 / (factor * scale), bits)
+    once = scans.selective_scan_quantized(u, *rest, scale, 1 / scale, bits)
+    more = scans.selective_scan_quantized(factor * u, *rest, factor * scale, 1 / (factor * scale), bits)
     assert torch.equal(more, factor * once)
 
 
@@ -101,11 +102,11 @@ def test_twice_the_scale_goes_with_twice_the_input(power, optional, bits, seed):
 def test_more_bits_are_nearer_to_the_scan_in_floating_point(seed):
     inputs = (*scan_inputs(2, 33, 16, 4, True, draw(seed)), True)
     largest = largest_states(*inputs[:4], inputs[7])
-    exact = reference.selective_scan(*inputs)
+    exact = scans.selective_scan(*inputs)
     errors = []
     for b in (3, 5, 8):
         scale = largest / 2 ** (b - 1)
-        errors.append((reference.selective_scan_quantized(*inputs, scale, 1 / scale, b) - exact).norm() / exact.norm())
+        errors.append((scans.selective_scan_quantized(*inputs, scale, 1 / scale, b) - exact).norm() / exact.norm())
     assert errors[0] > 2 * errors[1] > 8 * errors[2] and errors[2] < 0.04
 
 

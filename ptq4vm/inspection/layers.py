@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
 from ptq4vm.metadata import record_of
+from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
@@ -192,9 +193,9 @@ def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | No
     x, inv_scale, inv_smooth, codes, scale, zero_point, output = values
     _check_finite(layer.name, x)
     smoothed = x.float() if inv_smooth is None else x.float() * inv_smooth
-    dequantized = reference.dequantize(codes, scale, zero_point)
+    dequantized = quantization.dequantize(codes, scale, zero_point)
     layer.input.add(smoothed, dequantized)
-    unclamped = reference.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
+    unclamped = quantization.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
     low, high = IntegerRange(bits=site.bits, narrow_range=False).bounds
     layer.clipped += int(((unclamped < low) | (unclamped > high)).sum())
     layer.values += x.numel()
@@ -215,7 +216,7 @@ def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fid
     """Of W · s (N, D), rotated where the input is, and its integers times their scales; weight is that for s = 1."""
     integers = attribute(quantized, site.weight)
     if integers.dtype == torch.uint8:
-        integers = reference.unpack_int4(integers, weight.shape[1])
+        integers = layouts.unpack_int4(integers, weight.shape[1])
     if site.inv_smooth is not None:
         inverse = attribute(quantized, site.inv_smooth)
         weight = ops.rotate(ops.rotate(weight) / inverse) if site.rotated else weight / inverse

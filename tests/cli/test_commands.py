@@ -114,7 +114,7 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
     assert set(result["operators"].values()) == {kernels}
 
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
-    monkeypatch.setattr(doctor.reference, "pack_int4", lambda codes: torch.zeros(7, 17, dtype=torch.uint8))
+    monkeypatch.setattr(doctor.layouts, "pack_int4", lambda codes: torch.zeros(7, 17, dtype=torch.uint8))
     code, out, _ = run("doctor")
     assert code == 1 and "no-such-package is missing" in out and "wrong at [4] bits" in out
 

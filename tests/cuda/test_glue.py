@@ -147,7 +147,7 @@ def test_what_is_wrong_is_named(gpu):
         "u has 3 directions, the order 2": lambda: gpu.directional_scan(
             torch.zeros(3, 1, 6, 4), *stacked[1:], True, 1.0
         ),
-        "pack it with ptq4vm.fused.pack_weight": lambda: gpu.linear_packed(
+        "pack it with ptq4vm.ops.layouts.pack_weight": lambda: gpu.linear_packed(
             *linear[:3], linear[3][:, :, :8], *linear[4:], torch.float32
         ),
         "a weight of 5 × 4 channels": lambda: gpu.linear_packed(

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import CHANNELS, FEATURES, KINDS, ROWS, SUPPRESSED, draw, isa, needs_library, qparams
 
-from ptq4vm import fused, ops
+from ptq4vm import ops
+from ptq4vm.ops import layouts, linears
 
 __all__ = ["isa"]  # a fixture
 
@@ -15,7 +16,7 @@ SEEDS = st.integers(0, 2**20)
 
 
 def packed(weight, bits):
-    return fused.pack_weight(weight, bits), weight.sum(-1, dtype=torch.int32)
+    return layouts.pack_weight(weight, bits), weight.sum(-1, dtype=torch.int32)
 
 
 def inputs(stack, images, tokens, channels, features, bits, kind, bias, random):
@@ -48,7 +49,7 @@ def test_packed_linears_are_the_references_to_the_last_bit(
     isa, dtype, stack, images, tokens, channels, features, bits, kind, bias, seed
 ):
     arguments = inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
-    assert torch.equal(ops.linear_packed(*arguments, dtype), fused.linear_packed(*arguments, dtype))
+    assert torch.equal(ops.linear_packed(*arguments, dtype), linears.linear_packed(*arguments, dtype))
 
 
 @needs_library
@@ -58,12 +59,12 @@ def test_rows_of_a_model_that_was_fused_for_a_gpu_are_taken_too(
     isa, stack, tokens, channels, features, bits, gelu, seed
 ):
     x, scale, zero_point, tiles, *rest = inputs(stack, 1, tokens, channels, features, bits, "token", True, draw(seed))
-    rows = fused.pad_weight(fused.unpack_weight(tiles, features, channels), bits)
+    rows = layouts.pad_weight(layouts.unpack_weight(tiles, features, channels), bits)
     assert rows.shape[-1] * (2 if bits == 4 else 1) % (32 if bits == 4 else 16) == 0
-    operator, reader, last = ops.linear_packed, fused.linear_packed, (torch.float32,)
+    operator, reader, last = ops.linear_packed, linears.linear_packed, (torch.float32,)
     if gelu and stack is None:
         one = (seed % 2 == 1, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 8)
-        operator, reader, last = ops.linear_gelu_quantize, fused.linear_gelu_quantize, one
+        operator, reader, last = ops.linear_gelu_quantize, linears.linear_gelu_quantize, one
     want = operator(x, scale, zero_point, tiles, *rest, *last)
     assert torch.equal(operator(x, scale, zero_point, rows, *rest, *last), want)
     assert torch.equal(
@@ -91,7 +92,7 @@ def test_denormal_results_are_kept(isa, size):
     )
     arguments = (x, scale * size, zero_point, weight, weight_sum, weight_scale * size, bias * size * size)
     for dtype in (torch.float32, torch.bfloat16):
-        y = fused.linear_packed(*arguments, dtype)
+        y = linears.linear_packed(*arguments, dtype)
         assert (y != 0).any()
         assert torch.equal(ops.linear_packed(*arguments, dtype), y)
 
@@ -110,7 +111,7 @@ def test_codes_after_a_gelu_are_the_references_but_for_ties(
     inv_smooth = torch.rand(features, generator=random) if smooth else None
     linear = (linear[0], linear[1] / 40, *linear[2:])
     arguments = (*linear, rotated, 1 / (new_scale * channels**0.5), new_zero_point, inv_smooth, bits)
-    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert ours.shape == theirs.shape
     different = (ours - theirs).abs()
     assert (different <= 1).all() and different.sum() <= 1 + 0.001 * different.numel()
@@ -123,7 +124,7 @@ def test_blocks_of_rotated_rows_have_their_own_tokens_scales(isa):
     linear = inputs(None, 3, 25, 64, 6144, 4, "token", True, random)
     new_scale, new_zero_point = qparams("token", 3, 25, 4, random)
     arguments = (linear[0], linear[1] / 40, *linear[2:], True, 1 / (8 * new_scale), new_zero_point, None, 4)
-    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert theirs.unique().numel() == 16
     different = (ours - theirs).abs()
     assert different.max() <= 1 and different.float().mean() < 0.001
@@ -135,7 +136,7 @@ def test_few_codes_after_a_gelu_differ(isa):
     linear = inputs(None, 1, 400, 64, 200, 8, "tensor", False, random)
     linear = (linear[0], torch.full((1,), 1e-4), *linear[2:])  # outputs within about ±5
     new = (torch.full((1,), 40.0), torch.full((1,), -100, dtype=torch.int32), None, 8)
-    ours, theirs = (op(*linear, False, *new).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*linear, False, *new).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert theirs.unique().numel() > 100
     different = (ours - theirs).abs()
     assert different.max() <= 1 and different.float().mean() < 0.001

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import SUPPRESSED, draw, isa, needs_library, relative, scan_inputs
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
+from ptq4vm.ops import directional_scans, layouts, linears, quantization, scans
 
 __all__ = ["isa"]  # a fixture
 
@@ -32,7 +33,7 @@ def test_the_scan_reads_parts_of_rows_in_both_types(isa, dtype, images, tokens, 
     u, delta, A, B, C, D, z, bias = scan_inputs(images, tokens, channels, states, optional, random)
     u, delta, B, C, z = (None if x is None else part(x, dtype, random) for x in (u, delta, B, C, z))
     inputs = (u, delta, A, B, C, D, z, bias)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), True)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), True)
     ours = ops.selective_scan(*inputs, True)
     assert ours.dtype == dtype and ours.is_contiguous()
     assert relative(ours, exact) <= (1e-5 if dtype == torch.float32 else HALF)
@@ -53,7 +54,7 @@ def test_slow_decays_stay_exact_over_many_tokens(isa, rate):
     A = -rate * torch.rand(A.shape, generator=random)
     A[16:] *= torch.where(torch.rand(32, 4, generator=random) < 0.5, 1.0, 200 / rate)
     inputs = (u.abs(), delta, A, B.abs(), C.abs(), None, None, None)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), False)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), False)
     ours = ops.selective_scan(*inputs, False)
     assert float(((ours - exact).abs() / exact.abs().amax(1, keepdim=True)).max()) <= 1e-5
 
@@ -65,7 +66,7 @@ def test_decays_that_no_float_holds_are_zero(isa):
     inputs = list(scan_inputs(2, 40, 33, 5, True, random))
     inputs[1][:, 20:, ::3] += 300
     exact = [None if x is None else x.double() for x in inputs]
-    assert relative(ops.selective_scan(*inputs, True), reference.selective_scan(*exact, True)) <= 1e-5
+    assert relative(ops.selective_scan(*inputs, True), scans.selective_scan(*exact, True)) <= 1e-5
 
 
 def orders(directions, tokens, padding, random):
@@ -97,7 +98,7 @@ def directional_inputs(random, K, shared, images, tokens, channels, rank, states
         integers(-half // 4, half // 4 + 1, K, scales),
         torch.rand(K, rank, generator=random) + 0.5 if optional else None,
         bits,
-        fused.pack_weight(weight, bits),
+        layouts.pack_weight(weight, bits),
         weight.sum(-1, dtype=torch.int32),
         (torch.rand(K, channels, generator=random) + 0.5) / (half * rank**0.5),
         normal(K, channels) - 1,
@@ -109,20 +110,20 @@ def directional_inputs(random, K, shared, images, tokens, channels, rank, states
 
 
 def exact_directional(inputs, merge, factor):
-    """`fused.directional_scan` in float64 from the step's float32 on."""
+    """`directional_scans.directional_scan` in float64 from the step's float32 on."""
     u, projected, inv_scale, scale, zero, smooth, bits, weight, _, weight_scale, bias, A, D, z, order = inputs
     states, results = A.shape[-1], []
     low_rank, B, C = projected.split((projected.shape[-1] - 2 * states, states, states), -1)
-    w_q = fused.unpack_weight(weight, A.shape[1], low_rank.shape[-1])
+    w_q = layouts.unpack_weight(weight, A.shape[1], low_rank.shape[-1])
     for k, tokens in enumerate(order.long()):
-        codes = reference.quantize(low_rank[k], inv_scale[k], zero[k], None if smooth is None else smooth[k], bits)
-        delta = reference.linear(codes, scale[k], zero[k], w_q[k], weight_scale[k], None, torch.float32)
+        codes = quantization.quantize(low_rank[k], inv_scale[k], zero[k], None if smooth is None else smooth[k], bits)
+        delta = linears.linear(codes, scale[k], zero[k], w_q[k], weight_scale[k], None, torch.float32)
         x = u[k if len(u) > 1 else 0]
         read = [
             torch.where((tokens >= 0)[:, None], v[:, tokens.clamp(min=0)], 0).double() for v in (x, delta, B[k], C[k])
         ]
         skip = None if D is None else D[k].double()
-        y = reference.selective_scan(read[0], read[1], A[k].double(), *read[2:], skip, None, bias[k].double(), True)
+        y = scans.selective_scan(read[0], read[1], A[k].double(), *read[2:], skip, None, bias[k].double(), True)
         results.append(torch.zeros(x.shape, dtype=torch.double).index_copy_(1, tokens[tokens >= 0], y[:, tokens >= 0]))
     gate = factor if z is None else torch.nn.functional.silu(z.double()) * factor
     return (sum(results) if merge else torch.stack(results)) * gate
@@ -169,7 +170,7 @@ def test_the_codes_of_the_scan_are_those_of_its_outputs(isa, dtype, sizes, per_t
     wide = (inputs[0].float(), *inputs[1:])
     assert torch.equal(
         ops.directional_scan_quantize(*inputs, 0.5, *qparams),
-        reference.quantize(ops.directional_scan(*wide, True, 0.5), *qparams),
+        quantization.quantize(ops.directional_scan(*wide, True, 0.5), *qparams),
     )
 
 
@@ -177,11 +178,11 @@ def test_the_codes_of_the_scan_are_those_of_its_outputs(isa, dtype, sizes, per_t
 def test_hardly_a_code_differs_from_the_references(isa):
     random = draw(3)
     inputs = directional_inputs(random, 2, False, 2, 49, 192, 12, 16, True, 8, 0, torch.float32)
-    y = fused.directional_scan(*inputs, True, 0.5)
+    y = directional_scans.directional_scan(*inputs, True, 0.5)
     scale = y.abs().amax((0, 2)) / 127
     qparams = (1 / scale, torch.zeros(49, dtype=torch.int32), None, 8)
     ours = ops.directional_scan_quantize(*inputs, 0.5, *qparams).int()
-    off = (ours - fused.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
+    off = (ours - directional_scans.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
     assert off.max() <= 1 and off.bool().float().mean() < 1e-3
 
 
@@ -222,7 +223,7 @@ def test_gradients_of_many_channels_are_the_references(sizes, seed):
     grad = torch.randn(inputs[0].shape, generator=random)
     exact = tuple(None if value is None else value.double() for value in inputs)
     ours = torch.ops.ptq4vm.selective_scan_backward(grad, *inputs, True)
-    theirs = reference.selective_scan_backward(grad.double(), *exact, True)
+    theirs = scans.selective_scan_backward(grad.double(), *exact, True)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import quantization
 from ptq4vm.specs import IntegerRange, RangeSearch
 
 ROUNDS = 100
@@ -97,10 +97,10 @@ def symmetric_scale(values: Tensor, largest: Tensor, spec: IntegerRange, search:
     `largest` (rows,) are the maxima, which may be those of more values.
     """
     low, high = spec.bounds
-    full = (largest / ((high - low) / 2)).clamp(min=reference.EPSILON)
+    full = (largest / ((high - low) / 2)).clamp(min=quantization.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
-    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON), spec)
+    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=quantization.EPSILON), spec)
 
 
 def least_error(values: Tensor, candidates: Tensor, spec: IntegerRange) -> Tensor:

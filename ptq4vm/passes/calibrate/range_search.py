@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import quantization
 from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 FRACTIONS = torch.arange(32, 1, -1) / 32
@@ -39,7 +39,7 @@ def input_qparams(
     if not per_token:
         low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     if search is RangeSearch.MINMAX:
-        return reference.affine_qparams(low, high, spec.bits)
+        return quantization.affine_qparams(low, high, spec.bits)
     images = x[:: max(1, x.shape[0] * x.shape[2] // SAMPLES)]
     values = images.transpose(0, 1).flatten(1) if per_token else images.reshape(1, -1)
     find = _released_affine if search is RangeSearch.RELEASED else _search_affine
@@ -53,7 +53,7 @@ def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange
 
     def best(candidate_lows: Tensor, candidate_highs: Tensor) -> tuple[Tensor, Tensor]:
         candidate_lows, candidate_highs = torch.broadcast_tensors(candidate_lows, candidate_highs)
-        pairs = reference.affine_qparams(candidate_lows, candidate_highs, spec.bits)
+        pairs = quantization.affine_qparams(candidate_lows, candidate_highs, spec.bits)
         found = error(*pairs).argmin(-1, keepdim=True)
         return candidate_lows.gather(-1, found), candidate_highs.gather(-1, found)
 
@@ -61,7 +61,7 @@ def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange
     for _ in range(2):
         best_low, best_high = best(best_low, highs)
         best_low, best_high = best(lows, best_high)
-    return reference.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
+    return quantization.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
 
 
 class _SquaredError:
@@ -117,15 +117,15 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRan
 
 def weight_scale(weight: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
     """Step size (N,) of each output channel."""
-    full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=reference.EPSILON)
+    full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=quantization.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
     power = RELEASED_POWER if search is RangeSearch.RELEASED else 2.0
-    scales = (full.unsqueeze(-1) * WEIGHT_FRACTIONS).clamp(min=reference.EPSILON)
+    scales = (full.unsqueeze(-1) * WEIGHT_FRACTIONS).clamp(min=quantization.EPSILON)
     error = torch.stack([_weight_error(weight, scale, spec.bits, power) for scale in scales.unbind(-1)], -1)
     return scales.gather(-1, error.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _weight_error(weight: Tensor, scale: Tensor, bits: int, power: float) -> Tensor:
-    codes = reference.quantize_weight(weight, scale, bits)
+    codes = quantization.quantize_weight(weight, scale, bits)
     return (codes * scale.unsqueeze(-1) - weight).abs().pow(power).sum(-1)

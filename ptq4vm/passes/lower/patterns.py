@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
 from ptq4vm.backend import native
 from ptq4vm.graph.insert import Insertion, aten, attribute
 from ptq4vm.graph.token_order import channels_first, moves_tokens, token_map
 from ptq4vm.graph.views import scope
 from ptq4vm.metadata import FUSIONS
+from ptq4vm.ops import layouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,14 +169,14 @@ def pack_weights(
     moved before it is fused. `scanned` weights, of a scan's steps, have one layout.
     """
     four = weights[0].dtype == torch.uint8
-    codes = [reference.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
+    codes = [layouts.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
     whole = torch.stack(codes) if stack else codes[0]
     capability = None if scanned else capability_of(whole.device)
     if capability is None:
-        packed = fused.pack_weight(whole, 4 if four else 8)
+        packed = layouts.pack_weight(whole, 4 if four else 8)
     else:
         nibbles = four and _bits(x) <= 4 and multiplies_nibbles(capability, whole.shape[-2])
-        packed = fused.pad_weight(whole, 4 if nibbles else 8)
+        packed = layouts.pad_weight(whole, 4 if nibbles else 8)
     return insert.tensor(f"{name}_packed", packed), insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
 
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import reference
 from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
 from ptq4vm.graph.sites import LinearSite, ScanSite, find_linears, sites_of
 from ptq4vm.graph.token_order import token_map
+from ptq4vm.ops import quantization
 from ptq4vm.specs import Factors
 
 CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
@@ -100,7 +100,7 @@ def determine_factors(factors: Factors, mean: Tensor, largest: Tensor) -> tuple[
         return channels, _bounded((left / states.unsqueeze(1)).amax((1, 2))), states
     means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
     spread = torch.stack([value.std(correction=0) for value in means])
-    shares = spread / spread.sum().clamp(min=reference.EPSILON)
+    shares = spread / spread.sum().clamp(min=quantization.EPSILON)
     channels, tokens, states = (_bounded(value.pow(share)) for value, share in zip(means, shares, strict=True))
     return channels, tokens, states
 

@@ -10,11 +10,11 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import record_of
+from ptq4vm.ops.quantization import affine_qparams
 from ptq4vm.passes.calibrate import blockwise as module
 from ptq4vm.passes.calibrate import observers
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
-from ptq4vm.reference import affine_qparams
 from ptq4vm.specs import Granularity, Learning, Loss
 
 LEARNED = QuantConfig.w4a4(learning=Learning(epochs=2, batch_size=5))

@@ -9,9 +9,10 @@ from helpers.strategies import bits, normal, positive_sizes, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare, reference
+from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.insert import attribute
 from ptq4vm.metadata import record_of
+from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.calibrate.jlss import weight_of
 from ptq4vm.passes.calibrate.range_search import weight_scale
@@ -131,14 +132,14 @@ def test_channels_that_share_nothing_are_rounded_to_nearest(count, seed):
     weight, x = normal(5, 8, seed=seed), torch.eye(8).unsqueeze(0)
     step = step_of(weight, count)
     codes = gptq_codes(weight, step, spec(count), moments_of(x, x))
-    assert torch.equal(codes, reference.quantize_weight(weight, step, count))
+    assert torch.equal(codes, quantization.quantize_weight(weight, step, count))
 
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_on_channels_that_share_much_the_output_is_far_nearer(count):
     x, weight = correlated(32, 9, 48), normal(16, 48, seed=1)
     step = step_of(weight, count)
-    nearest = reference.quantize_weight(weight, step, count)
+    nearest = quantization.quantize_weight(weight, step, count)
     found = gptq_codes(weight, step, spec(count), moments_of(x, x))
     before, after = ((x @ (codes * step.unsqueeze(-1) - weight).t()).square().mean() for codes in (nearest, found))
     assert after < before / 2
@@ -156,7 +157,7 @@ def test_the_integer_model_has_the_codes(roads, images):
     ):
         weight, step = linear.weight, linear.weight.scale
         smoothed = weight_of(linear)
-        codes = reference.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
+        codes = layouts.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
         assert torch.equal(codes * step.unsqueeze(-1), weight(smoothed))
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import quantization
 from ptq4vm.passes.calibrate import range_search
 from ptq4vm.passes.calibrate.clusters import Statistics, least_error, symmetric_scale
 from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
@@ -29,8 +29,8 @@ def affine(count: int) -> IntegerRange:
 
 def error(values: Tensor, scale: Tensor, zero_point: Tensor, count: int) -> float:
     """Σ (x_q - x)² of one row, float64."""
-    codes = reference.quantize(values[None], 1 / scale.view(1), zero_point.view(1), None, count)
-    return float((reference.dequantize(codes, scale.view(1), zero_point.view(1)) - values).double().square().sum())
+    codes = quantization.quantize(values[None], 1 / scale.view(1), zero_point.view(1), None, count)
+    return float((quantization.dequantize(codes, scale.view(1), zero_point.view(1)) - values).double().square().sum())
 
 
 @given(widths, seeds)
@@ -50,7 +50,7 @@ def test_running_sums_are_the_squared_errors(count, seed):
 def best_ends(values: Tensor, ends: list[tuple[float, float]], count: int) -> tuple[float, float]:
     """The first of the ends with the least error."""
     low, high = (torch.tensor(side) for side in zip(*ends, strict=True))
-    scale, zero_point = reference.affine_qparams(low, high, count)
+    scale, zero_point = quantization.affine_qparams(low, high, count)
     errors = [error(values, scale[i], zero_point[i], count) for i in range(len(ends))]
     return ends[errors.index(min(errors))]
 
@@ -62,7 +62,7 @@ def searched(values: Tensor, low: float, high: float, count: int) -> float:
     for _ in range(2):
         a, b = best_ends(values, [(a, other) for other in highs], count)
         a, b = best_ends(values, [(other, b) for other in lows], count)
-    return error(values, *reference.affine_qparams(torch.tensor(a), torch.tensor(b), count), count)
+    return error(values, *quantization.affine_qparams(torch.tensor(a), torch.tensor(b), count), count)
 
 
 @settings(max_examples=6)

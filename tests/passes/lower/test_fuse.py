@@ -11,7 +11,7 @@ from helpers.public_models import NANO, SAMPLED, slow_but
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import Granularity, QuantConfig, convert, fused, ops, quantize
+from ptq4vm import Granularity, QuantConfig, convert, ops, quantize
 from ptq4vm.backend import native
 from ptq4vm.graph.insert import attribute, propagate, set_tensor
 from ptq4vm.passes.lower import patterns
@@ -101,7 +101,7 @@ def test_every_familys_rotations_are_fused(lowered, name):
 
 
 FUSED = {
-    getattr(torch.ops.ptq4vm, name).default: getattr(fused, name)
+    getattr(torch.ops.ptq4vm, name).default: ops.REFERENCES[name].__wrapped__
     for name in (
         "linear_packed",
         "linear_gelu_quantize",

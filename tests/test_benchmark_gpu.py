@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.draws import draw, relative, scan_inputs
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native import draw, relative, scan_inputs
 from torch._dynamo.testing import CompileCounter
 
 from ptq4vm import ops

@@ -17,10 +17,9 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import assert_same_codes, directional_qparams, draw, relative, rows_of_more
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import draw, relative
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
 from torch import Tensor
 
 from ptq4vm.ops import convolution_1d, convolution_2d

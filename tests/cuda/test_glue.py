@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_glue import NAMESPACE, Emulated, on_gpu
+from helpers.draws import directional_inputs, draw, linear_inputs
 from helpers.operator_laws import WITHOUT_CUDA, laws_of, name_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_native import draw
-from test_native_linear import inputs as linear_inputs
-from test_native_scan import directional_inputs
 
 from ptq4vm import ops
 

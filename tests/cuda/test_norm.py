@@ -19,10 +19,9 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import KINDS, assert_same_codes, draw, qparams
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams
-from test_native_producers import assert_same_codes
 
 from ptq4vm.ops import norms
 

@@ -16,9 +16,9 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import KINDS, draw, qparams
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams
 
 from ptq4vm.ops import quantization
 

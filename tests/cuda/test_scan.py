@@ -21,10 +21,9 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import directional_inputs, draw, exact_directional, part, relative, scan_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import draw, relative, scan_inputs
-from test_native_scan import directional_inputs, exact_directional, part
 from torch import Tensor
 
 from ptq4vm.ops import directional_scans, quantization, scans

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.draws import assert_same_codes, relative
 from helpers.gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
 from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native import relative
-from test_native_producers import assert_same_codes
 
 from ptq4vm import doctor, ops
 from ptq4vm.backend import triton as triton_kernels

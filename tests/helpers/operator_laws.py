@@ -9,11 +9,21 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from test_native import draw, qparams, relative, scan_inputs
-from test_native_linear import inputs as linear_inputs
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
-from test_native_scan import HALF, directional_inputs, exact_directional, part
 
+from helpers.draws import (
+    HALF,
+    assert_same_codes,
+    directional_inputs,
+    directional_qparams,
+    draw,
+    exact_directional,
+    linear_inputs,
+    part,
+    qparams,
+    relative,
+    rows_of_more,
+    scan_inputs,
+)
 from ptq4vm.ops import convolution_1d, convolution_2d, fake_quantization, layouts, linears, quantization, rotation
 from ptq4vm.ops import norms as norm_ops
 from ptq4vm.ops import scans as scan_ops

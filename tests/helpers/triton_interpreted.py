@@ -10,10 +10,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams, relative
-from test_native_linear import inputs as linear_inputs
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
 
+from helpers.draws import (
+    KINDS,
+    assert_same_codes,
+    directional_qparams,
+    draw,
+    linear_inputs,
+    qparams,
+    relative,
+    rows_of_more,
+)
 from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.ops import convolution_1d, convolution_2d, layouts, linears, norms, quantization
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.draws import CHANNELS, KINDS, ROWS, SUPPRESSED, available, draw, needs_library, qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, available, draw, needs_library, qparams
 
 from ptq4vm import ops
 from ptq4vm.backend import native

@@ -9,54 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from helpers.draws import (
+    CHANNELS,
+    FEATURES,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    available,
+    draw,
+    needs_library,
+    qparams,
+    relative,
+    scan_inputs,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vm import doctor, ops
 from ptq4vm.backend import native
 from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.ops import _define, convolution_1d, layouts, linears, quantization, scans
-
-ALL = ("portable", "avx2", "vnni", "amx")
-needs_library = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
-
-
-def available() -> list[str]:
-    if native.problem() is not None:
-        return []
-    best = native.isa()
-    return list(ALL[: ALL.index(best) + 1])
-
-
-@pytest.fixture(params=available() or [None])
-def isa(request):
-    """Runs the test on one instruction set."""
-    if request.param is None:
-        pytest.skip(str(native.problem()))
-    before = native.isa()
-    assert torch.ops.ptq4vm._use_isa(request.param) == request.param
-    yield request.param
-    torch.ops.ptq4vm._use_isa(before)
-
-
-def draw(seed: int):
-    return torch.Generator().manual_seed(seed)
-
-
-SUPPRESSED = [HealthCheck.function_scoped_fixture]  # one instruction set for all examples is what is meant
-
-ROWS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 65, 197])
-CHANNELS = st.sampled_from([1, 2, 3, 15, 31, 32, 33, 63, 64, 65, 128, 200, 1100])
-FEATURES = st.sampled_from([0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100])
-KINDS = st.sampled_from(["tensor", "token", "image"])
-
-
-def qparams(kind, images, tokens, bits, random):
-    shape = {"tensor": (1,), "token": (tokens,), "image": (images, tokens)}[kind]
-    half = 2 ** (bits - 1)
-    return torch.rand(shape, generator=random) + 0.01, torch.randint(
-        -half, half, shape, generator=random, dtype=torch.int32
-    )
 
 
 @needs_library
@@ -108,23 +80,6 @@ def test_the_largest_accumulators_are_exact(isa):
         one, zero = torch.ones(1), torch.full((1,), -128, dtype=torch.int32)
         y = ops.linear(codes, one, zero, weight, torch.ones(40), None, torch.float32)
         assert torch.equal(y, torch.full_like(y, 2048.0 * (x + 128) * w))
-
-
-def scan_inputs(images, tokens, channels, states, optional, random):
-    def normal(*shape):
-        return torch.randn(shape, generator=random)
-
-    u, delta, z = (normal(images, tokens, channels) for _ in range(3))
-    B, C = (normal(images, tokens, states) for _ in range(2))
-    A = -torch.rand(channels, states, generator=random) * 2
-    D, bias = normal(channels), normal(channels)
-    return u, 3 * delta, A, B, C, *(value if optional else None for value in (D, z, bias))
-
-
-def relative(ours, exact):
-    if not exact.numel():
-        return 0.0
-    return float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 @needs_library
@@ -237,7 +192,10 @@ def test_the_reference_runs_where_it_is_asked_for_and_says_nothing():
 
 
 def test_without_a_library_one_warning_names_the_way_out():
-    code = "from pathlib import Path; import ptq4vm.native; ptq4vm.native.LIBRARY = Path('none.so')\n" + USE
+    code = (
+        "from pathlib import Path; import ptq4vm.backend.native; ptq4vm.backend.native.LIBRARY = Path('none.so')\n"
+        + USE
+    )
     said = run(code)
     assert said.count("RuntimeWarning") == 1 and "Install a C++ compiler" in said and "reference" in said
 

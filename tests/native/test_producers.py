@@ -3,10 +3,21 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.draws import (
+    CHANNELS,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    assert_same_codes,
+    directional_qparams,
+    draw,
+    needs_library,
+    qparams,
+    relative,
+    rows_of_more,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, draw, needs_library, qparams, relative
-from test_native import isa as isa  # a fixture
 
 from ptq4vm import ops
 from ptq4vm.ops import convolution_1d, convolution_2d, norms, quantization, rotation
@@ -15,29 +26,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 STRIDED = st.booleans()
 ROTATED = CHANNELS | st.sampled_from([16, 64, 96, 128, 192, 256, 384, 1024])
-
-
-def rows_of_more(x, strided):
-    """x, or its values as the first half of rows twice as long, after one number: at no alignment, and no copy."""
-    if not strided:
-        return x
-    more = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
-    more[..., 1 : x.shape[-1] + 1] = x
-    return more[..., 1 : x.shape[-1] + 1]
-
-
-def directional_qparams(directions, tokens, per_token, bits, random):
-    shape = (directions, tokens if per_token else 1)
-    half = 2 ** (bits - 1)
-    zero_point = torch.randint(-half, half, shape, generator=random, dtype=torch.int32)
-    return torch.rand(shape, generator=random) * 100 / 2 ** (8 - bits), zero_point
-
-
-def assert_same_codes(ours, theirs):
-    """But for one code in a thousand that a rounding moves by one."""
-    difference = (ours.int() - theirs.int()).abs()
-    assert not difference.numel() or difference.max() <= 1
-    assert difference.sum() <= max(1, difference.numel() / 1000)
 
 
 @needs_library

@@ -4,17 +4,23 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.draws import (
+    SCAN_CHANNELS,
+    SUPPRESSED,
+    counting,
+    draw,
+    largest_states,
+    needs_library,
+    part,
+    relative,
+    scan_inputs,
+)
 from helpers.strategies import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import SUPPRESSED, draw, isa, needs_library, relative, scan_inputs
-from test_native_scan import CHANNELS, STATES, part
-from test_scan_quantized import counting, largest_states
 
 from ptq4vm import ops
 from ptq4vm.ops import scans
-
-__all__ = ["isa"]  # a fixture
 
 TOKENS = st.sampled_from([0, 1, 15, 16, 17, 33])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -53,7 +59,7 @@ def as_parts(inputs, dtype, random):
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
 @settings(max_examples=12, suppress_health_check=SUPPRESSED)
 def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
     isa, dtype, images, tokens, channels, states, per_token, optional, bits, seed
@@ -77,7 +83,7 @@ def test_a_sum_grows_by_the_rounded_value_until_the_last_code(isa, bits):
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.integers(-3, 3), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, st.integers(-3, 3), bits, st.integers(0, 2**20))
 @settings(max_examples=10, suppress_health_check=SUPPRESSED)
 def test_neither_layout_nor_the_unit_of_the_input_changes_a_bit(
     isa, dtype, images, tokens, channels, states, power, bits, seed
@@ -159,7 +165,7 @@ def test_infinite_states_have_the_last_codes(isa):
 
 
 @needs_library
-@given(st.integers(0, 2), TOKENS, STATES, st.booleans(), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, st.booleans(), bits, st.integers(0, 2**20))
 @settings(max_examples=20)
 def test_float64_is_computed_in_float64(images, tokens, states, softplus, bits, seed):
     inputs = real_inputs(images, tokens, 5, states, draw(seed), bits)

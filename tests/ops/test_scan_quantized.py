@@ -2,21 +2,15 @@
 
 import pytest
 import torch
+from helpers.draws import counting, draw, largest_states, scan_inputs
 from helpers.strategies import bits, normal, positive_sizes, seeds, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import draw, scan_inputs
 
 from ptq4vm import ops
 from ptq4vm.ops import scans
 
 TOKENS = st.sampled_from([0, 1, 2, 17, 33])
-
-
-def counting(u, tokens):
-    """A scan of one channel and state whose states are sums of u, and its scale of 1."""
-    ones = torch.ones(1, tokens, 1)
-    return ones * u, ones, torch.zeros(1, 1), ones, ones, None, None, None, False, torch.ones(1), torch.ones(1)
 
 
 def on_the_grid(images, tokens, channels, states, seed):
@@ -29,15 +23,6 @@ def on_the_grid(images, tokens, channels, states, seed):
     u, delta = integers(images, tokens, channels), integers(images, tokens, channels).abs()
     B, C = integers(images, tokens, states), integers(images, tokens, states)
     return u, delta, torch.zeros(channels, states), B, C, integers(channels), None, None, False
-
-
-def largest_states(u, delta, A, B, bias):
-    """max |h_t| (L,) in `scans.selective_scan` with softplus."""
-    step, h, largest = torch.nn.functional.softplus(delta if bias is None else delta + bias).unsqueeze(-1), 0, []
-    for t in range(u.shape[1]):
-        h = torch.exp(step[:, t] * A) * h + step[:, t] * u[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)
-        largest.append(h.abs().amax() if h.numel() else h.sum())
-    return torch.stack(largest) if largest else u.new_empty(0)
 
 
 @given(bits)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.draws import (
     SCAN_CHANNELS,
+    STATES,
     SUPPRESSED,
     counting,
     draw,
@@ -59,7 +60,7 @@ def as_parts(inputs, dtype, random):
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, STATES, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
 @settings(max_examples=12, suppress_health_check=SUPPRESSED)
 def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
     isa, dtype, images, tokens, channels, states, per_token, optional, bits, seed
@@ -83,7 +84,7 @@ def test_a_sum_grows_by_the_rounded_value_until_the_last_code(isa, bits):
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, st.integers(-3, 3), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, STATES, st.integers(-3, 3), bits, st.integers(0, 2**20))
 @settings(max_examples=10, suppress_health_check=SUPPRESSED)
 def test_neither_layout_nor_the_unit_of_the_input_changes_a_bit(
     isa, dtype, images, tokens, channels, states, power, bits, seed
@@ -165,7 +166,7 @@ def test_infinite_states_have_the_last_codes(isa):
 
 
 @needs_library
-@given(st.integers(0, 2), TOKENS, st.booleans(), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, STATES, st.booleans(), bits, st.integers(0, 2**20))
 @settings(max_examples=20)
 def test_float64_is_computed_in_float64(images, tokens, states, softplus, bits, seed):
     inputs = real_inputs(images, tokens, 5, states, draw(seed), bits)

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm.benchmark.layers import Category, category
+from benchmarks.speed.layers import Category, category
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

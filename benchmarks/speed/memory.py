@@ -1,6 +1,6 @@
 """Memory that one forward takes: what a fresh process grows by.
 
-    python -m ptq4vm.benchmark.memory FOLDER KIND BATCH_SIZE THREADS
+    python -m benchmarks.speed.memory FOLDER KIND BATCH_SIZE THREADS
 
 prints it, for a network that `measure` has written there.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm.benchmark.kinds import Network, build
+from ptq4vm.benchmark.kinds import CHECKOUT, Network, build
 from ptq4vm.checkpoint import load, save
 
 FLOAT, SHAPE, QUANTIZED = "float.pt", "shape.json", "quantized"
@@ -53,7 +53,7 @@ def measure(
         peaks = []
         for kind in kinds:
             command = [sys.executable, "-m", __name__, str(folder), kind, str(batch_size), str(threads)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
             if done.returncode:
                 reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 raise OSError(f"the process that measures the memory of {kind} failed: {reason[-1]}")

@@ -1,7 +1,7 @@
-"""Quantize the bundled Vims with every recipe of the paper's ladder and show what each costs.
+"""Quantize the bundled Vims with every recipe of the paper's ladder and show the cost of each.
 
-    python demo/run.py                   one calibration seed and short learning: minutes on two cores
-    python demo/run.py --seeds 3 --full  three seeds and the presets' epochs, as in docs/results.md
+    python examples/demo.py                   one calibration seed and short learning: minutes on two cores
+    python examples/demo.py --seeds 3 --full  three seeds and the presets' epochs, as in docs/results.md
 
 Writes results.json, results.csv and results.png into --output, by default beside this file.
 """
@@ -9,33 +9,36 @@ Writes results.json, results.csv and results.png into --output, by default besid
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import nn
-from torch.fx import GraphModule
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the script runs without an editable install too
 
 import ptq4vm
 import ptq4vm.models
+from benchmarks.recipes import config_of
+from benchmarks.subject import Subject
 from ptq4vm import benchmark, native, report
-from ptq4vm.config import Learning, QuantConfig
-from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
-from ptq4vm.evaluate import evaluate, predictions
+from ptq4vm.config import QuantConfig
+from ptq4vm.evaluate import Evaluation
+from ptq4vm.extras import pyplot
 from ptq4vm.observers import Phenomena, observe
-from ptq4vm.pipeline import canonical_graph, prepared_from
+
+Row = dict[str, Any]
 
 MODELS = {"plain": "vim_nano_patch4_32.digits", "hard": "vim_nano_patch4_32.digits_hard"}
 SHORT, FULL = {8: 4, 6: 8, 4: 16}, {8: 10, 6: 50, 4: 100}
 IMAGES = 64
 """Calibration images, distinct and without augmentation."""
 TIMED = 32
-"""Images a timed call takes."""
+"""Images of a timed call."""
 
 COLUMNS = {
     "model": "model",
@@ -52,100 +55,70 @@ COLUMNS = {
 }
 
 
-def ladder(bits: int, epochs: int, seed: int) -> dict[str, QuantConfig]:
-    """The rungs of the paper's table 6, MinMax below them."""
-    ours: dict[str, Any] = {"weight_bits": bits, "activation_bits": bits, "seed": seed}
+LADDER = {
+    "MinMax": "minmax",
+    "SmoothQuant": "smoothquant",
+    "PTS": "pts",
+    "PTS + truncation": "pts+truncation",
+    "PTS + truncation + JLSS": "ptq4vm",
+}
+"""The rungs of the paper's table 6, MinMax below them, and our recipes for them."""
+
+
+def row(label: str, bits: str, method: str, module: nn.Module, costs: list[Evaluation], seconds: list[float]) -> Row:
+    top1 = [cost.top1 for cost in costs]
     return {
-        "MinMax": QuantConfig.minmax(bits, seed=seed),
-        "SmoothQuant": QuantConfig.smoothquant(bits, seed=seed),
-        "PTS": QuantConfig(**ours, range_search=False),
-        "PTS + truncation": QuantConfig(**ours),
-        "PTS + truncation + JLSS": QuantConfig(**ours, learning=Learning(epochs=epochs)),
+        "model": label,
+        "bits": bits,
+        "method": method,
+        "top1": round(statistics.mean(top1), 2),
+        "spread": round((max(top1) - min(top1)) / 2, 2),
+        "agreement": round(statistics.mean(cost.agreement for cost in costs), 2),
+        "divergence": round(1e3 * statistics.mean(cost.divergence for cost in costs), 2),
+        "kilobytes": round(report.model_bytes(module) / 1e3),
+        "calibrate_s": round(statistics.mean(seconds), 1),
     }
 
 
-class Subject:
-    """One bundled model with its images."""
-
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.model = timm.create_model(MODELS[label], pretrained=True).eval()
-        transform = transform_for(self.model)
-        self.train = open_dataset("digits", "train", transform)
-        self.test = list(loader(open_dataset("digits", "test", transform), 150))
-        self.example = (self.test[0][0][:2],)
-        self.graph = canonical_graph(self.model, self.example)
-        self.logits = predictions(self.model, self.test)
-
-    def evaluate(self, module: nn.Module) -> Any:
-        return evaluate(module, self.test, reference_predictions=self.logits, progress=False, check_finite=True)
-
-    def prepared(self, config: QuantConfig) -> GraphModule:
-        """As `ptq4vm.prepare`, from a graph that is captured once."""
-        return prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
-
-    def calibration(self, seed: int) -> list[torch.Tensor]:
-        return calibration_batches(self.train, IMAGES, 32, seed)
-
-    def row(self, bits: str, method: str, module: nn.Module, evaluations: list[Any], seconds: list[float]) -> dict:
-        top1 = [evaluation.top1 for evaluation in evaluations]
-        return {
-            "model": self.label,
-            "bits": bits,
-            "method": method,
-            "top1": round(statistics.mean(top1), 2),
-            "spread": round((max(top1) - min(top1)) / 2, 2),
-            "agreement": round(statistics.mean(evaluation.agreement for evaluation in evaluations), 2),
-            "divergence": round(1e3 * statistics.mean(evaluation.divergence for evaluation in evaluations), 2),
-            "kilobytes": round(report.model_bytes(module) / 1e3),
-            "calibrate_s": round(statistics.mean(seconds), 1),
-        }
-
-    def climb(self, seeds: int, epochs: dict[int, int], bar: tqdm) -> list[dict[str, Any]]:
-        """A row a rung, with times measured side by side at the end."""
-        exact = self.evaluate(self.model)
-        rows = [self.row("FP32", "FP32", self.model, [exact], [0.0])]
-        modules: dict[str, nn.Module] = {"FP32": self.model}
-        for bits in epochs:
-            for method in ladder(bits, 1, 0):
-                evaluations, seconds = [], []
-                for seed in range(seeds):
-                    bar.set_postfix_str(f"{self.label} W{bits}A{bits} {method}, seed {seed}")
-                    prepared = self.prepared(ladder(bits, epochs[bits], seed)[method])
-                    started = time.perf_counter()
-                    ptq4vm.calibrate(prepared, self.calibration(seed), progress=False)
-                    seconds.append(time.perf_counter() - started)
-                    quantized = ptq4vm.convert(prepared)
-                    evaluations.append(self.evaluate(quantized))
-                    bar.update()
-                rows.append(self.row(f"W{bits}A{bits}", method, quantized, evaluations, seconds))
-                modules[f"{bits} {method}"] = ptq4vm.fuse(quantized)
-        timings = benchmark.compare(modules, self.test[0][0][:TIMED], warmup=1, repeats=5)
-        for row, timing in zip(rows, timings, strict=True):
-            row |= {"ms_per_image": round(1e3 * timing.median / TIMED, 2), "speed": round(1 / timing.ratio, 2)}
-        return rows
-
-    def phenomena(self) -> list[dict[str, Any]]:
-        """Over the blocks, the largest figures of each kind of linear."""
-        kinds: dict[str, list[Phenomena]] = {}
-        for name, figure in observe(self.prepared(QuantConfig()), self.calibration(0)).items():
-            kinds.setdefault(name.rpartition(".")[2], []).append(figure)
-        return [
-            {"model": self.label, "input of": kind}
-            | {key: round(max(figure.to_dict()[key] for figure in found), 1) for key in found[0].to_dict()}
-            for kind, found in kinds.items()
-        ]
+def climb(label: str, subject: Subject, seeds: int, epochs: dict[int, int], bar: tqdm) -> list[Row]:
+    """A row a rung, with times measured side by side at the end."""
+    rows = [row(label, "FP32", "FP32", subject.model, [subject.evaluate(subject.model)], [0.0])]
+    modules: dict[str, nn.Module] = {"FP32": subject.model}
+    for bits in epochs:
+        for method, recipe in LADDER.items():
+            costs = []
+            for seed in range(seeds):
+                bar.set_postfix_str(f"{label} W{bits}A{bits} {method}, seed {seed}")
+                config = config_of(recipe, bits, seed, epochs[bits])
+                costs.append(subject.quantize(config, IMAGES, fused=False))
+                bar.update()
+            quantized, evaluations = costs[-1].quantized, [cost.evaluation for cost in costs]
+            seconds = [cost.seconds for cost in costs]
+            rows.append(row(label, f"W{bits}A{bits}", method, quantized, evaluations, seconds))
+            modules[f"{bits} {method}"] = ptq4vm.fuse(quantized)
+    timings = benchmark.compare(modules, subject.test[0][0][:TIMED], warmup=1, repeats=5)
+    for made, timing in zip(rows, timings, strict=True):
+        made |= {"ms_per_image": round(1e3 * timing.median / TIMED, 2), "speed": round(1 / timing.ratio, 2)}
+    return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def phenomena(label: str, subject: Subject) -> list[Row]:
+    """The largest figures over the blocks, by kind of linear."""
+    kinds: dict[str, list[Phenomena]] = {}
+    for name, figure in observe(subject.prepared(QuantConfig()), subject.calibration(IMAGES, 0)).items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(figure)
+    return [
+        {"model": label, "input of": kind}
+        | {key: round(max(figure.to_dict()[key] for figure in found), 1) for key in found[0].to_dict()}
+        for kind, found in kinds.items()
+    ]
+
+
+def draw(rows: list[Row], path: Path) -> None:
     """Against the rung: top-1 above, divergence from FP32 below; a column a model, a line a number of bits."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plot = pyplot()
     labels = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = pyplot.subplots(
+    figure, axes = plot.subplots(
         2, len(labels), figsize=(6 * len(labels), 7), sharex="col", sharey="row", squeeze=False
     )
     for column, label in zip(axes.T, labels, strict=True):
@@ -168,7 +141,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes[1][0].set_ylabel("KL divergence from FP32, nats")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plot.close(figure)
 
 
 def main() -> None:
@@ -180,13 +153,14 @@ def main() -> None:
 
     started = time.perf_counter()
     epochs = FULL if options.full else SHORT
-    subjects = [Subject(label) for label in MODELS]
-    total = len(subjects) * len(epochs) * len(ladder(8, 1, 0)) * options.seeds
-    rows: list[dict[str, Any]] = []
+    models = {label: timm.create_model(name, pretrained=True).eval() for label, name in MODELS.items()}
+    subjects = {label: Subject(model, "digits", batch_size=150) for label, model in models.items()}
+    total = len(subjects) * len(epochs) * len(LADDER) * options.seeds
+    rows: list[Row] = []
     with tqdm(total=total, desc="quantize and evaluate", unit="model") as bar:
-        for subject in subjects:
-            rows += subject.climb(options.seeds, epochs, bar)
-    figures = [row for subject in subjects for row in subject.phenomena()]
+        for label, subject in subjects.items():
+            rows += climb(label, subject, options.seeds, epochs, bar)
+    figures = [figure for label, subject in subjects.items() for figure in phenomena(label, subject)]
 
     print(
         "\nTop-1 of 450 held-out digits; agreement is with the predictions of FP32; times are of the fused\n"

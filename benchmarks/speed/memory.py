@@ -29,7 +29,7 @@ FLOAT, SHAPE, QUANTIZED = "float.pt", "shape.json", "quantized"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """What a process that holds the model already takes more of while it computes one batch."""
+    """The memory that a process which holds the model takes more while it computes one batch."""
 
     name: str
     batch_size: int
@@ -44,7 +44,7 @@ class Peak:
 def measure(
     network: Network, shape: tuple[int, ...], kinds: Iterable[str], batch_size: int, threads: int
 ) -> list[Peak]:
-    """One process a kind. `shape` is that of an image."""
+    """Runs one process a kind. `shape` is that of an image."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(network.model, folder / FLOAT)
@@ -63,7 +63,7 @@ def measure(
 
 
 def growth(folder: Path, kind: str, batch_size: int, threads: int) -> int | None:
-    """Bytes; run in a process of its own."""
+    """Returns bytes; to be run in a process of its own."""
     torch.set_num_threads(threads)
     shape = json.loads((folder / SHAPE).read_text())
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))

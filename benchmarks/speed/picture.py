@@ -22,7 +22,6 @@ COLORS = {
 SMALLEST = 0.04
 """Share of the highest bar from which a part has room for its label."""
 
-
 FORMATS = (".png", ".svg", ".pdf")
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from ptq4vm.benchmark.bounds import GPUS
 from strategies import normal
 from torch import fx, nn
 
 from ptq4vm import ops
 from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.bounds import GPUS
 from ptq4vm.graph import aten
 
 ROWS = 32 * 197

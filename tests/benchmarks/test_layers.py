@@ -1,11 +1,11 @@
 import pytest
 import torch
+from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
 from public_models import NANO, SHORT, create, slow_but
 from strategies import normal
 from torch import nn
 
 from ptq4vm import convert, fuse, ops
-from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.graph import capture
 from ptq4vm.pipeline import skeleton

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ptq4vm.benchmark.layers import Category
 from public_models import create
 from strategies import normal
 
 from ptq4vm import benchmark, native
 from ptq4vm.benchmark import compare, machine
-from ptq4vm.benchmark.layers import Category
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
 from ptq4vm.pipeline import skeleton

@@ -9,9 +9,10 @@ from strategies import normal
 pytest.importorskip("torchao", reason="models are quantized with torchao")
 pytest.importorskip("timm", reason="models are made with timm")
 
+from ptq4vm.benchmark.graphs import copied, recorded
+
 import ptq4vm
 from ptq4vm.backend import ptq4vm_backend
-from ptq4vm.benchmark.graphs import copied, recorded
 from ptq4vm.config import Granularity, QuantConfig, RangeSearch
 
 pytestmark = pytest.mark.gpu

@@ -38,10 +38,10 @@ import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from benchmarks.accuracy_tables import COLUMNS, KEYS, VARIANTS, draw, markdown, summary
 from benchmarks.recipes import ABLATIONS, LADDER, config_of
 from benchmarks.subject import Subject
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.config import RECIPES, QuantConfig
 from ptq4vm.data import open_dataset
-from ptq4vm.models.hard import harden
+from ptq4vm.models.outliers import harden
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"

@@ -35,7 +35,8 @@ from benchmarks import gpu_models
 from benchmarks.gpu_rows import BATCHES, LINEARS, Candidate, Row, Setup, linear_row, operator_cases, operator_row
 from benchmarks.speed import bounds
 from benchmarks.speed.graphs import stopwatch
-from ptq4vm import doctor, native
+from ptq4vm import doctor
+from ptq4vm.backend import native
 from ptq4vm.benchmark.timing import Timing, compare, machine
 from ptq4vm.report import table, write_json
 

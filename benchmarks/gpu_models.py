@@ -21,7 +21,7 @@ from benchmarks.speed.pieces import Pieces, write_branch
 from benchmarks.speed.torch_ops import replace_ops
 from ptq4vm import ops
 from ptq4vm.config import Granularity, QuantConfig, RangeSearch
-from ptq4vm.graph import capture
+from ptq4vm.graph.capture import capture
 
 MODELS = (
     "vim_base_patch16_224",

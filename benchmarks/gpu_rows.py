@@ -171,7 +171,7 @@ def activations(shape: tuple[int, ...], bits: int, scales: int) -> tuple[Tensor,
 
 def weights(features: int, channels: int, bits: int, device: torch.device) -> tuple[Tensor, ...]:
     """As `fuse` arranges them for this device: their memory, sums and scales."""
-    from ptq4vm.passes.patterns import capability_of, multiplies_nibbles
+    from ptq4vm.passes.lower.patterns import capability_of, multiplies_nibbles
 
     half = 2 ** (bits - 1)
     codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)

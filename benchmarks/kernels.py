@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import fused, native, ops, reference
+from ptq4vm import fused, ops, reference
+from ptq4vm.backend import native
 
 TOKENS = 197
 PROJECTIONS = {

@@ -17,8 +17,8 @@ import ptq4vm
 from ptq4vm.config import QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import Evaluation, evaluate, predictions
-from ptq4vm.pipeline import canonical_graph, prepared_from
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
+from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
 
 CALIBRATION_BATCH = 32
 

@@ -25,11 +25,12 @@ import ptq4vm
 import ptq4vm.models
 from benchmarks.recipes import config_of
 from benchmarks.subject import Subject
-from ptq4vm import benchmark, native, report
+from ptq4vm import benchmark, report
+from ptq4vm.backend import native
 from ptq4vm.config import QuantConfig
 from ptq4vm.evaluate import Evaluation
 from ptq4vm.extras import pyplot
-from ptq4vm.observers import Phenomena, observe
+from ptq4vm.inspection.phenomena import Phenomena, observe
 
 Row = dict[str, Any]
 

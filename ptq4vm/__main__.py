@@ -1,5 +1,5 @@
 import sys
 
-from ptq4vm.cli import main
+from ptq4vm.cli.main import main
 
 sys.exit(main())

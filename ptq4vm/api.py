@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.graph import Pipeline, is_lowered
-from ptq4vm.model_copy import own_tensors
-from ptq4vm.passes.calibrate import calibrate_blocks
-from ptq4vm.passes.collect import collect_inputs, has_length, select_inputs
-from ptq4vm.passes.fuse import fuse as fuse_producers
-from ptq4vm.pipeline import BEFORE_LOWERING, LOWERED, converted_graph, prepared_graph
-from ptq4vm.quantizer import quantized_linears
-from ptq4vm.record import Stage, prepared_record, update_record
+from ptq4vm.graph.model_copy import own_tensors
+from ptq4vm.graph.pipeline import Pipeline, is_lowered
+from ptq4vm.metadata import Stage, prepared_record, update_record
+from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
+from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
+from ptq4vm.passes.lower.fuse import fuse as fuse_producers
+from ptq4vm.passes.lower.pipeline import BEFORE_LOWERING, LOWERED, converted_graph
+from ptq4vm.passes.prepare.pipeline import prepared_graph
+from ptq4vm.passes.quantized import quantized_linears
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -49,7 +50,7 @@ def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConf
 
     The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is
     copied; until it is calibrated the result computes what the model does. The default config is `w8a8()`. Raises
-    `ptq4vm.graph.CaptureError` where torch.export cannot follow the model.
+    `ptq4vm.graph.capture.capture.CaptureError` where torch.export cannot follow the model.
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")
@@ -138,9 +139,9 @@ def fuse(quantized: GraphModule, *, activations: torch.dtype = torch.float32) ->
     """A copy that runs faster: activations are quantized by what makes them, scans move no tokens.
 
     Its weights lie in the layout of this package's kernels, so it is run and not saved. `torch.compile(quantized,
-    backend="ptq4vm")` does the same and compiles the rest. What was fused, and what was left and why, is told by
-    `ptq4vm.passes.fuse.fusions`. `activations=torch.bfloat16` is faster still and less exact. Raises ValueError for a
-    graph that is not lowered.
+    backend="ptq4vm")` does the same and compiles the rest. `ptq4vm.passes.lower.fuse.fusions` lists what was
+    fused, and what was left and why. `activations=torch.bfloat16` is faster still and less exact. Raises ValueError
+    for a graph that is not lowered.
     """
     if not is_lowered(quantized):
         raise ValueError("only lowered models are fused: call ptq4vm.convert(prepared) without lower=False")

@@ -1,8 +1,8 @@
 """Saving and loading a quantized model: a folder with `model.safetensors` and `config.json`, never unpickled.
 
-`model.safetensors` is the model: its tensors, its graph and its record (`ptq4vm.serialize`). It is replaced by one
-rename, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats the
-record for people and for programs that look for it.
+`model.safetensors` is the model: its tensors, its graph and its record (`ptq4vm.serialization.content`). It is replaced
+by one rename, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats
+the record for people and for programs that look for it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vm import checkpoint_v1
 from ptq4vm.files import leftovers, replace_file
-from ptq4vm.graph import is_lowered
-from ptq4vm.record import FUSIONS, Stage, record_of
-from ptq4vm.serialize import (
+from ptq4vm.graph.pipeline import is_lowered
+from ptq4vm.metadata import FUSIONS, Stage, record_of
+from ptq4vm.serialization import version_1 as checkpoint_v1
+from ptq4vm.serialization.content import (
     METHOD,
     CheckpointError,
     NotPortable,

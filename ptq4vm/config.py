@@ -53,7 +53,7 @@ class RangeSearch(enum.StrEnum):
     SQUARED_ERROR = "squared_error"
     """The truncation with the least squared error (PTQ4VM section 4.3, stage 2)."""
     RELEASED = "released"
-    """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.search`."""
+    """That of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.calibrate.range_search`."""
 
 
 class Loss(enum.StrEnum):
@@ -63,7 +63,7 @@ class Loss(enum.StrEnum):
     """1 - cosine similarity of each token's channels (PTQ4VM eq. 9)."""
     FISHER = "fisher"
     """Squared error of the residual stream, each entry by how much the model's output depends on it; see
-    `ptq4vm.passes.importance`."""
+    `ptq4vm.passes.calibrate.fisher`."""
 
 
 class Factors(enum.StrEnum):
@@ -190,7 +190,8 @@ class QuantConfig:
     range_search: RangeSearch = RangeSearch.SQUARED_ERROR
     """Of activations and weights; True and False stand for `squared_error` and `minmax`."""
     rotation: bool = False
-    """Rotate the inputs of linears that write to the residual stream, after smoothing; see `ptq4vm.passes.rotate`."""
+    """Rotate the inputs of linears that write to the residual stream, after smoothing; see
+    `ptq4vm.passes.prepare.rotate`."""
     gptq: bool = False
     """Round weights for the inputs that the quantized model gives them (GPTQ, Frantar et al. 2023). Learning comes
     after it and keeps the codes: scales that learned with other codes would not fit these."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from ptq4vm import __version__, native, ops, reference, triton_kernels
+from ptq4vm import __version__, ops, reference
+from ptq4vm.backend import native
+from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.benchmark import machine
 
 PACKAGES = ("torch", "torchao", "timm", "safetensors")

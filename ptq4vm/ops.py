@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import arguments, fused, native, reference, triton_kernels
+from ptq4vm import arguments, fused, reference
+from ptq4vm.backend import native
+from ptq4vm.backend import triton as triton_kernels
 
 _NATIVE = native.problem() is None
 """Then the library has defined the operators, and their kernels for the CPU."""

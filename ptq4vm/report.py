@@ -16,9 +16,9 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
 from ptq4vm.files import replace_file
-from ptq4vm.graph import attribute
-from ptq4vm.passes.patterns import source_of
-from ptq4vm.record import record_of
+from ptq4vm.graph.insert import attribute
+from ptq4vm.metadata import record_of
+from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.text import escaped
 
 Row = Mapping[str, Any]

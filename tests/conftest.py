@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from helpers.strategies import normal
 from hypothesis import settings
-from strategies import normal
 from torch import Tensor
 from torch.fx import GraphModule
 

@@ -49,7 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="mutation testing on a sample")
     parser.add_argument("--sample", type=int, metavar="N", help="how many mutants to draw (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--only", default="*", metavar="PATTERN", help="names, such as 'ptq4vm.passes.smooth.*'")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="names, such as 'ptq4vm.passes.prepare.smooth.*'"
+    )
     parser.add_argument("--share", type=float, default=0.2, help="of the time of all tests, for one mutant's")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once")
     parser.add_argument("--again", action="store_true", help="test survivors again, after tests were added")

@@ -4,16 +4,16 @@ import weakref
 
 import pytest
 import torch
+from helpers.small_models import BEST, LEARNED, blocks
+from helpers.strategies import EVERYTHING, bits, normal
 from hypothesis import given, settings
-from small_models import BEST, LEARNED, blocks
-from strategies import EVERYTHING, bits, normal
 from torch import nn
 from torch.fx import GraphModule
 
 import ptq4vm
 from ptq4vm import Granularity, Learning, QuantConfig, calibrate, convert, fuse, prepare
-from ptq4vm.graph import CaptureError
-from ptq4vm.record import record_of
+from ptq4vm.graph.capture import CaptureError
+from ptq4vm.metadata import record_of
 
 CONFIGS = {
     "w8a8": QuantConfig.w8a8(learning=Learning(epochs=1)),

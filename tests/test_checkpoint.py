@@ -11,8 +11,8 @@ import time
 import pytest
 import timm
 import torch
+from helpers.strategies import normal
 from safetensors.torch import load_file
-from strategies import normal
 from torch import nn
 
 import ptq4vm

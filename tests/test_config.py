@@ -2,9 +2,9 @@ import dataclasses
 import json
 
 import pytest
+from helpers.strategies import bits, configs, fitting
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import bits, configs, fitting
 
 from ptq4vm.config import (
     RECIPES,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damaged_images import KINDS, damaged
+from helpers.damaged_images import KINDS, damaged
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.operator_laws import LAWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_laws import LAWS
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

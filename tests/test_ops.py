@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
+from helpers.strategies import bits, integers, layouts, normal, seeds, sizes
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import bits, integers, layouts, normal, seeds, sizes
 from torch import nn
 from torch.export import Dim
 
-from ptq4vm import native, ops, reference
+from ptq4vm import ops, reference
+from ptq4vm.backend import native
 
 library = torch.ops.ptq4vm
 

@@ -4,13 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from lowering import check
-from public_models import slow_but
-from strategies import normal
+from helpers.lowering import check
+from helpers.public_models import slow_but
+from helpers.strategies import normal
 from torch import Tensor, nn
 
 from ptq4vm import Learning, QuantConfig, calibrate, convert, load, prepare, save
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
 
 
 def travel(model: nn.Module, x: Tensor, config: QuantConfig, folder, *, model_for_load: nn.Module | None) -> list:

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.strategies import bits, integers, layouts, normal, positive_sizes, powers_of_two, seeds, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import bits, integers, layouts, normal, positive_sizes, powers_of_two, seeds, sizes
 from torch import Tensor
 
 from ptq4vm import reference
 from ptq4vm.config import QuantSpec, Scheme
-from ptq4vm.fake_quantize import quantized_decomposed as qd
+from ptq4vm.quantizers import quantized_decomposed as qd
 
 
 def bounds(count: int, scheme: Scheme = Scheme.AFFINE) -> tuple[int, int]:

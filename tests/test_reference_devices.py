@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategies import integers, normal
+from helpers.strategies import integers, normal
 from torch import Tensor
 
 from ptq4vm import reference

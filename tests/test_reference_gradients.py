@@ -5,9 +5,9 @@ x (B, L, D) is in quarters, scales and smoothing are powers of two, and gradient
 
 import pytest
 import torch
+from helpers.strategies import bits, integers, powers_of_two, seeds
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import bits, integers, powers_of_two, seeds
 from torch import Tensor
 
 from ptq4vm import reference

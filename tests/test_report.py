@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
+from helpers.strategies import fitting
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import fitting
 from torch import nn
 
 import ptq4vm
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
 from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
 
 words = st.text("abcxyz", min_size=1, max_size=8)

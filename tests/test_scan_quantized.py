@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from helpers.strategies import bits, normal, positive_sizes, seeds, sizes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import bits, normal, positive_sizes, seeds, sizes
 from test_native import draw, scan_inputs
 
 from ptq4vm import ops, reference

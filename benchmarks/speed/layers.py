@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vm.benchmark.timing import WARMUP
-from ptq4vm.graph import parameter_of, scope
+from ptq4vm.graph.views import parameter_of, scope
 
 
 class Category(enum.StrEnum):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm import ops
-from ptq4vm.graph import finish
+from ptq4vm.graph.pipeline import finish
 
 Stream = tuple[Tensor, Tensor]
 

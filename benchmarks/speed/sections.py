@@ -13,12 +13,13 @@ from torch import Tensor
 from benchmarks.speed.layers import Category, Layer, is_known, profile, totals
 from benchmarks.speed.memory import Peak, measure
 from benchmarks.speed.picture import draw
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network
 from ptq4vm.benchmark.run import Plan, Section
-from ptq4vm.graph import Pipeline, capture
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.capture import capture
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.passes.lower.fuse import fuse
+from ptq4vm.passes.lower.pipeline import converted_graph
 from ptq4vm.report import table
 
 SLOWEST = 15

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vm import ops
-from ptq4vm.graph import check_input, finish
+from ptq4vm.graph.capture import check_input
+from ptq4vm.graph.pipeline import finish
 
 
 def loop_scan(

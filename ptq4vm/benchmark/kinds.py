@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.graph import Pipeline
-from ptq4vm.passes.fuse import fuse
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.passes.lower.fuse import fuse
+from ptq4vm.passes.lower.pipeline import converted_graph
 
 Call = Callable[[Tensor], Any]
 
@@ -105,11 +105,11 @@ def _backend(network: Network, images: Tensor, **options: Any) -> Call:
 
 
 KINDS: dict[str, Builder] = {
-    "eager-fp32": _eager,
     "quantized": _quantized,
     "fused": _fused,
     "compiled": _backend,
     "compiled-half": partial(_backend, activations=torch.bfloat16),
+    "eager-fp32": _eager,
 }
 
 

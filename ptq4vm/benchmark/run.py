@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from ptq4vm import native
+from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network, build, builder, from_checkout
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
 from ptq4vm.checkpoint import WEIGHTS, save

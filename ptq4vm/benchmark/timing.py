@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm import native
+from ptq4vm.backend import native
 
 WARMUP = 3
 """Rounds that are run and not counted."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ptq4vm.graph import Pipeline
+from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.models.checkpoints import bad_values, open_checkpoint
-from ptq4vm.models.recognize import Match, listing, recognize, registered
-from ptq4vm.passes.fuse import fuse, fusions
-from ptq4vm.pipeline import converted_graph
+from ptq4vm.models.identify import Match, listing, recognize, registered
+from ptq4vm.passes.lower.fuse import fuse, fusions
+from ptq4vm.passes.lower.pipeline import converted_graph
 from ptq4vm.report import mebibytes, table
 from ptq4vm.text import escaped
 

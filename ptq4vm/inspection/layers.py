@@ -19,13 +19,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vm import ops, reference
 from ptq4vm.config import QuantConfig, QuantSpec, Scheme
-from ptq4vm.fake_quantize import constant
-from ptq4vm.graph import attribute
+from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
-from ptq4vm.passes.patterns import source_of
-from ptq4vm.pipeline import prepared_graph
-from ptq4vm.quantizer import QuantizedLinear, quantized_linears
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
+from ptq4vm.passes.lower.patterns import source_of
+from ptq4vm.passes.prepare.pipeline import prepared_graph
+from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
+from ptq4vm.quantizers import constant
 from ptq4vm.report import linear_rows
 
 COLUMNS = {

@@ -141,7 +141,7 @@ class Activation:
 
     @property
     def token_variance(self) -> float:
-        """As `ptq4vm.observers.Phenomena` has it."""
+        """As `ptq4vm.inspection.phenomena.Phenomena` has it."""
         return float(self.peaks.max() / self.peaks.min().clamp(min=torch.finfo(torch.float32).tiny))
 
     @property

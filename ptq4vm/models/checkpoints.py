@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps
-from ptq4vm.models.recognize import Differences, listing, recognize, shapes_of, translated
+from ptq4vm.models.identify import Differences, listing, recognize, shapes_of, translated
 from ptq4vm.text import escaped
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from ptq4vm.models.scans import Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import Direction, initial_states, initial_steps_, scan_tokens
 
 
 class Permute(nn.Module):

@@ -14,9 +14,9 @@ from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.plain import Mixer, PlainMamba
+from ptq4vm.models.isotropic import Mixer, PlainMamba
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
-from ptq4vm.models.scans import ChannelGate, Direction, direction_table
+from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table
 
 SEARCHED = direction_table(
     """

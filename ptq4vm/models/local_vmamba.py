@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_last
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
-from ptq4vm.models.scans import ChannelGate, Direction, direction_table, transpose_map
+from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table, transpose_map
 
 TINY = direction_table(
     """

@@ -11,9 +11,9 @@ from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.plain import Mixer, PlainMamba
+from ptq4vm.models.isotropic import Mixer, PlainMamba
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
-from ptq4vm.models.scans import ROWS, ROWS_FLIP
+from ptq4vm.models.scan_order import ROWS, ROWS_FLIP
 
 
 class VimMixer(Mixer):

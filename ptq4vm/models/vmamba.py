@@ -13,7 +13,7 @@ from torch import nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_first, to_channels_last
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
-from ptq4vm.models.scans import COLUMNS, COLUMNS_FLIP, ROWS, ROWS_FLIP
+from ptq4vm.models.scan_order import COLUMNS, COLUMNS_FLIP, ROWS, ROWS_FLIP
 
 CROSS_SCAN = (ROWS, COLUMNS, ROWS_FLIP, COLUMNS_FLIP)
 

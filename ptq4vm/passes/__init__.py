@@ -1,1 +1,1 @@
-"""One pass a file; each takes a graph and returns a graph, or calibrates the fake-quantizers inside one."""
+"""Passes over graphs, in three rooms: prepare, calibrate, lower."""

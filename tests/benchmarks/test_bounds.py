@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from ptq4vm.benchmark.bounds import GPUS
-from strategies import normal
+from helpers.strategies import normal
 from torch import fx, nn
 
+from benchmarks.speed import bounds
+from benchmarks.speed.bounds import GPUS
 from ptq4vm import ops
-from ptq4vm.benchmark import bounds
-from ptq4vm.graph import aten
+from ptq4vm.graph.insert import aten
 
 ROWS = 32 * 197
 BY_HAND = {  # K, N: µs at 16, 8 and 4 bits on a 3090, then on an H200, which multiplies 4 bits as 8

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
-from public_models import NANO, SHORT, create, slow_but
-from strategies import normal
+from helpers.public_models import NANO, SHORT, create, slow_but
+from helpers.strategies import normal
 from torch import nn
 
+from benchmarks.speed.layers import CATEGORIES, Category, category, is_known, profile, totals
 from ptq4vm import convert, fuse, ops
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.graph import capture
-from ptq4vm.pipeline import skeleton
+from ptq4vm.graph.capture import capture
+from ptq4vm.serialization.version_1 import empty_quantized_model
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 
@@ -21,7 +21,10 @@ def calls(gm):
 def test_no_operator_of_a_family_is_of_unknown_category(name):
     granularity = Granularity.PER_TOKEN_DYNAMIC if name == NANO[0] else Granularity.PER_TOKEN
     config = QuantConfig(granularity=granularity, range_search=False)
-    graphs = [capture(create(name).eval(), (IMAGES,)), skeleton(create(name, **SHORT[name]).eval(), (IMAGES,), config)]
+    graphs = [
+        capture(create(name).eval(), (IMAGES,)),
+        empty_quantized_model(create(name, **SHORT[name]).eval(), (IMAGES,), config),
+    ]
     graphs += [fuse(graphs[1])]
     for gm in graphs:
         assert [str(node.target) for node in calls(gm) if not is_known(node)] == []

@@ -2,10 +2,10 @@ import json
 
 import numpy as np
 import pytest
-from cli_commands import CONFIG, calibration
+from helpers.cli_commands import CONFIG, calibration
 from PIL import Image
 
-from ptq4vm.cli import main
+from ptq4vm.cli.main import main
 
 
 @pytest.fixture(scope="session")

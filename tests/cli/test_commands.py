@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from cli_commands import CONFIG, MODEL, WEIGHTS, calibration
+from helpers.cli_commands import CONFIG, MODEL, WEIGHTS, calibration
 from PIL import Image
 from torch import nn
 
 import ptq4vm
-from ptq4vm import doctor, native
-from ptq4vm.cli import main
+from ptq4vm import doctor
+from ptq4vm.backend import native
+from ptq4vm.cli.main import main
 
 COMMANDS = ("quantize", "evaluate", "benchmark", "inspect", "export", "doctor")
 
@@ -132,7 +133,10 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", "no.pth"), "no.pth: no such checkpoint"),
         (("quantize", "resnet18", "--data-dir", "digits", "--output", "x", *WEIGHTS), "no linear to quantize"),
         (("benchmark", MODEL, "--against", "quantized"), "quantized is given twice"),
-        (("benchmark", MODEL, "--against", "resnet18"), "'resnet18' is no way to run a model; there are eager-fp32"),
+        (
+            ("benchmark", MODEL, "--against", "resnet18"),
+            "'resnet18' is no way to run a model; there are quantized, fused",
+        ),
         (("benchmark", MODEL, "--picture", "a.txt"), "a.txt is no picture"),
         (("benchmark", "resnet18"), "no linear to quantize"),
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
@@ -276,7 +280,8 @@ def test_help_is_short_and_shows_defaults(capsys, command):
 
 def test_help_and_version_come_without_torch():
     program = (
-        "import sys; from ptq4vm.cli import main\ntry: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+        "import sys; from ptq4vm.cli.main import main\n"
+        "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     )
     for option in ("--help", "--version"):
         done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True)

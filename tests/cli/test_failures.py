@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_commands import MODEL, calibration
+from helpers.cli_commands import MODEL, calibration
 
 import ptq4vm
-from ptq4vm import cli, doctor
+from ptq4vm import doctor
+from ptq4vm.cli import main as cli
 
 COMMANDS = {
     "quantize": [MODEL, "--data-dir", "digits", "--output", "out"],

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_commands import CONFIG, MODEL, WEIGHTS
-from public_models import create
+from helpers.cli_commands import CONFIG, MODEL, WEIGHTS
+from helpers.public_models import create
 
 import ptq4vm
 

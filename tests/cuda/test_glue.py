@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_glue import NAMESPACE, Emulated, on_gpu
+from helpers.operator_laws import WITHOUT_CUDA, laws_of, name_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operator_laws import WITHOUT_CUDA, laws_of, name_of
 from test_native import draw
 from test_native_linear import inputs as linear_inputs
 from test_native_scan import directional_inputs

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_cutlass import cutlass_headers
-from operator_laws import WITHOUT_CUDA, name_of
+from helpers.operator_laws import WITHOUT_CUDA, name_of
 
-from ptq4vm import native, ops
+from ptq4vm import ops
+from ptq4vm.backend import native
 
 pytestmark = pytest.mark.slow
 

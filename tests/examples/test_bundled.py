@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from lowering import check
+from helpers.lowering import check
 from torch.utils.data import Subset
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.config import Learning
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
-from ptq4vm.observers import observe
-from ptq4vm.record import record_of
+from ptq4vm.inspection.phenomena import observe
+from ptq4vm.metadata import record_of
 
 pytest.importorskip("sklearn")
 
@@ -122,7 +122,7 @@ def test_no_code_and_no_accumulator_differs_over_the_whole_test_set(digits, hard
         assert check(hard_w4a4, images) == 36
 
 
-CIFAR10 = Path(__file__).parents[2] / "shared/data/cifar10.tar.xz"
+CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10.tar.xz"
 CARD = {
     "vim_micro_patch4_32": (415_882, 81.23),
     "local_vim_micro_patch4_32": (179_786, 76.70),

@@ -7,7 +7,7 @@ import contextlib
 
 import pytest
 import torch
-from gpu_operators import DEVICE, SEED
+from helpers.gpu_operators import DEVICE, SEED
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
-from strategies import normal
+from helpers.strategies import normal
 
 pytest.importorskip("torchao", reason="models are quantized with torchao")
 pytest.importorskip("timm", reason="models are made with timm")
 
-from ptq4vm.benchmark.graphs import copied, recorded
 
 import ptq4vm
-from ptq4vm.backend import ptq4vm_backend
+from benchmarks.speed.graphs import copied, recorded
+from ptq4vm.backend.dynamo import ptq4vm_backend
 from ptq4vm.config import Granularity, QuantConfig, RangeSearch
 
 pytestmark = pytest.mark.gpu

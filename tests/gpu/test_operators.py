@@ -1,21 +1,17 @@
 """Every operator on a GPU: the reference's integers, its floats but for rounding. operator_laws.py has the laws."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
+from helpers.gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
+from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_laws import LAWS, laws_of, name_of, tolerance
 from test_native import relative
 from test_native_producers import assert_same_codes
 
-from ptq4vm import doctor, fused, ops, reference, triton_kernels
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_rows
+from benchmarks import gpu_rows
+from ptq4vm import doctor, fused, ops, reference
+from ptq4vm.backend import triton as triton_kernels
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from gpu_operators import SEED
+from helpers.gpu_operators import SEED
 
 pytestmark = pytest.mark.gpu
 

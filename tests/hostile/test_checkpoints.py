@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_outcomes import Case, of_command, report, run_all
-from public_models import create
+from helpers.hostile_outcomes import Case, of_command, report, run_all
+from helpers.public_models import create
 from safetensors.torch import save
 from torch import Tensor
 
 from ptq4vm.models.checkpoints import load_checkpoint
-from ptq4vm.models.recognize import recognize
+from ptq4vm.models.identify import recognize
 
 MODEL = "vim_nano_patch4_32"
 SEEDS = int(os.environ.get("PTQ4VM_HOSTILE_SEEDS", "100"))

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
-from forgery import forged
-from hostile_outcomes import Case, report, run_all
-from portable_models import made
+from helpers.forgery import forged
+from helpers.hostile_outcomes import Case, report, run_all
+from helpers.portable_models import made
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.checkpoint import CheckpointError

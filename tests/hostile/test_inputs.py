@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damaged_images import KINDS, damaged
-from hostile_outcomes import Case, of_command, report, run_all
+from helpers.damaged_images import KINDS, damaged
+from helpers.hostile_outcomes import Case, of_command, report, run_all
+from helpers.public_models import create
 from PIL import Image
-from public_models import create
 from safetensors.torch import save_file
 
-from ptq4vm import cli
+from ptq4vm.cli import main as cli
 
 MODEL = "vim_nano_patch4_32"
 RANDOM = ("--checkpoint", "random")

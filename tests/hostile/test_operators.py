@@ -14,11 +14,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import hostile_operators
 import pytest
 import torch
+from helpers import hostile_operators
 
-from ptq4vm import native
+from ptq4vm.backend import native
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("PTQ4VM_HOSTILE_SEED", "0"))

@@ -1,13 +1,13 @@
 import pytest
 import torch
-from strategies import normal
+from helpers.strategies import normal
 
 from ptq4vm import QuantConfig, convert, prepare
 from ptq4vm.inspection.layers import floating, floating_rows, measure, original, quantized_rows, walk, watch
+from ptq4vm.inspection.phenomena import observe
 from ptq4vm.inspection.statistics import QUANTIZED
+from ptq4vm.metadata import record_of
 from ptq4vm.models import Vim
-from ptq4vm.observers import observe
-from ptq4vm.record import record_of
 
 MINMAX8, MINMAX4 = QuantConfig.minmax(8), QuantConfig.minmax(4)
 SMOOTH4 = QuantConfig.smoothquant(4)

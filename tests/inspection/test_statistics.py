@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
+from helpers.strategies import normal
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import normal
 
+from ptq4vm.inspection.phenomena import phenomena
 from ptq4vm.inspection.statistics import BINS, FINEST, PERCENTILES, QUANTIZED, Activation, Fidelity, Histogram
-from ptq4vm.observers import phenomena
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.public_models import create
 from hypothesis import given
 from hypothesis import strategies as st
-from public_models import create
 from safetensors.torch import save_file
 from torch import nn
 

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 from golden.fill import make_input, selftest
-from lowering import check
-from public_models import (
+from helpers.lowering import check
+from helpers.public_models import (
     BACKBONES,
     FILES,
     GOLDEN,
@@ -24,7 +24,7 @@ from public_models import (
 )
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
-from ptq4vm.record import record_of
+from ptq4vm.metadata import record_of
 
 WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny_s1l8", "local_vmamba_tiny")
 CONFIG = QuantConfig(range_search=False, learning=None)

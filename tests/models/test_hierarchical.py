@@ -4,14 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.fill import make_input
-from public_models import create, facts, filled, order
+from helpers.public_models import create, facts, filled, order
 
 from ptq4vm import reference
 from ptq4vm.models import local_vmamba
 from ptq4vm.models.checkpoints import load_checkpoint
 from ptq4vm.models.hierarchical import released_weights
 from ptq4vm.models.local_vmamba import LocalSS2D, PatchMerging
-from ptq4vm.models.scans import Direction
+from ptq4vm.models.scan_order import Direction
 from ptq4vm.models.vmamba import CROSS_SCAN
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from golden.fill import make_input, rope_table
-from public_models import create, facts, filled
+from helpers.public_models import create, facts, filled
 
+from ptq4vm.models.isotropic import RotaryEmbedding
 from ptq4vm.models.local_vim import FIXED, SEARCHED
-from ptq4vm.models.plain import RotaryEmbedding
-from ptq4vm.models.scans import Direction
+from ptq4vm.models.scan_order import Direction
 
 
 @pytest.mark.parametrize(

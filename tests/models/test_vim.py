@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from golden.fill import make_input
-from public_models import create, filled
+from helpers.public_models import create, filled
 
 from ptq4vm.models import Vim
 

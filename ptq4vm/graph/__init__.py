@@ -1,0 +1,1 @@
+"""Reads and edits graphs; knows no method of quantization."""

@@ -1,0 +1,140 @@
+"""Edits graphs: tensors at dotted paths, nodes with the metadata that later passes read, recorded values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+
+def attribute(gm: nn.Module, name: str) -> Any:
+    """The parameter, buffer or module at a dotted path."""
+    value: Any = gm
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def has_attribute(gm: nn.Module, name: str) -> bool:
+    try:
+        attribute(gm, name)
+    except AttributeError:
+        return False
+    return True
+
+
+def set_tensor(gm: nn.Module, name: str, value: Tensor) -> str:
+    """Registers a parameter or a buffer at a dotted path, making containers as needed; returns the path."""
+    *path, leaf = name.split(".")
+    module: nn.Module = gm
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    if leaf in module._parameters or leaf in module._buffers:
+        delattr(module, leaf)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(leaf, value)
+    else:
+        module.register_buffer(leaf, value)
+    return name
+
+
+def replace_node(old: Node, new: Node) -> None:
+    """Gives `new` the readers and, where it has none of its own, the metadata of `old`, and erases `old`."""
+    for key in ("val", "nn_module_stack"):
+        if key in old.meta:
+            new.meta.setdefault(key, old.meta[key])
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+
+
+class Insertion:
+    """Inserts nodes before one node, with the metadata that later passes read."""
+
+    def __init__(self, gm: GraphModule, before: Node) -> None:
+        self.gm, self.before = gm, before
+
+    def tensor(self, name: str, value: Tensor) -> Node:
+        set_tensor(self.gm, name, value)
+        with self.gm.graph.inserting_before(self.before):
+            node = self.gm.graph.get_attr(name)
+        mode = _fake_mode(self.gm)
+        node.meta["val"] = value if mode is None else to_fake(value, mode)
+        return self._tag(node)
+
+    def call(self, target: Any, *args: Any) -> Node:
+        with self.gm.graph.inserting_before(self.before):
+            node = self.gm.graph.call_function(target, args)
+        if _fake_mode(self.gm) is not None:
+            node.meta["val"] = value_of(self.gm, target, args)
+        return self._tag(node)
+
+    def bring(self, *constants: Any) -> None:
+        """Moves constants that come later to where they can be read."""
+        for constant in constants:
+            if isinstance(constant, Node) and self.before < constant:
+                self.before.prepend(constant)
+
+    def _tag(self, node: Node) -> Node:
+        if "nn_module_stack" in self.before.meta:
+            node.meta["nn_module_stack"] = self.before.meta["nn_module_stack"]
+        return node
+
+
+def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any:
+    """What calling an operator on nodes gives: type and shape, no numbers."""
+
+    def value(node: Node) -> Any:
+        # a parameter that a torch pass has put in has none recorded
+        return node.meta["val"] if "val" in node.meta or node.op != "get_attr" else attribute(gm, str(node.target))
+
+    mode = _fake_mode(gm)
+    arguments, options = fx.map_arg((args, kwargs or {}), value)
+    with mode, enable_python_dispatcher(), torch.no_grad():  # operators without gradients refuse parameters otherwise
+        return target(*to_fake(arguments, mode), **to_fake(options, mode))
+
+
+def propagate(gm: GraphModule) -> GraphModule:
+    """Every value's type, shape and device, from those recorded of the inputs and constants."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and "val" in node.meta:
+            node.meta["val"] = value_of(gm, node.target, node.args, node.kwargs)
+    return gm
+
+
+def follow_device(gm: GraphModule) -> GraphModule:
+    """What is recorded of values, where the model was moved to another device since."""
+    mode = _fake_mode(gm)
+    constants = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
+    recorded = {node: node.meta["val"] for node in constants if isinstance(node.meta.get("val"), Tensor)}
+    if mode is None or all(value.device == constants[node].device for node, value in recorded.items()):
+        return gm
+    for node in recorded:
+        node.meta["val"] = to_fake(constants[node], mode)
+    device = next(iter(gm.state_dict().values())).device
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(value := node.meta.get("val"), Tensor):
+            with mode:
+                node.meta["val"] = value.to(device)
+    return propagate(gm)
+
+
+def _fake_mode(gm: GraphModule) -> Any:
+    values = (node.meta.get("val") for node in gm.graph.nodes)
+    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+
+
+def to_fake(values: Any, mode: Any) -> Any:
+    """The same values, tensors as those of a fake mode, with their shapes fixed."""
+
+    def convert(value: Any) -> Any:
+        real = isinstance(value, Tensor) and not hasattr(value, "fake_mode")
+        return mode.from_tensor(value, static_shapes=True) if real else value
+
+    return torch.utils._pytree.tree_map(convert, values)

@@ -1,0 +1,60 @@
+"""Views, and what lies behind them: parameters, and the module that called a node."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from ptq4vm.graph.insert import (
+    aten,
+)
+
+
+def scope(node: Node) -> str:
+    """Path of the innermost module that called this node; empty where torch.export recorded none."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return stack[-1][0] if stack else ""
+
+
+def parameter_of(node: Any) -> str | None:
+    """Name of the parameter or buffer whose elements this node is, seen through views."""
+    while is_view(node):
+        node = node.args[0]
+    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
+
+
+def is_view(node: Any) -> bool:
+    """Whether a node only selects and arranges elements of its first argument."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS
+
+
+_VIEWS = {
+    operator.getitem,
+    aten.alias.default,
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+    aten.movedim.intlist,
+    aten.narrow.default,
+    aten.numpy_T.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.t.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.view.default,
+}

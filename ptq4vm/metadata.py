@@ -1,0 +1,101 @@
+"""What a prepared or quantized graph knows about itself: kept in `GraphModule.meta`, written to config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ptq4vm.config import QuantConfig
+
+_KEY = "ptq4vm"
+
+FUSIONS = "ptq4vm.fusions"
+"""The key in a fused graph's `meta` of every `ptq4vm.passes.lower.patterns.Fusion`."""
+
+
+class Stage(enum.StrEnum):
+    """How far a graph has come; what `convert` gives is converted, with integers or with Q/DQ nodes."""
+
+    PREPARED = "prepared"
+    CALIBRATED = "calibrated"
+    CONVERTED = "converted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRecord:
+    """A quantized linear: (B, tokens, in_features) → (B, tokens, out_features)."""
+
+    name: str
+    tokens: int
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """Where a graph comes from, and what was decided about it."""
+
+    config: QuantConfig
+    linears: tuple[LinearRecord, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the inputs, without the batch."""
+    architecture: dict[str, Any] | None
+    """timm's name, arguments and preprocessing of the model; None for a model that timm cannot build."""
+    stage: Stage = Stage.PREPARED
+    blocks: tuple[dict[str, Any], ...] = ()
+    """One report of calibration a block: its linears, and the losses before and after learning."""
+
+
+def record_of(gm: GraphModule) -> Record:
+    """Raises TypeError for a graph that `ptq4vm.prepare` did not make."""
+    record = getattr(gm, "meta", {}).get(_KEY)
+    if not isinstance(record, Record):
+        raise TypeError(f"expected a graph from ptq4vm.prepare or ptq4vm.convert, got {type(gm).__name__}")
+    return record
+
+
+def prepared_record(gm: GraphModule) -> Record:
+    """Raises TypeError for a graph that is converted already."""
+    record = record_of(gm)
+    if record.stage is Stage.CONVERTED:
+        raise TypeError("expected a graph from ptq4vm.prepare, got one that ptq4vm.convert has made from it")
+    return record
+
+
+def set_record(gm: GraphModule, record: Record) -> GraphModule:
+    gm.meta[_KEY] = record
+    return gm
+
+
+def update_record(gm: GraphModule, **changes: Any) -> GraphModule:
+    return set_record(gm, dataclasses.replace(record_of(gm), **changes))
+
+
+_PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+
+
+def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, Any] | None:
+    """timm's name for the model, and the arguments in which it differs from that name's defaults."""
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture")
+    if not name or len(input_shapes) != 1 or len(input_shapes[0]) != 3:
+        return None
+    channels, height, width = input_shapes[0]
+    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # our models know what they were asked for
+    if "num_classes" in cfg:  # a backbone has none
+        arguments["num_classes"] = getattr(model, "num_classes", cfg["num_classes"])
+    default_channels, *default_size = cfg.get("input_size", (3, 224, 224))
+    if channels != default_channels:
+        arguments["in_chans"] = channels
+    fixed_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if fixed_size is not None and [height, width] != default_size:
+        arguments["img_size"] = [height, width]
+    preprocessing = {key: cfg[key] for key in _PREPROCESSING if key in cfg} | {"input_size": input_shapes[0]}
+    # as JSON brings it back
+    return json.loads(json.dumps({"name": name, "arguments": arguments, "preprocessing": preprocessing}))

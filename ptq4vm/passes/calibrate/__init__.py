@@ -1,0 +1,1 @@
+"""Block by block: collect, choose, correct and round, learn."""

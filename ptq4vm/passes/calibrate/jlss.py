@@ -1,0 +1,191 @@
+"""JLSS: joint learning of smoothing scales and step sizes, one block at a time (PTQ4VM section 4.3, stage 3).
+
+The target is the block's output in floating point on floating-point inputs; what comes near it is the quantized
+block's output on the outputs of the quantized blocks before it. Weights are rounded again at every step with the
+scales of that step, unless GPTQ has chosen their codes, which stay. Scales are learned as logarithms.
+
+The channels of an output are those of the block's last quantized linear, in (B, D, H, W) as in (B, H, W, D). Earlier
+published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from ptq4vm.config import Learning, Loss, matches
+from ptq4vm.graph.partition import Part
+from ptq4vm.graph.pipeline import finish as finish_graph
+from ptq4vm.passes.prepare.smooth import merge_smoothing
+from ptq4vm.passes.quantized import QuantizedLinear
+from ptq4vm.quantizers import constant
+
+Values = dict[str, Tensor]
+
+
+def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
+    """Mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
+
+    `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
+    """
+    losses = [
+        (1 - F.cosine_similarity(outputs[name], target, dim=_channel_axis(target, channels))).mean()
+        for name, target in targets.items()
+    ]
+    return torch.stack(losses).sum()
+
+
+def weighted_error(outputs: Values, targets: Values, importance: Values) -> Tensor:
+    """Squared error of outputs (images, …), each entry times its importance (…), as a share of what exact ones have."""
+    losses = []
+    for name, target in targets.items():
+        error, whole = (value.square() * importance[name] for value in (outputs[name] - target, target))
+        losses.append(error.sum() / whole.sum().clamp(min=1e-12))
+    return torch.stack(losses).sum()
+
+
+def streams(values: Values, targets: Sequence[str]) -> Values:
+    """The outputs that quantization changes, each with the others of its shape added.
+
+    A block hands on its residual stream whole (VMamba), or as the mixer's output and the stream before it (Vim).
+    """
+    floats = [value for value in values.values() if value.is_floating_point()]
+    return {
+        name: sum((value for value in floats if value.shape == values[name].shape), torch.zeros(())) for name in targets
+    }
+
+
+def _channel_axis(output: Tensor, channels: int) -> int:
+    """The last axis, unless only the second has as many entries as there are channels."""
+    first = output.dim() > 1 and output.shape[1] == channels != output.shape[-1]
+    return 1 if first else -1
+
+
+def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dict[str, Any]]:
+    """Starts learning: an optimizer's groups of parameters, each parameter once."""
+    inputs = list(dict.fromkeys(linear.input for linear in linears if linear.input.scale is not None))
+    scales = [quantizer.start_learning() for quantizer in (*inputs, *(linear.weight for linear in linears))]
+    smooth = [linear.smooth for linear in linears if linear.smooth is not None]
+    for parameter in smooth:
+        parameter.requires_grad_(True)
+    groups = ((scales, config.scale_rate), (smooth, config.smooth_rate))
+    return [{"params": params, "lr": rate} for params, rate in groups if params]
+
+
+def weight_of(linear: QuantizedLinear) -> Tensor:
+    """The weight (N, D) as its fake-quantizer sees it: smoothed."""
+    observer: Any = linear.node.args[1]
+    graph_module = linear.node.graph.owning_module
+    assert graph_module is not None
+    return constant(graph_module, observer.args[0]).detach().float()
+
+
+def finish(linears: Sequence[QuantizedLinear]) -> None:
+    """Folds what was learned into the scales."""
+    for quantizer in dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight)):
+        if quantizer.log_factor is not None:
+            quantizer.finish_learning()
+    for linear in linears:
+        if linear.smooth is not None:
+            linear.smooth.requires_grad_(False)
+            linear.smooth.grad = None
+
+
+def learn_block(
+    part: Part,
+    linears: Sequence[QuantizedLinear],
+    inputs: Values,
+    targets: Values,
+    config: Learning,
+    seed: int,
+    report: Callable[[int, float], None],
+    importance: Values,
+) -> tuple[float, float] | None:
+    """Learns in place; the loss over all images before and after. A block that got worse is put back.
+
+    `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
+    `importance` is that of the outputs' entries, which `Loss.FISHER` alone reads; without any, all entries count alike.
+    """
+    channels = len(linears[-1].weight.calculate_qparams()[0])
+    chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
+    if not chosen:
+        return None
+    groups = learnables(chosen, config)
+    images = len(next(iter(targets.values())))
+    merged = _merged(part)
+    # gradients tell which outputs the quantization changes
+    one = merged({name: value[:1] for name, value in inputs.items()})
+    changed = [name for name in targets if one[name].requires_grad]
+    if not changed:
+        finish(chosen)
+        return None
+    matter = [name for name in changed if name in importance]
+    weights = importance if matter else {name: torch.ones_like(targets[name][0]) for name in changed}
+
+    def loss_of(batch: Tensor) -> Tensor:
+        outputs = merged({name: value[batch] for name, value in inputs.items()})
+        wanted = {name: value[batch] for name, value in targets.items()}
+        if config.loss is Loss.FISHER:
+            names = matter or changed
+            return weighted_error(streams(outputs, names), streams(wanted, names), weights)
+        return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
+
+    before, after = _descend(loss_of, groups, images, config, seed, report)
+    finish(chosen)
+    return before, after
+
+
+def _descend(
+    loss_of: Callable[[Tensor], Tensor],
+    groups: Sequence[dict[str, Any]],
+    images: int,
+    config: Learning,
+    seed: int,
+    report: Callable[[int, float], None],
+) -> tuple[float, float]:
+    """Adam on batches of image indices, rates falling along a cosine; the loss over all images before and after.
+
+    What got worse is put back.
+    """
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    start = [parameter.detach().clone() for parameter in parameters]
+    before = _mean_loss(loss_of, images, config.batch_size)
+    optimizer = torch.optim.Adam(groups)
+    steps = config.epochs * math.ceil(images / config.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(config.epochs):
+        total = 0.0
+        for batch in torch.randperm(images, generator=generator).split(config.batch_size):
+            loss = loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        report(epoch, total / images)
+    after = _mean_loss(loss_of, images, config.batch_size)
+    if not after < before:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, start, strict=True):
+                parameter.copy_(value)
+        after = before
+    return before, after
+
+
+@torch.no_grad()
+def _mean_loss(loss_of: Callable[[Tensor], Tensor], images: int, batch_size: int) -> float:
+    return sum(loss_of(batch).item() * len(batch) for batch in torch.arange(images).split(batch_size)) / images
+
+
+def _merged(part: Part) -> Part:
+    """The same piece, whose fake-quantizers do the smoothing."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(part.module.graph, {}))
+    return dataclasses.replace(part, module=finish_graph(merge_smoothing(fx.GraphModule(part.module, graph))))

@@ -1,0 +1,1 @@
+"""From a calibrated graph to integers and fused kernels."""

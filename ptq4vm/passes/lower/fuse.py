@@ -1,0 +1,221 @@
+"""Producers that quantize: what makes an activation also writes its codes, and scans move no tokens.
+
+    norm (and the residual sum before it) (→ rotate) → quantize  ⇒ norm_quantize
+    moved tokens → causal convolution → SiLU → quantize, K times ⇒ conv1d_quantize
+    depth-wise 2-D convolution → SiLU → moved → quantize, K times ⇒ conv2d_quantize
+    linear → GELU (→ rotate) → quantize                          ⇒ linear_gelu_quantize
+    (GELU →) rotate → quantize                                   ⇒ rotate_quantize
+    projection → step → scan, K directions, gate, sum, quantize  ⇒ linear_packed and directional_scan(_quantize)
+    linear                                                       ⇒ linear_packed
+
+The result computes the same integers up to rounding ties, has its weights in the kernels' layout, and is made to run,
+not to be saved. Patterns are found by operators and by where tokens come from, never by a model's name.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ptq4vm import ops
+from ptq4vm.graph.insert import Insertion, aten, follow_device, replace_node
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.metadata import FUSIONS
+from ptq4vm.passes.lower.bfloat16 import halve
+from ptq4vm.passes.lower.fold import drop_unused_tensors, fold_constants
+from ptq4vm.passes.lower.fuse_scans import fuse_scans
+from ptq4vm.passes.lower.patterns import (
+    Fusion,
+    Left,
+    Source,
+    args,
+    arguments,
+    as_tokens,
+    is_call,
+    note,
+    only_user,
+    pack_weights,
+    read_constant,
+    read_quantizer,
+    same_tokens,
+    shaped_as,
+    source_of,
+)
+from ptq4vm.serialization.values import with_values
+
+
+def fusions(gm: GraphModule) -> tuple[Fusion, ...]:
+    """What `fuse` did to a graph, in order; empty for any other graph."""
+    return tuple(gm.meta.get(FUSIONS, ()))
+
+
+def fuse(gm: GraphModule, activations: torch.dtype = torch.float32) -> GraphModule:
+    """Fuses a lowered graph, in place. Values that depend on parameters alone are folded first.
+
+    With `activations=torch.bfloat16` the activations between fused operators take half the memory and lose precision:
+    then codes differ from the unfused graph's wherever a rounding to bfloat16 crosses their border. Raises ValueError
+    for any other type than these two.
+    """
+    if activations not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"activations are torch.float32 or torch.bfloat16, got {activations}")
+    gm.meta[FUSIONS] = []
+    gm = _FUSE(gm)
+    return Pipeline((halve, drop_unused_tensors))(gm) if activations is torch.bfloat16 else gm
+
+
+def _drop_identities(gm: GraphModule) -> GraphModule:
+    """Dropout in evaluation mode, and casts to the type a value has."""
+    for node in gm.graph.nodes:
+        cast = node.target is aten.to.dtype and args(node)[0].meta["val"].dtype is args(node)[1]
+        if cast or (node.target is aten.dropout.default and not args(node)[2]):
+            replace_node(node, args(node)[0])
+    return gm
+
+
+# --- linears ---
+
+
+def _pack_linears(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
+        x, scale, zero_point, weight, weight_scale, bias, dtype = args(node)
+        try:
+            value = read_constant(gm, weight, "its weight")
+        except Left as reason:
+            note(gm, node, "linear", str(reason))
+            continue
+        insert = Insertion(gm, node)
+        packed = pack_weights(insert, str(weight.target), [value], x)
+        replace_node(
+            node, insert.call(ops.linear_packed.default, x, scale, zero_point, *packed, weight_scale, bias, dtype)
+        )
+        note(gm, node, "linear")
+    return gm
+
+
+def _fuse_gelus(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+        source = source_of(node)
+        gelu = same_tokens(source.x)
+        if not is_call(gelu, aten.gelu.default):
+            continue
+        pattern = "linear + GELU + rotate + quantize" if source.rotate else "linear + GELU + quantize"
+        try:
+            read_quantizer(gm, node)
+            linear = same_tokens(args(gelu)[0])
+            values = (linear, gelu, *source.between)
+            if not is_call(linear, ops.linear.default) or any(only_user(value) is None for value in values):
+                raise Left("GELU's input is not an integer linear's, or what lies between has other readers")
+            if arguments(gelu)[1] != "none":
+                raise Left("the tanh approximation of GELU has no kernel")
+            x, scale, zero_point, weight, weight_scale, bias, _ = args(linear)
+            value = read_constant(gm, weight, "the weight")
+        except Left as reason:
+            note(gm, gelu, pattern, str(reason))
+            continue
+        insert = Insertion(gm, node)
+        packed = pack_weights(insert, str(weight.target), [value], x)
+        inputs = (x, scale, zero_point, *packed, weight_scale, bias, *_coding(node, source))
+        replace_node(node, insert.call(ops.linear_gelu_quantize.default, *inputs))
+        note(gm, linear, pattern)
+    return gm
+
+
+# --- norms ---
+
+
+def _fuse_norms(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+        source = source_of(node)
+        norm = same_tokens(source.x)
+        if not is_call(norm, aten.rms_norm.default, aten.layer_norm.default) or only_user(norm) is None:
+            continue
+        pattern = "norm + rotate + quantize" if source.rotate else "norm + quantize"
+        try:
+            quantize = read_quantizer(gm, node)
+            rms = norm.target is aten.rms_norm.default
+            x, sizes, weight, *rest = arguments(norm)
+            bias, eps = (None, rest[0]) if rms else rest[:2]
+            if len(sizes) != 1 or x.meta["val"].dim() < 3:
+                raise Left("it does not normalize the channels of tokens")
+            if eps is None:
+                eps = torch.finfo(x.meta["val"].dtype).eps
+            terms = _residual(x)
+        except Left as reason:
+            note(gm, norm, pattern, str(reason))
+            continue
+        # where the sum is, so that all who read it come later
+        insert = Insertion(gm, norm if terms is None else x.next)
+        value, residual = (x, None) if terms is None else terms
+        inputs = (as_tokens(insert, value), None if residual is None else as_tokens(insert, residual))
+        coding = _coding(node, source)
+        insert.bring(weight, bias, *coding)
+        pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *coding)
+        if terms is not None:
+            pattern = f"residual + {pattern}"
+            total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
+            x.replace_all_uses_with(total)
+        replace_node(quantize.node, shaped_as(insert, insert.call(operator.getitem, pair, 1), quantize.node))
+        note(gm, norm, pattern)
+    return gm
+
+
+def _fuse_rotations(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+        source = source_of(node)
+        if source.rotate is None:
+            continue
+        pattern = "rotate + quantize"
+        try:
+            read_quantizer(gm, node)
+        except Left as reason:
+            note(gm, source.rotate, pattern, str(reason))
+            continue
+        gelu = same_tokens(source.x)
+        exact = is_call(gelu, aten.gelu.default) and arguments(gelu)[1] == "none" and only_user(gelu) is not None
+        insert = Insertion(gm, node)
+        x = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else source.x
+        _, *qparams = _coding(node, source)
+        replace_node(node, insert.call(ops.rotate_quantize.default, x, exact, *qparams))
+        note(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
+    return gm
+
+
+def _coding(quantize: Node, source: Source) -> tuple[Any, ...]:
+    """The arguments of an operator that quantizes as this node does: whether it rotates, and how codes are made."""
+    _, inv_scale, zero_point, _, bits = args(quantize)
+    return source.rotate is not None, inv_scale, zero_point, source.inv_smooth, bits
+
+
+def _residual(x: Node) -> tuple[Node, Node] | None:
+    """Branch and stream of a sum of two values of one shape."""
+    if not is_call(x, aten.add.Tensor) or x.kwargs or not all(isinstance(term, Node) for term in args(x)):
+        return None
+    stream, branch = args(x)
+    shapes = [term.meta["val"].shape for term in (stream, branch)]
+    return (branch, stream) if shapes[0] == shapes[1] else None
+
+
+def _note_left(gm: GraphModule) -> GraphModule:
+    for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
+        note(gm, node, "quantize", f"its input comes from {same_tokens(args(node)[0]).target}")
+    return gm
+
+
+_FUSE = Pipeline(
+    (
+        with_values,
+        follow_device,
+        _drop_identities,
+        fold_constants,
+        fuse_scans,
+        _fuse_gelus,
+        _fuse_norms,
+        _fuse_rotations,
+        _pack_linears,
+        _note_left,
+        drop_unused_tensors,
+    )
+)

@@ -1,0 +1,1 @@
+"""From a captured model to a graph with fake-quantizers."""

@@ -1,0 +1,108 @@
+"""Reparameterization of the scans' hidden state, so that one interval a step fits it (k-scaled paper).
+
+h'[l, s, c] = h[l, s, c] / (r_C[c] · r_L[l] · r_D[s]) for channels c, tokens l and states s. The scan of u / r_C with
+B / r_D and C · r_D has the states h / (r_C · r_D) and the result y / r_C, with the skip connection and the gate or
+without; r_L is in the step sizes of the states, which may differ from token to token anyway. B and C come from x_proj,
+whose rows take r_D for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ptq4vm import reference
+from ptq4vm.config import Factors
+from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
+from ptq4vm.graph.sites import LinearSite
+from ptq4vm.graph.token_order import token_map
+from ptq4vm.passes.prepare.select import ScanSite
+
+CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
+"""Buffers beside a scan: r_C and 1 / r_C (E,), 1 / r_D and r_D (S,), which B and C are multiplied by."""
+
+SMALLEST = 1e-4
+"""The least factor, as a part of the largest. (The paper adds 1e-15 to each, and what u is divided by may be that.)"""
+
+
+def insert_factors(
+    gm: GraphModule, scans: Sequence[ScanSite], linears: Sequence[LinearSite], integrate: bool
+) -> GraphModule:
+    """Multiplications by factors of one around each scan; with `integrate` those of B and C are of rows of weights.
+
+    What cannot be integrated, because B does not come from a linear as it is, is multiplied when the model runs.
+    """
+    owners = {linear.node: linear for linear in linears}
+    for scan in scans:
+        insert = Insertion(gm, scan.node)
+        u, delta, A, B, C, *rest = scan.node.args
+        channels, states = (int(size) for size in A.meta["val"].shape)  # type: ignore[union-attr]
+        inverse = insert.tensor(f"{scan.name}.{INVERSE_CHANNELS}", torch.ones(channels))
+        mixing = [
+            _multiplied(insert, value, f"{scan.name}.{leaf}", states, owners if integrate else {})
+            for value, leaf in ((B, B_FACTOR), (C, C_FACTOR))
+        ]
+        scan.node.args = (insert.call(aten.mul.Tensor, u, inverse), delta, A, *mixing, *rest)
+        after = Insertion(gm, scan.node.next)
+        factor = after.tensor(f"{scan.name}.{CHANNELS}", torch.ones(channels))
+        product = after.call(aten.mul.Tensor, scan.node, factor)
+        for user in [user for user in scan.node.users if user is not product]:
+            user.replace_input_with(scan.node, product)
+    return gm
+
+
+def _multiplied(insert: Insertion, value: Any, name: str, states: int, owners: Mapping[Node, LinearSite]) -> Any:
+    """B or C (B, L, S) times a buffer (S,), or made by a weight whose rows are multiplied by it."""
+    found = token_map(value)
+    linear = owners.get(found.source) if found is not None else None
+    if found is None or linear is None or len(linear.node.args) > 2:
+        return insert.call(aten.mul.Tensor, value, insert.tensor(name, torch.ones(states)))
+    before = Insertion(insert.gm, linear.node)
+    x, weight = linear.node.args
+    around = [found.first, linear.out_features - found.last]
+    rows = before.call(aten.constant_pad_nd.default, before.tensor(name, torch.ones(states)), around, 1.0)
+    factor = before.call(aten.unsqueeze.default, rows, 1)
+    linear.node.args = (x, before.call(aten.mul.Tensor, weight, factor))
+    return value
+
+
+def factors_of(gm: GraphModule, name: str) -> dict[str, Tensor]:
+    """The buffers of the scan of that name; none where its state is not reparameterized."""
+    names = [f"{name}.{leaf}" for leaf in (CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR)]
+    return {name: attribute(gm, name) for name in names if has_attribute(gm, name)}
+
+
+def set_factors(gm: GraphModule, name: str, channels: Tensor, states: Tensor) -> None:
+    """Gives the scan of that name r_C and r_D, in place."""
+    values = {CHANNELS: channels, INVERSE_CHANNELS: 1 / channels, B_FACTOR: 1 / states, C_FACTOR: states}
+    for leaf, value in values.items():
+        attribute(gm, f"{name}.{leaf}").copy_(value)
+
+
+def determine_factors(factors: Factors, mean: Tensor, largest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """r_C (E,), r_L (L,), r_D (S,) from the mean and the maximum over images of |h|, both (L, S, E).
+
+    MAXIMA: the largest |h| of each channel; then, divided by that, of each state; then of each token.
+    POWERS: r_* = R_*^p_*, where R_* is the mean over the two other axes and p_* its standard deviation's share of the
+    three.
+    """
+    if factors is Factors.MAXIMA:
+        channels = _bounded(largest.amax((0, 1)))
+        left = largest / channels
+        states = _bounded(left.amax((0, 2)))
+        return channels, _bounded((left / states.unsqueeze(1)).amax((1, 2))), states
+    means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
+    spread = torch.stack([value.std(correction=0) for value in means])
+    shares = spread / spread.sum().clamp(min=reference.EPSILON)
+    channels, tokens, states = (_bounded(value.pow(share)) for value, share in zip(means, shares, strict=True))
+    return channels, tokens, states
+
+
+def _bounded(values: Tensor) -> Tensor:
+    """Factors to divide by, of states that stay zero too."""
+    largest = values.amax()
+    return torch.where(largest > 0, values.clamp(min=SMALLEST * largest), 1.0)

@@ -1,0 +1,1 @@
+"""Saved models: graphs as JSON beside their tensors, verified when read."""

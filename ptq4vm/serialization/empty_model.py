@@ -1,0 +1,43 @@
+"""Builds the lowered graph of a model, to be filled with saved tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.metadata import record_of
+from ptq4vm.passes.lower.pipeline import LOWERED, converted_graph
+from ptq4vm.passes.prepare.pipeline import (
+    prepared_graph,
+)
+from ptq4vm.passes.quantized import (
+    convolution_weight,
+    quantized_convolutions,
+    quantized_linears,
+    quantized_outputs,
+    quantized_scans,
+)
+
+
+def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
+    """The lowered graph of a model with scales of one: the structure into which saved tensors are loaded."""
+    prepared = prepared_graph(model, example_inputs, config)
+    facts = record_of(prepared).linears
+    for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):
+        if not linear.input.dynamic:
+            count = fact.tokens if linear.input.per_token else 1
+            linear.input.set_qparams(torch.ones(count), torch.zeros(count, dtype=torch.int32))
+        linear.weight.scale = torch.ones(fact.out_features)
+    for output in quantized_outputs(prepared):
+        single = output.fake.granularity is Granularity.PER_TENSOR
+        output.fake.scale = torch.ones(1 if single else output.node.meta["val"].shape[output.fake.axis])
+    for convolution in quantized_convolutions(prepared):
+        convolution.weight.scale = torch.ones(len(convolution_weight(prepared, convolution)))
+    for scan in quantized_scans(prepared):
+        per_token = config.state is not None and (config.state.per_token or config.state.factors is not None)
+        scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
+    return converted_graph(prepared, LOWERED)

@@ -1,0 +1,146 @@
+"""Folders of format version 1: tensors without a graph.
+
+The floating-point model is built by the name that config.json has, captured, given the same structure, and filled with
+the saved tensors. A config.json may come from a stranger: only names of ours and timm's registry are built, with
+plain arguments, and no model that is larger than its tensors say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from ptq4vm.metadata import Record, set_record
+from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_record
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MOST = 2**15
+"""The largest number among the arguments of a model that is built from a file."""
+
+
+class OtherVersionError(CheckpointError):
+    """config.json is of another version than the file beside it."""
+
+
+def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
+    """The model whose `model.safetensors` holds `data`; raises CheckpointError."""
+    from ptq4vm.serialization.empty_model import empty_quantized_model  # passes, which other versions do without
+
+    config, record = read_config(folder)
+    if hashlib.sha256(data).hexdigest() != config.get("weights_sha256"):
+        raise CheckpointError(
+            f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs from {CONFIG}'s): it was "
+            "truncated or edited; copy the folder again or quantize the model again"
+        )
+    try:
+        tensors = deserialize(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
+    if model is None:
+        try:
+            model = build_model(record.architecture, folder, sum(value.numel() for value in tensors.values()))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; load(folder, model=your_model)") from error
+    examples = tuple(torch.zeros(2, *shape) for shape in record.input_shapes)
+    try:
+        quantized = empty_quantized_model(model, examples, record.config)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder / CONFIG} does not fit {type(model).__name__}: {error}") from error
+    _fill(quantized, tensors, folder, type(model).__name__)
+    return set_record(quantized, record)
+
+
+def _fill(quantized: GraphModule, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+    have = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    want = {name: (tuple(value.shape), value.dtype) for name, value in quantized.state_dict().items()}
+    if have != want:
+        wrong = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        raise CheckpointError(
+            f"{folder}: {len(wrong)} tensors do not fit {name}, first {', '.join(wrong[:5])}; "
+            "the model's code or arguments differ from those it was saved with"
+        )
+    # copies, since matrix products round differently where the file's memory is not aligned
+    quantized.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=True, assign=True)
+    for parameter in quantized.parameters():
+        parameter.requires_grad_(False)
+    try:
+        check_qparams(quantized)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
+    """config.json, as it is and as the record of the model; raises CheckpointError."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is not a saved model: it has no {CONFIG}")
+    try:
+        config = json.loads(path.read_text())
+        details = config["quantization_config"]
+        method, version = details["quant_method"], details["format_version"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is corrupt or not a quantized model's ({type(error).__name__}: {error}); "
+            "copy the folder again or quantize the model again"
+        ) from error
+    if method != METHOD:
+        raise CheckpointError(f"{folder} was quantized by {method!r}, not by {METHOD!r}; load it with that package")
+    if version != FORMAT_VERSION:
+        raise OtherVersionError(
+            f"{path} has format version {version}, but {WEIGHTS} beside it holds no graph as versions from 2 on do: "
+            "copy the folder again or quantize the model again"
+        )
+    try:
+        return config, read_record(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is corrupt: {error}") from error
+
+
+def build_model(architecture: dict[str, Any] | None, folder: str | Path, elements: int | None = None) -> nn.Module:
+    """A floating-point model with random weights, as a file names it.
+
+    Raises CheckpointError for a name that timm's registry does not have, for arguments that reach files or the
+    network, and for a model of far more parameters than the file has `elements`.
+    """
+    import timm
+
+    import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+
+    if architecture is None:
+        raise CheckpointError(f"{folder} was made from a model that timm cannot build")
+    name, arguments = architecture["name"], architecture["arguments"]
+    if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and timm.is_model(name)):
+        raise CheckpointError(f"{folder}: timm cannot build the model ({name!r:.80} is not in its registry)")
+    for key, value in arguments.items():
+        if key.startswith(("pretrained", "checkpoint")) or key in ("cache_dir", "scriptable") or not _is_plain(value):
+            raise CheckpointError(f"{folder}: the argument {key}={value!r:.80} of {name} is refused")
+    try:
+        with torch.device("meta"):
+            size = sum(value.numel() for value in timm.create_model(name, **arguments).state_dict().values())
+        if elements is not None and size > 4 * elements + 2**20:
+            raise CheckpointError(f"{folder}: {name} would have {size} parameters, the file {elements}: it is refused")
+        return timm.create_model(name, **arguments)
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError, IndexError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{folder}: timm cannot build the model ({error})") from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers of a sane size, words, and short lists of these."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= 64 and all(_is_plain(item) for item in value)
+    if isinstance(value, str):
+        return re.fullmatch(r"\w{0,64}", value, re.ASCII) is not None
+    return value is None or (isinstance(value, (bool, int, float)) and math.isfinite(value) and abs(value) <= MOST)

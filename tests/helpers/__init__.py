@@ -1,0 +1,1 @@
+"""Equipment of the tests: strategies, laws, models, ways to run commands."""

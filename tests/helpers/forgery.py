@@ -1,0 +1,27 @@
+"""Files of models with a right digest, as somebody who means harm would make them."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from safetensors.torch import load as deserialize
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from ptq4vm.serialization import content as module
+from ptq4vm.serialization.content import KEY, read_content
+
+
+def signed(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """A file of these tensors and this content."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps({"sha256": "", **content}, separators=(",", ":"))
+    digest = module._digest(text, *module._split(serialize(tensors)))
+    return serialize(tensors, metadata={KEY: text.replace('"sha256":""', f'"sha256":"{digest}"', 1)})
+
+
+def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> bytes:
+    """The file after `change` of its content and tensors, in place."""
+    content, tensors = read_content(data), deserialize(data)
+    change(content, tensors)
+    return signed(content, tensors)

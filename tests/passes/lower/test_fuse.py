@@ -1,0 +1,375 @@
+"""Fused graphs compute what the lowered ones do, for all families, and say what they left."""
+
+import collections
+import copy
+
+import pytest
+import timm
+import torch
+from helpers.lowering import Recorder
+from helpers.public_models import NANO, SAMPLED, slow_but
+from torch import nn
+
+import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+from ptq4vm import Granularity, QuantConfig, convert, fused, ops, quantize
+from ptq4vm.backend import native
+from ptq4vm.graph.insert import attribute, propagate, set_tensor
+from ptq4vm.passes.lower import patterns
+from ptq4vm.passes.lower.fuse import fuse, fusions
+
+CONFIGS = {
+    "w8a8": QuantConfig(range_search=False),
+    "rotated w4a4": QuantConfig(weight_bits=4, activation_bits=4, rotation=True, range_search=False),
+    "per tensor": QuantConfig.minmax(8),
+}
+
+
+def copied(gm):
+    return copy.deepcopy(gm)
+
+
+@pytest.fixture(scope="module")
+def lowered():
+    """Bundled models by name and config, on random images; made once."""
+    made = {}
+
+    def make(name, config="w8a8"):
+        if (name, config) not in made:
+            torch.manual_seed(0)
+            model = timm.create_model(name, pretrained=True).eval()
+            made[name, config] = quantize(model, [torch.randn(8, 3, 32, 32)], CONFIGS[config], progress=False)
+        return made[name, config]
+
+    return make
+
+
+def counted(gm):
+    return collections.Counter(
+        node.target.name().removeprefix("ptq4vm::")
+        for node in gm.graph.nodes
+        if node.op == "call_function" and str(node.target).startswith("ptq4vm.")
+    )
+
+
+EXPECTED = {
+    "vim_nano_patch4_32": dict(
+        norm_quantize=6, linear_packed=18, conv1d_quantize=6, directional_scan_quantize=6
+    ),
+    "local_vim_nano_patch4_32": dict(
+        norm_quantize=4, linear_packed=12, conv1d_quantize=4, directional_scan=4, quantize=4
+    ),
+    "vmamba_nano_32": dict(
+        norm_quantize=12, linear_packed=16, conv2d_quantize=4, directional_scan=4, linear_gelu_quantize=4
+    ),
+    "local_vmamba_nano_32": dict(
+        norm_quantize=4, linear_packed=12, conv2d_quantize=4, directional_scan=4, quantize=4
+    ),
+}  # fmt: skip
+
+
+# What a rotation changes: the scan's merged result is one value.
+ROTATED = {
+    "vim_nano_patch4_32": dict(directional_scan=6, directional_scan_quantize=0, rotate_quantize=6),
+    "local_vim_nano_patch4_32": dict(quantize=0, rotate_quantize=4),
+    "vmamba_nano_32": {},  # its norm and its MLP rotate on the way
+    "local_vmamba_nano_32": dict(quantize=0, rotate_quantize=4),
+}
+
+
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
+def test_every_family_is_fused(lowered, name):
+    gm = fuse(copied(lowered(name)))
+    assert counted(gm) == EXPECTED[name]
+    left = [fusion for fusion in fusions(gm) if fusion.left]
+    assert len(left) == EXPECTED[name].get("quantize", 0)  # the sum, or the gate, of LocalMamba's channel attention
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_every_familys_rotations_are_fused(lowered, name):
+    gm = fuse(copied(lowered(name, "rotated w4a4")))
+    assert counted(gm) == collections.Counter(EXPECTED[name] | ROTATED[name])
+    assert not any(fusion.left for fusion in fusions(gm))
+    half = fuse(copied(lowered(name, "rotated w4a4")), torch.bfloat16)
+    turned = half.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
+    sums = name.startswith("local")  # LocalMamba's channel attention lies between, in float32
+    assert all(node.args[0].meta["val"].dtype == (torch.float32 if sums else torch.bfloat16) for node in turned)
+
+
+FUSED = {
+    getattr(torch.ops.ptq4vm, name).default: getattr(fused, name)
+    for name in (
+        "linear_packed",
+        "linear_gelu_quantize",
+        "rotate_quantize",
+        "norm_quantize",
+        "conv1d_quantize",
+        "conv2d_quantize",
+        "directional_scan",
+        "directional_scan_quantize",
+    )
+}
+
+
+def results(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def compare(gm, images):
+    """Every fused operator of a graph against its meaning, on the same inputs: codes, and those that differ."""
+    recorder = Recorder(gm, images)
+    codes = moved = 0
+    for node in gm.graph.nodes:
+        if node.target not in FUSED:
+            continue
+        arguments = torch.fx.map_arg(node.args, recorder.values.__getitem__)
+        for ours, want in zip(results(recorder.values[node]), results(FUSED[node.target](*arguments)), strict=True):
+            if ours.dtype == torch.int8:
+                difference = (ours.int() - want.int()).abs()
+                assert difference.max() <= 1, node
+                codes, moved = codes + ours.numel(), moved + int(difference.sum())
+            elif node.target is ops.linear_packed.default:
+                assert torch.equal(ours, want), node
+            else:
+                torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5)
+    return codes, moved
+
+
+def sets():
+    """Of instructions: whole models take the best one every time; the others' kernels have tests of their own."""
+    names = ("portable", "avx2", "vnni", "amx")
+    found = ["reference"] if native.problem() else list(names[: names.index(native.isa()) + 1])
+    return slow_but(found[-1:], found)
+
+
+@pytest.mark.parametrize("isa", sets())
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
+def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, name, config, isa):
+    gm = fuse(copied(lowered(name, config)))
+    before = native.isa()
+    if isa != "reference":
+        torch.ops.ptq4vm._use_isa(isa)
+    try:
+        codes, moved = compare(gm, torch.randn(3, 3, 32, 32))
+    finally:
+        if isa != "reference":
+            torch.ops.ptq4vm._use_isa(before)
+    assert codes > 50_000 and moved <= codes / 1000
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", SAMPLED)
+def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
+    plain = lowered(name, config)
+    gm = fuse(copied(plain))
+    with torch.inference_mode():
+        for count in (1, 2, 5):
+            images = torch.randn(count, 3, 32, 32)
+            ours, theirs = gm(images), plain(images)
+            # a code that moves by one at a tie moves all that follows a little
+            assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+            assert (ours - theirs).abs().median() <= 0.02 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
+def test_bfloat16_activations_cost_less_than_quantization(lowered, name):
+    """The trained models' logits move less than W8A8 itself has moved them."""
+    plain = lowered(name)
+    gm = fuse(copied(plain), torch.bfloat16)
+    assert sum(value.dtype is torch.bfloat16 for value in values(gm)) > sum(
+        value.dtype is torch.bfloat16 for value in values(fuse(copied(plain)))
+    )
+    model, images = timm.create_model(name, pretrained=True).eval(), torch.randn(16, 3, 32, 32)
+    with torch.inference_mode():
+        exact, quantized, half = model(images), plain(images), gm(images)
+    assert (half - quantized).norm() <= (quantized - exact).norm() and half.dtype is torch.float32
+
+
+def values(gm):
+    found = (node.meta.get("val") for node in gm.graph.nodes)
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+def test_other_types_of_activations_are_refused(lowered):
+    with pytest.raises(ValueError, match=r"torch\.float16"):
+        fuse(copied(lowered("vim_nano_patch4_32")), torch.float16)
+
+
+def test_fusing_again_changes_nothing(lowered):
+    gm = fuse(copied(lowered("vmamba_nano_32")))
+    code = gm.code
+    assert fuse(gm).code == code
+
+
+@pytest.mark.parametrize(("capability", "nibbles"), [(80, True), (86, True), (90, False), (120, False)])
+def test_weights_on_a_gpu_lie_in_its_rows(lowered, monkeypatch, capability, nibbles):
+    """Nibbles where tensor cores take them, weight and input have no more bits, and it is worth packing the input."""
+    gm, images = lowered("vmamba_nano_32", "rotated w4a4"), torch.randn(2, 3, 32, 32)
+    tiled = fuse(copied(gm))
+    monkeypatch.setattr(patterns, "capability_of", lambda device: capability)
+    monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
+    rows = fuse(copied(gm))
+    kinds = set()
+    for node in rows.graph.nodes:
+        if node.target in (ops.linear_packed.default, ops.linear_gelu_quantize.default):
+            weight, scale = (attribute(rows, node.args[i].target) for i in (3, 5))
+            assert weight.dim() == scale.dim() + 1
+            kinds.add((weight.dtype is torch.uint8, scale.shape[-1] >= 100))
+        elif node.target is ops.directional_scan.default:
+            assert attribute(rows, node.args[7].target).dim() == 5
+    assert kinds == {(False, False), (nibbles, True)}
+    assert torch.equal(rows(images), tiled(images))
+
+
+def moved(gm, device):
+    """A copy whose tensors are on a device that need not be here, and so have no numbers."""
+    gm = copied(gm)
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    mode = x.meta["val"].fake_mode
+    for name, value in [*gm.named_parameters(), *gm.named_buffers()]:
+        fake = mode.from_tensor(value.detach(), static_shapes=True)
+        with mode:
+            set_tensor(gm, name, fake.to(device))
+    return gm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NANO)
+def test_a_model_that_was_moved_is_wholly_there(lowered, monkeypatch, name, activations):
+    """On the second of two GPUs: constants, values, and the layout of weights, for any number of images."""
+    monkeypatch.setattr(native, "serves", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
+    monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
+    there = torch.device("cuda", 1)
+    gm = fuse(moved(lowered(name, "rotated w4a4"), there), activations)
+    assert {value.device for value in gm.state_dict().values()} == {there}
+    nibbles = set()
+    for node in propagate(gm).graph.nodes:
+        values = node.meta["val"] if isinstance(node.meta.get("val"), (tuple, list)) else [node.meta.get("val")]
+        assert {value.device for value in values if isinstance(value, torch.Tensor)} <= {there}, node
+        if node.target in (ops.linear_packed.default, ops.linear_gelu_quantize.default):
+            weight, scale = (attribute(gm, node.args[i].target) for i in (3, 5))
+            assert weight.dim() == scale.dim() + 1
+            nibbles.add((weight.dtype is torch.uint8, scale.shape[-1] >= 100))
+    assert nibbles == {(False, False), (True, True)}
+    batch, classes = gm.graph.output_node().args[0][0].meta["val"].shape
+    assert isinstance(batch, torch.SymInt) and classes == 10
+
+
+def test_unfused_weights_are_dropped(lowered):
+    plain = lowered("vim_nano_patch4_32", "rotated w4a4")
+    names = {name for name, _ in fuse(copied(plain)).named_buffers()}
+    assert names and not any(name.endswith(("weight_q", "A_log")) for name in names)
+
+
+def test_dynamic_scales_are_left_and_named(roads):
+    config = QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    plain = convert(roads.calibrated(config))
+    gm = fuse(copied(plain))
+    reasons = {fusion.left for fusion in fusions(gm) if "scan" in fusion.pattern}
+    assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(gm(images), plain(images))
+
+
+class Mlp(nn.Module):
+    def __init__(self, approximate):
+        super().__init__()
+        self.up, self.gelu, self.down = nn.Linear(16, 32), nn.GELU(approximate), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(self.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_of_rotated_gelus_the_exact_one_alone_is_fused(approximate):
+    torch.manual_seed(0)
+    config = QuantConfig(rotation=True, range_search=False)
+    plain = quantize(Mlp(approximate), [torch.randn(4, 8, 16)], config, progress=False)
+    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    exact = approximate == "none"
+    assert counted(gm) == (
+        {"quantize": 1}
+        | (dict(linear_gelu_quantize=1, linear_packed=1) if exact else dict(linear_packed=2, rotate_quantize=1))
+    )
+    assert (gm(x) - plain(x)).abs().max() <= 1e-2 * (plain(x) - x).abs().max()
+
+
+def test_a_rotated_gelu_of_a_float_linear_is_fused_without_it():
+    torch.manual_seed(0)
+    config = QuantConfig(rotation=True, range_search=False, exclude=("up",))
+    plain = quantize(Mlp("none"), [torch.randn(4, 8, 16)], config, progress=False)
+    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    assert counted(gm) == dict(linear_packed=1, rotate_quantize=1)
+    (turned,) = gm.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
+    assert turned.args[1]  # GELU on the way
+    assert (gm(x) - plain(x)).abs().max() <= 1e-2 * (plain(x) - x).abs().max()
+
+
+class TwiceNormed(nn.Module):
+    """One norm before two linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.second(self.norm(x + self.first(self.norm(x)).sigmoid()))
+
+
+def test_a_norm_that_is_called_twice_is_fused_twice():
+    torch.manual_seed(0)
+    plain = quantize(TwiceNormed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
+    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    assert counted(gm) == dict(norm_quantize=2, linear_packed=2)
+    torch.testing.assert_close(gm(x), plain(x))
+
+
+class Listed(nn.Module):
+    """Its linears' results are read out of a list, and given back beside what a norm reads too."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.first(x)
+        z = self.second(self.norm(y))
+        return y, torch.cat([z, x])
+
+
+def test_what_a_list_or_the_caller_reads_is_float32():
+    torch.manual_seed(0)
+    plain = quantize(Listed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
+    half, x = fuse(copied(plain), torch.bfloat16), torch.randn(2, 8, 16)
+    for ours, theirs in zip(half(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "reason"),
+    [("*dt_proj", "its steps do not come from an integer linear"), ("*x_proj*", "its projection is not")],
+)
+def test_scans_with_float_projections_are_left_and_named(roads, exclude, reason):
+    plain = convert(roads.calibrated(QuantConfig(exclude=(exclude,))))
+    gm = fuse(copied(plain))
+    found = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    assert found and all(text.startswith(reason) for text in found)
+    images = torch.randn(3, 3, 16, 16)
+    torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_an_inverse_that_is_none_is_left_and_named():
+    """LocalVMamba's columns on maps that are not square, as published, come back in another order."""
+    torch.manual_seed(0)
+    directions = [("v", "h", "w2", "v_flip")] * 3
+    options = {"depths": (1, 1, 1), "directions": directions}
+    model = timm.create_model("local_vmamba_nano_32", **options).eval()
+    images = torch.randn(2, 3, 32, 48)
+    plain = quantize(model, [images], progress=False)
+    gm = fuse(copied(plain))
+    left = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    assert "its result is put back in another order than the natural one" in left
+    torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,32 @@
+"""What a fake-quantizer has found is in its buffers: it is saved with the model and moves with it."""
+
+import pytest
+import torch
+
+from ptq4vm.config import Granularity, QuantSpec, Scheme
+from ptq4vm.quantizers import ActivationFakeQuantize, WeightFakeQuantize
+
+
+def activation():
+    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN)
+    fake.set_qparams(torch.ones(3), torch.zeros(3, dtype=torch.int32))
+    return fake
+
+
+def weight():
+    fake = WeightFakeQuantize(QuantSpec(bits=4, scheme=Scheme.SYMMETRIC))
+    fake.scale = torch.ones(3)
+    return fake
+
+
+@pytest.mark.parametrize(("make", "names"), [(activation, {"scale", "zero_point"}), (weight, {"scale"})])
+def test_it_is_in_the_state_and_moves(make, names):
+    assert names <= make().state_dict().keys()
+    assert all(value.device.type == "meta" for value in make().to("meta").state_dict().values())
+
+
+@pytest.mark.parametrize("make", [activation, weight])
+def test_before_it_is_calibrated_nothing_is_there(make):
+    fake = type(make())(*((make().spec, Granularity.PER_TOKEN) if make is activation else (make().spec,)))
+    assert fake.scale is None and fake.log_factor is None and fake.tap is None and fake.name == ""
+    assert not {"scale", "zero_point"} & fake.state_dict().keys()

@@ -19,7 +19,7 @@ from ptq4vm.benchmark.run import Plan
 from ptq4vm.cli.main import KINDS as SAID
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
-from ptq4vm.serialization.version_1 import empty_quantized_model
+from ptq4vm.serialization.empty_model import empty_quantized_model
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 OPTIONAL = ("onnxruntime-int8", "openvino-int8")

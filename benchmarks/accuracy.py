@@ -59,6 +59,7 @@ def subject_of(name: str, variant: str, data_dir: str, test_images: int | None) 
 def measured(subject: Subject, config: QuantConfig, images: int) -> dict[str, Any]:
     """Figures of one config, with their origin."""
     found = subject.quantize(config, images, fused=True)
+    assert found.evaluation.agreement is not None
     return {
         **origin(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -141,7 +142,8 @@ def run(options: argparse.Namespace) -> None:
     total = len(open_dataset(options.data_dir, "test", lambda image: image))
     rows = (row | {"test_images": min(row["test_images"] or total, total)} for row in wanted(options))
     missing = [row for row in rows if key_of(row) not in done]
-    subject, owner = None, None
+    subject: Any = None
+    owner: tuple[str, str] | None = None
     for row in (bar := tqdm(missing, desc="quantize and evaluate", unit="model")):
         bar.set_postfix_str(f"{row['model']} {row['variant']} {row['recipe']} {row['bits']} bits, seed {row['seed']}")
         if owner != (row["model"], row["variant"]):

@@ -105,8 +105,8 @@ def pivot(heading: str, models: list[str], cells: dict[tuple[str, str], str]) ->
 
 
 def differences(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """Adds to KL · 1000 by leaving a stage out of a recipe: the mean of the differences by seed, and their range."""
-    seeds = {
+    """Differences of KL · 1000 that leaving a stage out of a recipe makes: their mean over the seeds, and range."""
+    seeds: dict[tuple[Any, ...], float] = {
         tuple(row.get(key) for key in ("recipe", "model", "seed", "images", "epochs", "test_images")): 1e3
         * row["divergence"]
         for row in rows

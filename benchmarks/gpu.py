@@ -22,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def run(
                 left[row.key] = NO_TIME
                 continue
             try:
-                results.add(row.key, budget.run(row.suite, lambda row=row: measure(row, setup, seconds)))
+                results.add(row.key, budget.run(row.suite, partial(measure, row, setup, seconds)))
             except Exception as error:  # other rows can be measured
                 left[row.key] = message(error)
             clean(setup.device)
@@ -143,7 +144,7 @@ def measure(row: Row, setup: Setup, seconds: float) -> dict[str, Any]:
         except Exception as error:  # the others can be measured
             failed[name] = message(error)
             continue
-        made[name], graphs[name] = candidate, lambda _, again=again: again()
+        made[name], graphs[name] = candidate, without_input(again)
     if not graphs:
         raise RuntimeError("; ".join(f"{name}: {said}" for name, said in failed.items()))
     here = torch.zeros(1, device=setup.device)
@@ -159,6 +160,10 @@ def measure(row: Row, setup: Setup, seconds: float) -> dict[str, Any]:
         "candidates": {timing.name: figures(timing, made[timing.name], base) for timing in timings},
         "failed": failed,
     }
+
+
+def without_input(call: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda _: call()
 
 
 def figures(timing: Timing, candidate: Candidate, base: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ MODELS = (
 )
 """The most important first."""
 
-SMOKE = {
+SMOKE: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": {"depth": 2, "embed_dim": 32},
     "vmamba_nano_32": {"depths": (2,), "embed_dim": 16},
 }

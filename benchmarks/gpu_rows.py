@@ -90,7 +90,7 @@ def cycled(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], boun
     with torch.device(setup.device):
         inputs = [first, *(make() for _ in range(sets - 1))]
     times = math.ceil(CALLS / sets) if setup.cache else 1
-    calls = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
+    calls: list[Call] = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
     return Candidate(calls, bound)
 
 

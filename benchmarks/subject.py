@@ -42,10 +42,11 @@ class Subject:
     def __init__(
         self, model: nn.Module, data_dir: str, *, test_images: int | None = None, batch_size: int = 250
     ) -> None:
-        self.model: Any = model
+        self.model = model
         transform = transform_for(model)
         self.train = open_dataset(data_dir, "train", transform)
-        test: Any = open_dataset(data_dir, "test", transform, num_classes=self.model.num_classes)
+        classes: Any = model.num_classes
+        test: Any = open_dataset(data_dir, "test", transform, num_classes=classes)
         if test_images is not None and test_images < len(test):
             # from all over the split, whose folders are sorted by class
             test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
@@ -53,7 +54,7 @@ class Subject:
         self.example = (self.test[0][0][:2],)
         self.graph = canonical_graph(model, self.example)
         self.logits = predictions(model, self.test)
-        targets = torch.cat([classes for _, classes in self.test])
+        targets = torch.cat([targets for _, targets in self.test])
         self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
 
     def evaluate(self, module: nn.Module) -> Evaluation:

@@ -224,7 +224,8 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     if args.csv is not None:
         write_csv(args.csv, findings.rows())
     if args.picture is not None:
-        findings.sections["layers"].draw(args.picture, args.model)
+        layers: Any = findings.sections["layers"]
+        layers.draw(args.picture, args.model)
     return Outcome(result=findings.to_dict(), text=str(findings))
 
 

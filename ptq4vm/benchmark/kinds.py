@@ -65,7 +65,7 @@ def builder(name: str) -> Builder:
     """Raises ValueError for an unknown kind, and ImportError where what it needs is not installed."""
     if name in KINDS:
         return KINDS[name]
-    return from_checkout("rivals", f"kind {name!r}, but {', '.join(KINDS)}").builder(name)
+    return from_checkout("rivals", f"kind {name!r} (but {', '.join(KINDS)})").builder(name)
 
 
 def build(name: str, network: Network, images: Tensor) -> Call:

@@ -17,8 +17,9 @@ import ptq4vm
 from ptq4vm.config import QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import Evaluation, evaluate, predictions
+from ptq4vm.graph.capture import capture
 from ptq4vm.metadata import record_of
-from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
+from ptq4vm.passes.prepare.pipeline import prepare_captured
 
 CALIBRATION_BATCH = 32
 
@@ -52,7 +53,7 @@ class Subject:
             test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
         self.test = list(loader(test, batch_size))
         self.example = (self.test[0][0][:2],)
-        self.graph = canonical_graph(model, self.example)
+        self.graph = capture(model, self.example)
         self.logits = predictions(model, self.test)
         targets = torch.cat([targets for _, targets in self.test])
         self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
@@ -63,7 +64,7 @@ class Subject:
 
     def prepared(self, config: QuantConfig) -> GraphModule:
         """Prepares as `ptq4vm.prepare` does, from a graph that is captured once."""
-        return prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
+        return prepare_captured(copy.deepcopy(self.graph), self.model, self.example, config)
 
     def calibration(self, images: int, seed: int) -> list[Tensor]:
         return calibration_batches(self.train, images, CALIBRATION_BATCH, seed)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm import ops
-from ptq4vm.graph.pipeline import finish
+from ptq4vm.graph.pipeline import clean_up
 
 Stream = tuple[Tensor, Tensor]
 
@@ -188,7 +188,7 @@ def write_branch(fused: GraphModule, dtype: torch.dtype) -> GraphModule:
             readers = list(readers[0].users)
         if readers == [output]:
             node.args = (*node.args[:-1], dtype)
-    return finish(fused)
+    return clean_up(fused)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

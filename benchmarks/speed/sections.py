@@ -17,9 +17,7 @@ from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network
 from ptq4vm.benchmark.run import Plan, Section
 from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.passes.lower.fuse import fuse
-from ptq4vm.passes.lower.pipeline import converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 from ptq4vm.report import table
 
 SLOWEST = 15
@@ -33,7 +31,7 @@ class LayerTimes:
         self.graphs = {
             "FP32": capture(network.model, (images[:2],)),
             "quantized": network.quantized,
-            "fused": converted_graph(network.quantized, Pipeline((fuse,))),
+            "fused": converted_graph(network.quantized, fusing_pipeline()),
         }
         self.calls = len(self.graphs)
         self.settings: list[dict[str, Any]] = []

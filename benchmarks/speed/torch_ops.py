@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from ptq4vm import ops
 from ptq4vm.graph.capture import check_input
-from ptq4vm.graph.pipeline import finish
+from ptq4vm.graph.pipeline import clean_up
 
 
 def loop_scan(
@@ -90,7 +90,7 @@ def replace_ops(gm: GraphModule, replacements: Mapping[Any, Callable[..., Tensor
         if node.target is check_input:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-    return finish(gm)
+    return clean_up(gm)
 
 
 def _dt(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:

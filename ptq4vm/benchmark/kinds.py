@@ -24,9 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.passes.lower.fuse import fuse
-from ptq4vm.passes.lower.pipeline import converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 
 Call = Callable[[Tensor], Any]
 
@@ -65,7 +63,7 @@ def builder(name: str) -> Builder:
     """Raises ValueError for an unknown kind, and ImportError where what it needs is not installed."""
     if name in KINDS:
         return KINDS[name]
-    return from_checkout("rivals", f"kind {name!r} (but {', '.join(KINDS)})").builder(name)
+    return from_checkout("rivals", f"kind {name!r} (it has {', '.join(KINDS)})").builder(name)
 
 
 def build(name: str, network: Network, images: Tensor) -> Call:
@@ -94,7 +92,7 @@ def _quantized(network: Network, images: Tensor) -> Call:
 
 def _fused(network: Network, images: Tensor) -> Call:
     """The lowered graph after fusion, operator by operator."""
-    return converted_graph(network.quantized, Pipeline((fuse,)))
+    return converted_graph(network.quantized, fusing_pipeline())
 
 
 def _backend(network: Network, images: Tensor, **options: Any) -> Call:

@@ -230,7 +230,7 @@ def _weights(model: GraphModule) -> list[Tensor]:
 
 
 def _linears(model: GraphModule) -> list[QuantizedLinear]:
-    return quantized_linears(model, [linear.name for linear in record_of(model).linears])
+    return quantized_linears(model)
 
 
 def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.metadata import record_of
-from ptq4vm.passes.lower.pipeline import LOWERED, converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import (
     prepared_graph,
 )
@@ -26,8 +26,7 @@ from ptq4vm.passes.quantized import (
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
     """The lowered graph of a model with scales of one: the structure into which saved tensors are loaded."""
     prepared = prepared_graph(model, example_inputs, config)
-    facts = record_of(prepared).linears
-    for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):
+    for linear, fact in zip(quantized_linears(prepared), record_of(prepared).linears, strict=True):
         if not linear.input.dynamic:
             count = fact.tokens if linear.input.per_token else 1
             linear.input.set_qparams(torch.ones(count), torch.zeros(count, dtype=torch.int32))
@@ -40,4 +39,4 @@ def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], con
     for scan in quantized_scans(prepared):
         per_token = config.state is not None and (config.state.per_token or config.state.factors is not None)
         scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
-    return converted_graph(prepared, LOWERED)
+    return converted_graph(prepared, lowering_pipeline(config))

@@ -1,4 +1,4 @@
-"""What fusing passes share: reading a lowered graph, rewriting it, and noting what was fused or left."""
+"""Helpers of the fusing passes: read a lowered graph, rewrite it, record what was fused or left."""
 
 from __future__ import annotations
 
@@ -27,25 +27,26 @@ class Fusion:
     place: str
     """Path of the module around it."""
     pattern: str
-    left: str | None = None
-    """Why it was left; None where it was fused."""
+    skip_reason: str | None = None
+    """None where it was fused."""
 
 
-class Left(Exception):
+class NotFused(Exception):
     """A pattern does not apply; its message is the reason."""
 
 
-def note(gm: GraphModule, node: Node, pattern: str, left: str | None = None) -> None:
-    gm.meta[FUSIONS].append(Fusion(place=scope(node) or "the model", pattern=pattern, left=left))
+def record_fusion(gm: GraphModule, node: Node, pattern: str, skip_reason: str | None = None) -> None:
+    """Adds a place to the list that `fusions` returns."""
+    gm.meta[FUSIONS].append(Fusion(place=scope(node) or "the model", pattern=pattern, skip_reason=skip_reason))
 
 
 # --- reading a graph ---
 
 
 def read_constant(gm: GraphModule, node: Any, what: str) -> Tensor:
-    """Value of a parameter or a buffer; raises `Left` for anything else."""
+    """Value of a parameter or a buffer; raises `NotFused` for anything else."""
     if not isinstance(node, Node) or node.op != "get_attr":
-        raise Left(f"{what} is computed when the model runs")
+        raise NotFused(f"{what} is computed when the model runs")
     return attribute(gm, str(node.target)).detach()
 
 
@@ -132,13 +133,13 @@ class Quantizer:
 
 
 def read_quantizer(gm: GraphModule, node: Any) -> Quantizer:
-    """Raises `Left` for anything but a static quantize node."""
+    """Raises `NotFused` for anything but a static quantize node."""
     if not is_call(node, ops.quantize.default):
-        raise Left("its result is not quantized")
+        raise NotFused("its result is not quantized")
     x, inv_scale, zero_point, inv_smooth, bits = args(node)
     scale = read_constant(gm, inv_scale, "the scale (per-token dynamic)")
     if scale.dim() != 1:
-        raise Left("its scales are per image")
+        raise NotFused("its scales are per image")
     zero = read_constant(gm, zero_point, "the zero point")
     return Quantizer(node, x, scale, zero, read_optional(gm, inv_smooth, "the smoothing vector"), bits)
 

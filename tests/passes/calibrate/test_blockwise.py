@@ -22,7 +22,7 @@ UNLEARNED = QuantConfig.w4a4(learning=None)
 
 
 def linears_of(gm):
-    return quantized_linears(gm, [linear.name for linear in record_of(gm).linears])
+    return quantized_linears(gm)
 
 
 def saved(gm, folder) -> list[bytes]:

@@ -47,7 +47,7 @@ def test_learning_comes_after_and_keeps_the_codes(roads):
         prepared = roads.calibrated(config)
         record = record_of(prepared)
         first = record.blocks[0]["linears"]
-        linears = quantized_linears(prepared, [linear.name for linear in record.linears])[: len(first)]
+        linears = quantized_linears(prepared)[: len(first)]
         found.append((record.blocks[0], {linear.name: linear.weight for linear in linears}))
     (alone, fixed), (learned, moved) = found
     assert all(torch.equal(weight.codes, moved[name].codes) for name, weight in fixed.items())
@@ -147,7 +147,7 @@ def test_on_channels_that_share_much_the_output_is_far_nearer(count):
 def test_the_integer_model_has_the_codes(roads, images):
     """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
     prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
-    linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
+    linears = quantized_linears(prepared)
     offsets = [linear.weight.codes - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
     assert any(offset.abs().max() > 0.6 for offset in offsets)
     lowered = convert(prepared)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, calibrate, convert, ops, prepare
-from ptq4vm.graph.pipeline import is_lowered
+from ptq4vm.graph.verify import is_lowered
 from ptq4vm.passes.lower.lower import lower
 
 aten = torch.ops.aten

@@ -1,26 +1,26 @@
-"""What benchmarks/gpu.py times: linears, fused operators, blocks and whole models, each against what else there is.
+"""Rows of benchmarks/gpu.py: linears and fused operators, each with the other ways to compute the same.
 
-A row gives candidates that compute the same from inputs of its own making; the first one is what ratios are to.
+A row has candidates that compute the same from inputs of its own making; ratios are to the first one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import kernels
+from benchmarks.speed import bounds
+from benchmarks.speed.bounds import GPU
+from benchmarks.speed.graphs import recorded
 from ptq4vm import ops
-from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.bounds import GPU
-from ptq4vm.benchmark.graphs import recorded
 from ptq4vm.ops import layouts, quantization
 
 Call = Callable[[], Any]
@@ -91,7 +91,7 @@ def cycled(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], boun
     with torch.device(setup.device):
         inputs = [first, *(make() for _ in range(sets - 1))]
     times = math.ceil(CALLS / sets) if setup.cache else 1
-    calls = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
+    calls: list[Call] = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
     return Candidate(calls, bound)
 
 
@@ -316,16 +316,3 @@ def operator_bound(setup: Setup, operator: Any, make: Callable[[], tuple]) -> fl
     return bounds.graph(
         setup.gpu, torch.fx.GraphModule(nn.Module(), graph), *(x for x in arguments if isinstance(x, Tensor))
     )
-
-
-def rows(models: Iterable[str], batches: Iterable[int] = BATCHES) -> list[Row]:
-    """Of everything, the most important first."""
-    from gpu_models import block_row, model_row
-
-    made: list[Row] = []
-    for batch in batches:
-        made += [linear_row(*shape, batch) for shape in LINEARS]
-        made += [operator_row(name, batch) for name in operator_cases(batch, True)]
-        for place, model in enumerate(models):
-            made += [model_row(model, batch, place), block_row(model, batch, place)]
-    return sorted(made, key=lambda row: row.importance)

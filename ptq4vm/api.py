@@ -49,7 +49,7 @@ def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConf
 
     The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is
     copied; until it is calibrated the result computes what the model does. The default config is `w8a8()`. Raises
-    `ptq4vm.graph.capture.capture.capture.capture.capture.CaptureError` where torch.export cannot follow the model.
+    `ptq4vm.graph.capture.CaptureError` where torch.export cannot follow the model.
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ptq4vm.config import QuantConfig
 
 KINDS = (
-    "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, "
+    "quantized, fused, compiled, compiled-half, eager-fp32; in a checkout eager-loop, compiled-fp32, compiled-bf16, "
     "torchao-int8, onnxruntime-int8, openvino-int8"
 )
 CONFIGS = f"{', '.join(PRESETS)}, or a recipe with its bits, such as best4"
@@ -187,13 +187,14 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 def benchmark(args: argparse.Namespace) -> Outcome:
     """Time a quantized model against other ways to run the same network, on random images."""
-    from ptq4vm.benchmark.run import Plan, check_picture, run
+    from ptq4vm.benchmark.kinds import from_checkout
+    from ptq4vm.benchmark.run import Plan, run
     from ptq4vm.cli.outputs import check_file
     from ptq4vm.metadata import record_of
     from ptq4vm.report import write_csv
 
     if args.picture is not None:
-        check_picture(args.picture)
+        from_checkout("picture", "--picture").check_picture(args.picture)
     for file in (args.csv, args.picture):
         if file is not None:
             check_file(file)
@@ -202,14 +203,14 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     if twice:
         raise ValueError(f"{twice[0]} is given twice; a kind is compared with other ones")
     others: dict[str, Any] = {name: open_model(name, None) for name in args.against if is_saved(name)}
+    sections = {"layers": args.layers or args.picture is not None, "memory": args.memory}
     plan = Plan(
         kinds=kinds,
         others=tuple(others),
         batch_sizes=tuple(args.batch_size),
         threads=tuple(args.threads),
         repeats=args.repeats,
-        layers=args.layers or args.picture is not None,
-        memory=args.memory,
+        sections=tuple(name for name, asked in sections.items() if asked),
     )
     model, quantized = open_both(args.model)
     shapes = {name: record_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
@@ -220,7 +221,8 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     if args.csv is not None:
         write_csv(args.csv, findings.rows())
     if args.picture is not None:
-        findings.draw(args.picture)
+        layers: Any = findings.sections["layers"]
+        layers.draw(args.picture, args.model)
     return Outcome(result=findings.to_dict(), text=str(findings))
 
 

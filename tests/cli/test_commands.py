@@ -133,7 +133,10 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", "no.pth"), "no.pth: no such checkpoint"),
         (("quantize", "resnet18", "--data-dir", "digits", "--output", "x", *WEIGHTS), "no linear to quantize"),
         (("benchmark", MODEL, "--against", "quantized"), "quantized is given twice"),
-        (("benchmark", MODEL, "--against", "resnet18"), "'resnet18' is no way to run a model; there are eager-fp32"),
+        (
+            ("benchmark", MODEL, "--against", "resnet18"),
+            "'resnet18' is no way to run a model; there are quantized, fused",
+        ),
         (("benchmark", MODEL, "--picture", "a.txt"), "a.txt is no picture"),
         (("benchmark", "resnet18"), "no linear to quantize"),
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),

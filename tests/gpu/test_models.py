@@ -9,9 +9,10 @@ from helpers.strategies import normal
 pytest.importorskip("torchao", reason="models are quantized with torchao")
 pytest.importorskip("timm", reason="models are made with timm")
 
+
 import ptq4vm
+from benchmarks.speed.graphs import copied, recorded
 from ptq4vm.backend.dynamo import ptq4vm_backend
-from ptq4vm.benchmark.graphs import copied, recorded
 from ptq4vm.config import QuantConfig
 from ptq4vm.specs import Granularity, RangeSearch
 

@@ -1,8 +1,5 @@
 """Every operator on a GPU: the reference's integers, its floats but for rounding. operator_laws.py has the laws."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from helpers.draws import assert_same_codes, relative
@@ -11,12 +8,10 @@ from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import gpu_rows
 from ptq4vm import doctor, ops
 from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.ops import linears, quantization
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_rows
 
 pytestmark = pytest.mark.gpu
 

@@ -5,9 +5,9 @@ import torch
 from helpers.strategies import normal
 from torch import fx, nn
 
+from benchmarks.speed import bounds
+from benchmarks.speed.bounds import GPUS
 from ptq4vm import ops
-from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.bounds import GPUS
 from ptq4vm.graph.insert import aten
 
 ROWS = 32 * 197

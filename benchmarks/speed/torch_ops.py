@@ -1,4 +1,4 @@
-"""The scan and the convolution without our operators, for those who know none of them.
+"""The scan and the convolution in PyTorch's own operators, for backends that do not know ours.
 
 Shapes as in `reference`: u, delta, z (B, L, E); A (E, S); B, C (B, L, S); x (B, L, E), weight (E, K).
 """
@@ -31,9 +31,9 @@ def loop_scan(
     delta_softplus: bool,
 ) -> Tensor:
     """The loop over tokens that Mamba's code falls back to without its CUDA extension (`selective_scan_ref`)."""
-    step = _steps(delta, delta_bias, delta_softplus)
-    decay = torch.exp(torch.einsum("ble,es->bles", step, A))
-    added = torch.einsum("ble,bls,ble->bles", step, B, u)
+    dt = _dt(delta, delta_bias, delta_softplus)
+    decay = torch.exp(torch.einsum("ble,es->bles", dt, A))
+    added = torch.einsum("ble,bls,ble->bles", dt, B, u)
     h = u.new_zeros(len(u), *A.shape)
     outputs = []
     for t in range(u.shape[1]):
@@ -57,12 +57,12 @@ def exported_scan(
     from torch._higher_order_ops.scan import scan
 
     def token(h: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        step, added, b, c = values
-        h = torch.exp(step.unsqueeze(-1) * A) * h + added.unsqueeze(-1) * b.unsqueeze(-2)
+        dt, dt_u, b, c = values
+        h = torch.exp(dt.unsqueeze(-1) * A) * h + dt_u.unsqueeze(-1) * b.unsqueeze(-2)
         return h, torch.matmul(h, c.unsqueeze(-1)).squeeze(-1)
 
-    step = _steps(delta, delta_bias, delta_softplus)
-    tokens_first = tuple(value.transpose(0, 1) for value in (step, step * u, B, C))
+    dt = _dt(delta, delta_bias, delta_softplus)
+    tokens_first = tuple(value.transpose(0, 1) for value in (dt, dt * u, B, C))
     _, y = scan(token, u.new_zeros(len(u), *A.shape), tokens_first, dim=0)
     return _gated(y.transpose(0, 1), u, D, z)
 
@@ -83,7 +83,7 @@ EXPORTED: dict[Any, Callable[..., Tensor]] = LOOP | {ops.selective_scan.default:
 
 
 def replace_ops(gm: GraphModule, replacements: Mapping[Any, Callable[..., Tensor]]) -> GraphModule:
-    """A copy of a captured graph that calls other functions in place of our operators, and checks no input."""
+    """Copies a captured graph, with other functions in place of our operators and without checks of inputs."""
     gm = copy.deepcopy(gm).eval()
     for node in list(gm.graph.nodes):
         node.target = replacements.get(node.target, node.target)
@@ -93,9 +93,9 @@ def replace_ops(gm: GraphModule, replacements: Mapping[Any, Callable[..., Tensor
     return clean_up(gm)
 
 
-def _steps(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    step = delta if bias is None else delta + bias
-    return F.softplus(step) if softplus else step
+def _dt(delta: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    dt = delta if bias is None else delta + bias
+    return F.softplus(dt) if softplus else dt
 
 
 def _gated(y: Tensor, u: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """What the README runs, run."""
 
-import importlib.util
+import importlib
 import json
 import re
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("sklearn")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -41,22 +41,20 @@ def test_the_readmes_ten_lines_are_the_quickstarts():
 
 @pytest.mark.slow
 def test_making_the_hard_model_gives_the_bundled_bytes(tmp_path):
-    run(ROOT / "examples/make_hard.py", "--output", tmp_path, cwd=tmp_path)
+    run(ROOT / "examples/training/hard.py", "--output", tmp_path, cwd=tmp_path)
     name = "vim_nano_patch4_32.digits_hard.safetensors"
     assert (tmp_path / name).read_bytes() == (ROOT / "ptq4vm/models/pretrained" / name).read_bytes()
 
 
 def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys):
     """The demo itself, with two rungs, one number of bits and one epoch."""
-    spec = importlib.util.spec_from_file_location("demo_run", ROOT / "demo/run.py")
-    demo = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo)
-    rungs = demo.ladder
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    demo = importlib.import_module("demo")
     chosen = ("MinMax", "PTS + truncation + JLSS")
-    monkeypatch.setattr(demo, "ladder", lambda *args: {name: rungs(*args)[name] for name in chosen})
+    monkeypatch.setattr(demo, "LADDER", {name: demo.LADDER[name] for name in chosen})
     monkeypatch.setattr(demo, "SHORT", {4: 1})
     monkeypatch.setattr(demo, "MODELS", {"hard": demo.MODELS["hard"]})
-    monkeypatch.setattr(sys, "argv", ["run.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output", str(tmp_path)])
     demo.main()
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["FP32", *chosen]
@@ -68,5 +66,5 @@ def test_the_demo_writes_table_numbers_and_picture(tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_the_whole_demo_runs(tmp_path):
-    run(ROOT / "demo/run.py", "--output", tmp_path, cwd=tmp_path)
+    run(ROOT / "examples/demo.py", "--output", tmp_path, cwd=tmp_path)
     assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 32

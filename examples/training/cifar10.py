@@ -1,6 +1,6 @@
 """Train a bundled `*.cifar10` model.
 
-    python examples/train_cifar10.py vmamba_micro_32 --data-dir cifar10 --output runs/cifar10
+    python examples/training/cifar10.py vmamba_micro_32 --data-dir cifar10 --output runs/cifar10
 
 There are also vim_micro_patch4_32, local_vim_micro_patch4_32 and local_vmamba_micro_32. `cifar10/train/<class>/*` and
 `cifar10/test/<class>/*` hold the images. An interrupted run continues from its last epoch; `--weights` goes on from a

@@ -122,7 +122,7 @@ def test_no_code_and_no_accumulator_differs_over_the_whole_test_set(digits, hard
         assert check(hard_w4a4, images) == 36
 
 
-CIFAR10 = Path(__file__).parents[2] / "shared/data/cifar10.tar.xz"
+CIFAR10 = Path(__file__).parents[3] / "shared/data/cifar10.tar.xz"
 CARD = {
     "vim_micro_patch4_32": (415_882, 81.23),
     "local_vim_micro_patch4_32": (179_786, 76.70),

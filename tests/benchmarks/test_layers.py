@@ -4,11 +4,11 @@ from helpers.public_models import NANO, SHORT, create, slow_but
 from helpers.strategies import normal
 from torch import nn
 
+from benchmarks.speed.layers import CATEGORIES, Category, category, is_known, profile, totals
 from ptq4vm import convert, fuse, ops
-from ptq4vm.benchmark.layers import CATEGORIES, Category, category, is_known, profile, totals
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
-from ptq4vm.serialization.version_1 import empty_quantized_model
+from ptq4vm.serialization.empty_model import empty_quantized_model
 from ptq4vm.specs import Granularity
 
 IMAGES = normal(2, 3, 32, 32, seed=0)

@@ -1,7 +1,8 @@
-"""CUDA graphs: what a GPU does for a call, recorded once and started as a whole; Python's time does not count then."""
+"""CUDA graphs, which record a GPU's work for a call and start it as a whole, without Python's time; their stopwatch."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ptq4vm.benchmark.timing import Seconds, seconds_of
+
 WARMUP = 3
 """Calls before recording, in which libraries choose their kernels and compilers compile."""
+
+SLEEP_CYCLES = 200_000
+"""Cycles that a GPU waits before it begins, about 0.1 ms: its work is queued by then."""
 
 
 class Recorded:
@@ -40,7 +46,7 @@ class Recorded:
 
 
 def recorded(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
-    """A CUDA graph of `call`; on a CPU, where there are none, `call` with the inputs that it was given last."""
+    """A CUDA graph of `call`; on a CPU, which has none, `call` with the inputs of the last call."""
     if inputs[0].is_cuda:
         return Recorded(call, *inputs)
     kept = list(inputs)
@@ -56,3 +62,20 @@ def recorded(call: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
 def copied(result: Any) -> Any:
     """A result that the next call does not overwrite."""
     return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
+
+
+def stopwatch(model: Callable[[Tensor], Any], inputs: Tensor) -> Seconds:
+    """Calls once; a GPU's wall time is by its own clock, since it works after the call that started it returns."""
+    if not inputs.is_cuda:
+        return seconds_of(model, inputs)
+    with torch.cuda.device(inputs.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        cpu = time.process_time()
+        start.record()
+        model(inputs)
+        end.record()
+        cpu = time.process_time() - cpu
+        end.synchronize()
+        return start.elapsed_time(end) / 1000, cpu

@@ -1,19 +1,16 @@
 """benchmarks/accuracy.py, the experiment runner."""
 
-import importlib.util
 import itertools
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks import accuracy, accuracy_tables
+from benchmarks.recipes import ABLATIONS, config_of
 from ptq4vm.config import QuantConfig
 from ptq4vm.recipes import RECIPES
-
-SPEC = importlib.util.spec_from_file_location("accuracy", Path(__file__).parents[1] / "benchmarks/accuracy.py")
-accuracy = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(accuracy)
+from ptq4vm.report import table
 
 
 def options(*words: str):
@@ -26,15 +23,15 @@ def row(**changes):
     return facts | numbers | changes
 
 
-@pytest.mark.parametrize("name", accuracy.ABLATIONS)
+@pytest.mark.parametrize("name", ABLATIONS)
 def test_an_ablation_changes_the_best_recipe(name):
-    assert accuracy.config_of(name, 4, 0, None) != QuantConfig.recipe("best", 4)
+    assert config_of(name, 4, 0, None) != QuantConfig.recipe("best", 4)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_the_packages_but_for_its_epochs(name):
-    assert accuracy.config_of(name, 6, 2, None) == QuantConfig.recipe(name, 6, seed=2)
-    learning = accuracy.config_of(name, 6, 2, 3).learning
+    assert config_of(name, 6, 2, None) == QuantConfig.recipe(name, 6, seed=2)
+    learning = config_of(name, 6, 2, 3).learning
     assert learning is None or learning.epochs == 3
 
 
@@ -63,11 +60,11 @@ def test_a_share_that_makes_no_sense_is_refused(share):
 
 def test_the_table_has_means_and_half_the_range_over_the_seeds():
     rows = [row(seed=seed, loss=loss) for seed, loss in enumerate((1.0, 2.0, 6.0))]
-    (summary,) = accuracy.summary(rows)
+    (summary,) = accuracy_tables.summary(rows)
     assert (summary["seeds"], summary["loss"], summary["spread"]) == (3, 3.0, 2.5)
-    assert len(accuracy.summary([*rows, row(recipe="best")])) == 2
+    assert len(accuracy_tables.summary([*rows, row(recipe="best")])) == 2
     others = [row(seed=seed, model="n", recipe="best") for seed in range(3)]
-    assert accuracy.markdown([*rows, *others, row(bits=8)]).splitlines() == [
+    assert accuracy_tables.markdown([*rows, *others, row(bits=8)]).splitlines() == [
         "| W8A8, plain | m | n |",
         "| --- | --- | --- |",
         "| `pts` | **1.00** · 1.0 · 1000.0¹ | – |",
@@ -81,7 +78,7 @@ def test_the_table_has_means_and_half_the_range_over_the_seeds():
 
 def test_rows_that_learned_for_other_times_are_told_apart():
     rows = [row(recipe="ptq4vm", epochs=epochs, loss=float(epochs)) for epochs in (100, 20)]
-    assert accuracy.markdown([*rows, row()]).splitlines()[2:] == [
+    assert accuracy_tables.markdown([*rows, row()]).splitlines()[2:] == [
         "| `pts` | **1.00** · 1.0 · 1000.0¹ |",
         "| `ptq4vm, 100 epochs` | **100.00** · 1.0 · 1000.0¹ |",
         "| `ptq4vm, 20 epochs` | **20.00** · 1.0 · 1000.0¹ |",
@@ -90,21 +87,21 @@ def test_rows_that_learned_for_other_times_are_told_apart():
 
 def test_rows_of_other_test_images_are_told_apart():
     rows = [row(test_images=images, loss=float(images)) for images in (10, 20)]
-    assert accuracy.markdown([*rows, row()]).splitlines()[2:] == [
+    assert accuracy_tables.markdown([*rows, row()]).splitlines()[2:] == [
         "| `pts, 10 test images` | **10.00** · 1.0 · 1000.0¹ |",
         "| `pts, 20 test images` | **20.00** · 1.0 · 1000.0¹ |",
         "| `pts, None test images` | **1.00** · 1.0 · 1000.0¹ |",
     ]
     best = [row(recipe="best", seed=seed, test_images=10) for seed in range(3)]
     less = [row(recipe="best-gptq", seed=seed, test_images=20) for seed in range(3)]
-    assert accuracy.differences([*best, *less]) == {}
+    assert accuracy_tables.differences([*best, *less]) == {}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "kscaled"])
 def test_rows_of_earlier_commits_stay_readable(name):
     rows = accuracy.read(accuracy.RESULTS.with_name(f"{name}.jsonl"))
     assert len({accuracy.key_of(row) for row in rows}) == len(rows) > 100
-    assert accuracy.table(accuracy.summary(rows), accuracy.COLUMNS) and accuracy.markdown(rows)
+    assert table(accuracy_tables.summary(rows), accuracy_tables.COLUMNS) and accuracy_tables.markdown(rows)
 
 
 def test_a_row_says_where_it_comes_from(monkeypatch):
@@ -115,17 +112,13 @@ def test_a_row_says_where_it_comes_from(monkeypatch):
     assert accuracy.commit() == "unknown"
 
 
-class Stub:
-    def __init__(self, name, variant, data_dir, test_images) -> None: ...
-
-
 @pytest.mark.parametrize(("test_images", "found"), [(None, 450), (100, 100), (9999, 450)])
 def test_a_row_of_other_test_images_is_measured_again(tmp_path, monkeypatch, test_images, found):
     pytest.importorskip("sklearn")
     path = tmp_path / "rows.jsonl"
     measured = []
-    monkeypatch.setattr(accuracy, "Subject", Stub)
-    monkeypatch.setattr(Stub, "row", lambda self, config, images: measured.append(images) or {}, raising=False)
+    monkeypatch.setattr(accuracy, "subject_of", lambda *arguments: None)
+    monkeypatch.setattr(accuracy, "measured", lambda subject, config, images: measured.append(images) or {})
     words = ["--models", "m", "--variants", "plain", "--bits", "4", "--recipes", "pts", "--seeds", "1", "--images", "8"]
     chosen = options(*words, "--output", str(path))
     chosen.test_images = test_images
@@ -139,8 +132,8 @@ def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
     best = [row(recipe="best", seed=seed, divergence=0.01 * seed) for seed in range(3)]
     less = [row(recipe="best-gptq", seed=seed, divergence=0.01 * seed + 0.001 * (seed + 1)) for seed in range(3)]
     fewer = [row(recipe="best-mirror", seed=seed) for seed in range(2)]
-    assert accuracy.differences([*best, *less, *fewer]) == {("best-gptq", "m"): "+2.0 (+1.0 … +3.0)"}
-    assert accuracy.markdown([*best, *less]).splitlines()[-3:] == [
+    assert accuracy_tables.differences([*best, *less, *fewer]) == {("best-gptq", "m"): "+2.0 (+1.0 … +3.0)"}
+    assert accuracy_tables.markdown([*best, *less]).splitlines()[-3:] == [
         "| W4A4, plain: KL · 1000 more without it | m |",
         "| --- | --- |",
         "| `best-gptq` | +2.0 (+1.0 … +3.0) |",
@@ -149,7 +142,9 @@ def test_a_stage_is_worth_what_its_lack_adds_seed_by_seed():
 
 def test_of_several_times_of_learning_the_shortest_is_drawn():
     rows = [row(epochs=epochs, bits=bits) for epochs, bits in ((100, 4), (20, 4), (10, 8))]
-    assert [(key, value["epochs"]) for key, value in accuracy.drawn(rows).items()] == [(("plain", "m", "pts"), 20)]
+    assert [(key, value["epochs"]) for key, value in accuracy_tables.drawn(rows).items()] == [
+        (("plain", "m", "pts"), 20)
+    ]
 
 
 def test_the_picture_shows_what_there_is(tmp_path):
@@ -159,7 +154,7 @@ def test_the_picture_shows_what_there_is(tmp_path):
         for seed in range(3)
         for variant in ("plain", "hard")
     ]
-    accuracy.draw([*rows, row(bits=8)], tmp_path / "new" / "picture.png")
+    accuracy_tables.draw([*rows, row(bits=8)], tmp_path / "new" / "picture.png")
     assert (tmp_path / "new" / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -176,7 +171,7 @@ def test_a_run_writes_rows_and_does_none_twice(tmp_path, monkeypatch, capsys):
     assert minmax["date"] and minmax["commit"] == accuracy.commit() and minmax["torch"] and minmax["kernels"]
     assert (minmax["recipe"], best["recipe"]) == ("minmax", "best") and minmax["test_images"] == 100
     assert best["agreement"] > minmax["agreement"] and best["block_cosine"] < minmax["block_cosine"]
-    monkeypatch.setattr(accuracy.Subject, "row", None)
+    monkeypatch.setattr(accuracy, "measured", None)
     accuracy.main()
     assert path.read_text() == first
     assert "vmamba_nano_32" in capsys.readouterr().out

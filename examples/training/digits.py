@@ -1,6 +1,6 @@
 """Train a bundled `*.digits` model on scikit-learn's handwritten digits.
 
-    python examples/train_digits.py vim_nano_patch4_32 --output runs/digits
+    python examples/training/digits.py vim_nano_patch4_32 --output runs/digits
 
 There are also local_vim_nano_patch4_32, vmamba_nano_32 and local_vmamba_nano_32. A Vim takes about twenty minutes on
 two free cores. An interrupted run continues from its last epoch; the same seed gives the same weights on the same

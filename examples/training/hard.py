@@ -1,6 +1,6 @@
 """Make the bundled Vim hard to quantize without changing what it computes; `ptq4vm.models.outliers` explains how.
 
-python examples/make_hard.py --output ptq4vm/models/pretrained
+python examples/training/hard.py --output ptq4vm/models/pretrained
 """
 
 from __future__ import annotations

@@ -10,14 +10,14 @@ from helpers.strategies import normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import benchmark
+from benchmarks.speed import graphs, picture
+from benchmarks.speed.layers import Category
 from ptq4vm.backend import native
 from ptq4vm.benchmark import compare, machine
-from ptq4vm.benchmark.layers import Category
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
 from ptq4vm.report import write_csv
-from ptq4vm.serialization.version_1 import empty_quantized_model
+from ptq4vm.serialization.empty_model import empty_quantized_model
 
 seconds = st.integers(1, 1000)
 
@@ -118,7 +118,8 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    (timing,) = compare({"model": lambda images: done.append("model")}, torch.zeros(2, 1), warmup=0, repeats=1)
+    model, images = {"model": lambda images: done.append("model")}, torch.zeros(2, 1)
+    (timing,) = compare(model, images, warmup=0, repeats=1, stopwatch=graphs.stopwatch)
     assert (timing.median, timing.clock) == (0.008, "wall") and (done[0], done[2]) == ("busy", "model")
 
 
@@ -157,7 +158,7 @@ def findings(nano):
         batch_sizes=(1, 3),
         threads=(2, 1),
         repeats=2,
-        layers=True,
+        sections=("layers",),
     )
     return run("vim_nano", (3, 32, 32), *nano, plan, {"twin": nano[1]})
 
@@ -170,13 +171,13 @@ def test_a_number_of_threads_that_no_machine_has_is_named(threads):
 
 def test_every_setting_is_measured_and_torch_keeps_its_threads(findings):
     threads = torch.get_num_threads()
-    settings = [(setting.batch_size, setting.threads) for setting in findings.settings]
+    settings = [(timings[0].batch_size, timings[0].threads) for timings in findings.settings]
     assert settings == [(1, 2), (1, 1), (3, 2), (3, 1)] and torch.get_num_threads() == threads
-    for setting in findings.settings:
-        assert [timing.name for timing in setting.timings] == ["quantized", "eager-fp32", "twin"]
-        assert {timing.clock for timing in setting.timings} == {"cpu" if setting.threads == 1 else "wall"}
-        assert setting.timings[0].ratio == 1 and all(timing.ratio > 0 for timing in setting.timings)
-        assert list(setting.layers) == ["FP32", "quantized", "fused"]
+    for timings, layers in zip(findings.settings, findings.sections["layers"].found, strict=True):
+        assert [timing.name for timing in timings] == ["quantized", "eager-fp32", "twin"]
+        assert {timing.clock for timing in timings} == {"cpu" if timings[0].threads == 1 else "wall"}
+        assert timings[0].ratio == 1 and all(timing.ratio > 0 for timing in timings)
+        assert list(layers) == ["FP32", "quantized", "fused"]
 
 
 def test_the_first_columns_are_those_of_timm(findings, tmp_path):
@@ -222,7 +223,7 @@ def test_text_names_threads_instruction_set_and_ratio(findings):
 def test_a_picture_is_one(findings, tmp_path):
     from PIL import Image
 
-    findings.draw(tmp_path / "time.png")
+    findings.sections["layers"].draw(tmp_path / "time.png", findings.model)
     with Image.open(tmp_path / "time.png") as picture:
         width, height = picture.size
         assert picture.format == "PNG" and width > 1200 and height > 600
@@ -233,4 +234,4 @@ def test_a_picture_is_one(findings, tmp_path):
 @pytest.mark.parametrize("name", ["time.txt", "time", "png"])
 def test_a_file_that_is_no_picture_is_refused(name):
     with pytest.raises(ValueError, match=r"is no picture: its name must end with .png, .svg, .pdf"):
-        benchmark.run.check_picture(name)
+        picture.check_picture(name)

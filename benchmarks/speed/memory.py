@@ -1,6 +1,6 @@
 """Memory that one forward takes: what a fresh process grows by.
 
-    python -m ptq4vm.benchmark.memory FOLDER KIND BATCH_SIZE THREADS
+    python -m benchmarks.speed.memory FOLDER KIND BATCH_SIZE THREADS
 
 prints it, for a network that `measure` has written there.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm.benchmark.kinds import Network, build
+from ptq4vm.benchmark.kinds import CHECKOUT, Network, build
 from ptq4vm.checkpoint import load, save
 
 FLOAT, SHAPE, QUANTIZED = "float.pt", "shape.json", "quantized"
@@ -29,7 +29,7 @@ FLOAT, SHAPE, QUANTIZED = "float.pt", "shape.json", "quantized"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """What a process that holds the model already takes more of while it computes one batch."""
+    """The memory that a process which holds the model takes more while it computes one batch."""
 
     name: str
     batch_size: int
@@ -44,7 +44,7 @@ class Peak:
 def measure(
     network: Network, shape: tuple[int, ...], kinds: Iterable[str], batch_size: int, threads: int
 ) -> list[Peak]:
-    """One process a kind. `shape` is that of an image."""
+    """Runs one process a kind. `shape` is that of an image."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.save(network.model, folder / FLOAT)
@@ -53,7 +53,7 @@ def measure(
         peaks = []
         for kind in kinds:
             command = [sys.executable, "-m", __name__, str(folder), kind, str(batch_size), str(threads)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
             if done.returncode:
                 reason = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
                 raise OSError(f"the process that measures the memory of {kind} failed: {reason[-1]}")
@@ -63,7 +63,7 @@ def measure(
 
 
 def growth(folder: Path, kind: str, batch_size: int, threads: int) -> int | None:
-    """Bytes; run in a process of its own."""
+    """Returns bytes; to be run in a process of its own."""
     torch.set_num_threads(threads)
     shape = json.loads((folder / SHAPE).read_text())
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ptq4vm.benchmark.layers import Category
+from benchmarks.speed.layers import Category
+from ptq4vm.extras import pyplot, require
 from ptq4vm.files import replace_file
 
 COLORS = {
@@ -21,38 +22,34 @@ COLORS = {
 SMALLEST = 0.04
 """Share of the highest bar from which a part has room for its label."""
 
-
 FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_picture(path: str | Path) -> None:
-    """Raises ValueError for the name of a file that is no picture; matplotlib would, after the work."""
+    """Raises ValueError for the name of a file that is no picture, ImportError without matplotlib: before the work."""
+    require("--picture", "plot", "matplotlib")
     if Path(path).suffix.lower() not in FORMATS:
         raise ValueError(f"{path} is no picture: its name must end with {', '.join(FORMATS)}")
 
 
 def draw(path: Path, title: str, panels: Sequence[tuple[str, Mapping[str, Mapping[Category, float]]]]) -> None:
     """A panel for each setting, in it a bar for each graph, in it a part for each category: seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plot = pyplot()
     bars = max(len(graphs) for _, graphs in panels)
     size = (2 + 1.8 * bars * len(panels), 5.4)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plot.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for axis, (heading, graphs) in zip(axes[0], panels, strict=True):
         _panel(axis, heading, graphs)
     axes[0][0].set_ylabel("ms")
     shown = [kind for kind in Category if any(parts.get(kind, 0) for _, graphs in panels for parts in graphs.values())]
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in reversed(shown)]
+    handles = [plot.Rectangle((0, 0), 1, 1, color=COLORS[kind]) for kind in reversed(shown)]
     figure.legend(handles, [str(kind) for kind in reversed(shown)], loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
     options: dict[str, Any] = {"dpi": 150, "format": path.suffix.removeprefix(".").lower()}
     try:
         replace_file(path, lambda temporary: figure.savefig(temporary, **options))
     finally:
-        pyplot.close(figure)
+        plot.close(figure)
 
 
 def _panel(axis: Any, heading: str, graphs: Mapping[str, Mapping[Category, float]]) -> None:

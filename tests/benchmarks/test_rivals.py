@@ -1,6 +1,7 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +10,17 @@ from helpers.strategies import normal
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from ptq4vm import quantize
-from ptq4vm.benchmark import kinds, memory, plain
-from ptq4vm.benchmark.kinds import KINDS, Network, build, check_kind
+from benchmarks.speed import memory, torch_ops
+from benchmarks.speed.rivals import RIVALS
+from ptq4vm import extras, quantize
+from ptq4vm.benchmark import kinds
+from ptq4vm.benchmark.kinds import KINDS, Network, build, builder
+from ptq4vm.benchmark.run import Plan
 from ptq4vm.cli.main import KINDS as SAID
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
 from ptq4vm.ops import convolution_1d, scans
-from ptq4vm.serialization.version_1 import empty_quantized_model
+from ptq4vm.serialization.empty_model import empty_quantized_model
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 OPTIONAL = ("onnxruntime-int8", "openvino-int8")
@@ -38,7 +42,7 @@ def test_the_loop_computes_what_the_native_scan_does(tmp_path, name):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("scan", [plain.loop_scan, plain.exported_scan])
+@pytest.mark.parametrize("scan", [torch_ops.loop_scan, torch_ops.exported_scan])
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_plain_scans_are_the_reference(scan, whole):
     batch, tokens, channels, states = 2, 7, 5, 3
@@ -55,30 +59,41 @@ def test_the_plain_convolution_is_the_reference():
     x, weight, bias = normal(2, 7, 5, seed=1), normal(5, 4, seed=2), normal(5, seed=3)
     for arguments in ((x, weight, bias, True), (x, weight, None, False)):
         torch.testing.assert_close(
-            plain.conv1d(*arguments), convolution_1d.causal_conv1d(*arguments), rtol=1e-4, atol=1e-5
+            torch_ops.conv1d(*arguments), convolution_1d.causal_conv1d(*arguments), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("module, wanted", [("rivals", "kind 'compiled-bf16'"), ("sections", "--memory")])
+def test_outside_a_checkout_the_way_to_rivals_is_told(monkeypatch, tmp_path, module, wanted):
+    monkeypatch.setattr(kinds, "CHECKOUT", tmp_path)
+    monkeypatch.chdir(Path(__file__).parents[2])  # the current directory is not looked at
+    with pytest.raises(ImportError, match=rf"no {wanted}.*; its repository has more: clone it and run 'pip install -e"):
+        builder("compiled-bf16") if module == "rivals" else Plan(kinds=("quantized",), sections=("memory",))
+    assert builder("quantized")
 
 
 def test_replacing_leaves_the_graph_itself_alone():
     gm = capture(create(NANO[0], **SHORT[NANO[0]]).eval(), (IMAGES,))
     before = str(gm.graph)
-    made = plain.replace_ops(gm, plain.LOOP)
+    made = torch_ops.replace_ops(gm, torch_ops.LOOP)
     assert str(gm.graph) == before and not any("ptq4vm" in str(node.target) for node in made.graph.nodes)
 
 
 def test_the_command_line_knows_the_kinds():
-    assert set(SAID.split(", ")) == set(KINDS)
-    assert all(kind.build.__doc__ for kind in KINDS.values())
+    assert SAID.replace("; in a checkout ", ", ").split(", ") == [*KINDS, *RIVALS]
+    assert all(rival.build.__doc__ for rival in RIVALS.values())
 
 
 def test_an_unknown_kind_is_told_which_there_are():
-    with pytest.raises(ValueError, match=r"'tensorrt' is no way to run a model; there are eager-fp32, eager-loop, .*"):
-        check_kind("tensorrt")
+    with pytest.raises(
+        ValueError, match=r"'tensorrt' is no way to run a model; there are quantized, .*eager-fp32, eager-loop, .*"
+    ):
+        builder("tensorrt")
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(kinds, "find_spec", lambda package: None)
+    monkeypatch.setattr(extras, "find_spec", lambda package: None)
     extra = name.removesuffix("-int8").removesuffix("runtime")
     with pytest.raises(ImportError, match=rf"{name} needs onnx and .*: pip install 'ptq4vm\[{extra}\]'"):
         build(name, network(NANO[0], tmp_path), IMAGES)
@@ -87,7 +102,7 @@ def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path, na
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", COMPILED)
 def test_what_others_make_of_the_network_is_the_network(tmp_path, kind):
-    missing = [package for package in KINDS[kind].packages if importlib.util.find_spec(package) is None]
+    missing = [package for package in RIVALS[kind].packages if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"{' and '.join(missing)} not installed")
     torch._dynamo.reset()

@@ -17,8 +17,8 @@ def run(*options: str, **settings: str) -> str:
     path = [str(Path(ptq4vm.__file__).parents[1]), *sys.path]
     settings = {"PYTHONPATH": os.pathsep.join(filter(None, path)), **settings}
     # -S: this process's path and no other
-    command = [sys.executable, "-S", "-m", "pytest", HERE / "gpu", "-m", "gpu", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=HERE.parent)
+    command = [sys.executable, "-S", "-m", "pytest", HERE, "-m", "gpu", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, cwd=HERE.parents[1])
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,7 +1,7 @@
 """A model as a stem, blocks and a head, so that blocks that are alike are quantized and compiled once.
 
 A whole model takes minutes to capture and to compile, its distinct blocks seconds. The kernels are those of the whole
-model: a block is given what the last one added to the residual stream, (hidden, residual), and adds it itself, where a
+model: a block is given the last one's addition to the residual stream, (hidden, residual), and adds it itself, where a
 norm follows that it is fused with. Shapes: hidden and residual are (B, L, D), or (B, H, W, C) in hierarchical models.
 """
 
@@ -146,11 +146,11 @@ class Pieces:
         return self._first.count(block)
 
     def ends(self, place: int) -> bool:
-        """Whether what follows a block is none: it reads the stream as it is, in no norm that is fused with the sum."""
+        """Whether no block follows: the next piece reads the stream itself, in no norm that is fused with the sum."""
         return isinstance(self.pieces[place + 1], _FLOAT)
 
     def streams(self, images: Tensor) -> dict[int, Stream]:
-        """What each of `blocks` is given for some images."""
+        """Returns the inputs of each of `blocks` for some images."""
         found: dict[int, Stream] = {}
         with torch.no_grad():
             stream = self.pieces[0](images)
@@ -164,10 +164,10 @@ class Pieces:
         return copy.deepcopy(self.pieces[place])
 
     def assemble(self, dtype: torch.dtype, block: Callable[[int, int], nn.Module]) -> Assembled:
-        """A model of copies: stem, head and what lies between stages in `dtype`, blocks as `block` makes them.
+        """Puts copies together: stem, head and downsampling in `dtype`, blocks as `block` makes them.
 
-        It is given a block's place and the place in `blocks` of the one that is alike, and gives one with weights of
-        its own, which a GPU must read.
+        `block` is given a block's place and the place in `blocks` of the one that is alike, and returns one with
+        weights of its own, which a GPU must read.
         """
         made = [
             block(i, first) if first in self.blocks else self.copy(i).to(dtype) for i, first in enumerate(self._first)
@@ -180,7 +180,7 @@ _FLOAT = (_Zeros, _Head, _MapHead)
 
 
 def write_branch(fused: GraphModule, dtype: torch.dtype) -> GraphModule:
-    """Gives what a fused block adds to the stream the type that it has in a whole model; in place."""
+    """Sets the type of a fused block's addition to the stream to its type in a whole model; in place."""
     output = next(node for node in reversed(fused.graph.nodes) if node.op == "output")
     for node in fused.graph.find_nodes(op="call_function", target=ops.linear_packed.default):
         readers = list(node.users)
@@ -196,5 +196,5 @@ def _dtype(module: nn.Module) -> torch.dtype:
 
 
 def _kind(piece: nn.Module) -> tuple[Any, ...]:
-    """The same for pieces that compute the same, but for their weights."""
+    """Returns equal keys for pieces that differ in the values of their weights alone."""
     return type(piece).__name__, tuple((name, tuple(value.shape)) for name, value in piece.state_dict().items())

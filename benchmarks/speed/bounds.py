@@ -1,8 +1,8 @@
-"""What a GPU cannot do faster: bytes over its bandwidth, products over tensor cores, exponentials over their units.
+"""Lower bounds of a GPU's time: bytes over its bandwidth, products over tensor cores, exponentials over their units.
 
-A bound of one operator reads each input once from memory and writes each result once; that of a graph is the sum over
-its operators, each at the larger of its three times, with nothing for starting them. Caches make operators faster than
-that only where what they read was written just before.
+An operator reads each input once from memory and writes each result once, and takes the larger of its three times; the
+bound of a graph is the sum over its operators, with nothing for starting them. Caches make operators faster than that
+only where their inputs were written just before.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm.benchmark.layers import Category, category
+from benchmarks.speed.layers import Category, category
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,14 +47,14 @@ GPUS = {
     "H100": GPU(bandwidth=3350, half=990, int8=1979, int4=None, processors=132, clock=1.83),
     "H200": GPU(bandwidth=4800, half=990, int8=1979, int4=None, processors=132, clock=1.83),
 }
-"""By a part of the name that the driver gives, the longer ones first."""
+"""Keyed by a part of the driver's name for the GPU, the longer ones first."""
 
 EXPONENTIALS = 16
-"""A processor's special function units compute so many a cycle."""
+"""Exponentials a cycle that the special function units of a processor compute."""
 
 
 def known(name: str) -> GPU | None:
-    """The GPU of this name, as the driver gives it."""
+    """The GPU of this name, which is the driver's."""
     return next((gpu for part, gpu in GPUS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
@@ -118,7 +118,7 @@ def _rate(gpu: GPU, bits: int) -> float:
 
 
 def _bytes(values: Any) -> dict[Any, int]:
-    """Of each memory: what different views of it hold, but not more than there is."""
+    """Bytes by storage: the sum over its different views, but not more than the storage has."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
     views = {(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x for x in tensors}
     sizes: dict[Any, int] = {}

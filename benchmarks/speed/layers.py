@@ -1,4 +1,4 @@
-"""Where the time goes: every operator of a graph timed by itself, several graphs in turn."""
+"""Times every operator of a graph by itself, several graphs in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Category(enum.StrEnum):
     CONV = "conv"
     NORM = "norm"
     LAYOUT = "layout"
-    """What moves, copies, casts or only views."""
+    """Operators that move, copy, cast or only view."""
     QUANTIZE = "quantize"
     OTHER = "other"
     """Elementwise operators and reductions."""
@@ -47,7 +47,7 @@ _NAMES = {
     ),
 }
 CATEGORIES = {name: category for category, names in _NAMES.items() for name in names.split()}
-"""Of every operator by its name, whichever library it is of."""
+"""The category of an operator's name, in any library."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,16 +62,16 @@ class Layer:
     category: Category
     seconds: float
     share: float
-    """Of the whole graph."""
+    """The part of the whole graph's time."""
     gops: float | None
-    """Of a linear, 10⁹ operations a second; a product and its sum are two."""
+    """A linear's 10⁹ operations a second; a product and its sum are two."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"category": str(self.category)}
 
 
 def category(node: Node) -> Category:
-    """`other` for an operator of which nothing is known (`is_known`)."""
+    """Returns `other` for an operator that is not known (`is_known`)."""
     return CATEGORIES.get(_op(node), Category.OTHER)
 
 
@@ -85,9 +85,9 @@ def profile(
     *,
     warmup: int = WARMUP,
     repeats: int = 20,
-    tick: Callable[[], Any] | None = None,
+    tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[Layer]]:
-    """The layers of each graph in its order, medians over the rounds; graphs take turns.
+    """Returns the layers of each graph in its order, medians over the rounds; graphs take turns.
 
     With one thread it is CPU time, as in `compare`. `tick` is called after every run of a graph.
     """
@@ -99,8 +99,7 @@ def profile(
                 if number == warmup:
                     run.seconds.clear()
                 run.run(inputs)
-                if tick is not None:
-                    tick()
+                tick()
     return {name: run.layers() for name, run in runs.items()}
 
 
@@ -155,7 +154,7 @@ class _Timed(Interpreter):
 
 
 def _op(node: Node) -> str:
-    """`linear` of `aten.linear.default`."""
+    """Returns `linear` for `aten.linear.default`."""
     if isinstance(node.target, torch._ops.OpOverload):
         return str(node.target.overloadpacket.__name__)
     return str(getattr(node.target, "__name__", node.target))

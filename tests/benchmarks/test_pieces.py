@@ -10,8 +10,8 @@ from helpers.public_models import NANO, SHORT, create
 from helpers.strategies import normal
 
 import ptq4vm
-from ptq4vm.benchmark.graphs import WARMUP, Recorded, copied, recorded
-from ptq4vm.benchmark.pieces import Pieces, write_branch
+from benchmarks.speed.graphs import WARMUP, Recorded, copied, recorded
+from benchmarks.speed.pieces import Pieces, write_branch
 from ptq4vm.config import QuantConfig
 
 IMAGES = normal(3, 3, 32, 32, seed=0)

@@ -20,9 +20,10 @@ import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import QuantConfig, ops, prepare, reference
 from ptq4vm.backend import native
 from ptq4vm.config import Learning
-from ptq4vm.graph.partition import Part, cut
+from ptq4vm.graph.partition import Block, partition_blocks
 from ptq4vm.metadata import prepared_record
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
+from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
 from ptq4vm.passes.calibrate.jlss import learn_block
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
 from ptq4vm.quantizers import Mode
@@ -80,32 +81,32 @@ def plain_fake_quantize(*inputs):
 PLAIN = {ops.selective_scan.default: plain_scan, ops.causal_conv1d.default: plain_conv}
 
 
-def block(images: torch.Tensor) -> tuple[Part, list[QuantizedLinear], dict[str, torch.Tensor]]:
+def calibrated_block(images: torch.Tensor) -> tuple[Block, list[QuantizedLinear], dict[str, torch.Tensor]]:
     """One calibrated block, its linears and its inputs."""
     model = timm.create_model("vim_small_patch16_224", depth=1).eval()
     config = QuantConfig(weight_bits=4, activation_bits=4)
     prepared = prepare(model, (images[:2],), config)
     linears = quantized_linears(prepared, [linear.name for linear in prepared_record(prepared).linears])
-    calibrate_blocks(prepared, linears, {"x": images}, config, None, False)
-    stem, part, _ = cut(prepared, [linear.node for linear in linears])
+    calibrate_blocks(prepared, linears, {"x": images}, config, None, CalibrationCallback())
+    stem, part, _ = partition_blocks(prepared, [linear.node for linear in linears])
     with torch.no_grad():
         return part, linears, stem({"x": images})
 
 
-def plain(part: Part) -> Part:
+def plain(part: Block) -> Block:
     """The same block, its parameters too, on the reference operators."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(part.module.graph, {}))
     for node in graph.nodes:
         if node.target in PLAIN:
             node.target = PLAIN[node.target]
-    return Part(part.name, fx.GraphModule(part.module, graph), part.inputs, part.outputs)
+    return Block(part.name, fx.GraphModule(part.module, graph), part.inputs, part.outputs)
 
 
 def main(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    part, linears, inputs = block(torch.randn(options.images, 3, 224, 224))
+    part, linears, inputs = calibrated_block(torch.randn(options.images, 3, 224, 224))
     for linear in linears:
         linear.input.mode = linear.weight.mode = Mode.PASS
     with torch.no_grad():
@@ -125,7 +126,7 @@ def main(options: argparse.Namespace) -> None:
                 linear.smooth.data.copy_(smooth)
             with mock.patch.object(ops, "fake_quantize", fake_quantize):
                 began = clock()
-                losses[name] = learn_block(one, linears, inputs, targets, learning, 0, lambda *_: None)
+                losses[name] = learn_block(one, linears, inputs, targets, learning, 0, lambda *_: None, {})
             seconds[name].append((clock() - began) / options.epochs)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     print(f"kernels {native.isa()}, {options.threads} threads, torch {torch.__version__}, {options.images} images")

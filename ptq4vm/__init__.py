@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ptq4vm.checkpoint import load, save
     from ptq4vm.config import Granularity, Learning, Outputs, QuantConfig, State
     from ptq4vm.finite import check_finite
+    from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _HOMES = {
     "convert": "api",
     "fuse": "api",
     "quantize": "api",
+    "CalibrationCallback": "passes.calibrate.callbacks",
     "save": "checkpoint",
     "load": "checkpoint",
     "check_finite": "finite",
@@ -37,6 +39,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrationCallback",
     "Granularity",
     "Learning",
     "Outputs",

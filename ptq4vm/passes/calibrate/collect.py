@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from ptq4vm.passes.calibrate.jlss import Values
+from ptq4vm.graph.partition import NamedTensors
 
 MOST_IMAGES = 4096
 """Images that are taken from a loader without a length: one that never ends raises an error before memory is full."""
@@ -22,7 +22,7 @@ MOST_IMAGES = 4096
 
 def collect_inputs(
     gm: GraphModule, loader: Iterable[Any], max_images: int | None = None, ends: bool = True, progress: bool = False
-) -> Values:
+) -> NamedTensors:
     """All calibration inputs by the name of their placeholder; the loader is read once and its batches are copied.
 
     An item is a tensor, a tuple or list that begins with the inputs, or a mapping or named tuple that holds them by

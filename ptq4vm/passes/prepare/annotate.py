@@ -65,7 +65,7 @@ class TokenQuantizer(Quantizer):
     def _spec(self, kind: Any, spec: QuantSpec, kept: int | None = None) -> QuantizationSpec:
         """One object for equal ones: linears that read one input then share its fake-quantizer."""
         if (kind, spec, kept) not in self.specs:
-            make = kind.with_args(spec=spec, granularity=self.config.granularity, kept=kept)
+            make = kind.with_args(spec=spec, granularity=self.config.granularity, float_token_index=kept)
             self.specs[kind, spec, kept] = _specification(spec, make)
         return self.specs[kind, spec, kept]
 

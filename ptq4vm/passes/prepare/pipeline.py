@@ -61,7 +61,7 @@ def prepared_from(
     gm = portable(insert_fake_quantizers(gm, config, sites), type(gm).__name__)
     for linear in quantized_linears(gm, [linear.name for linear in linears]):
         source = sources[linear.name]
-        linear.input.follows = None if source is None else source.name
+        linear.input.shares_qparams_with = None if source is None else source.name
     shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
     record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
     return set_record(gm, record)

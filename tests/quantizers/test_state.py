@@ -28,5 +28,5 @@ def test_it_is_in_the_state_and_moves(make, names):
 @pytest.mark.parametrize("make", [activation, weight])
 def test_before_it_is_calibrated_nothing_is_there(make):
     fake = type(make())(*((make().spec, Granularity.PER_TOKEN) if make is activation else (make().spec,)))
-    assert fake.scale is None and fake.log_factor is None and fake.tap is None and fake.name == ""
+    assert fake.scale is None and fake.log_factor is None and not fake.observations and fake.name == ""
     assert not {"scale", "zero_point"} & fake.state_dict().keys()

@@ -53,7 +53,7 @@ class BlockQuantizers:
         return cls(prepared, block, inside, *others)
 
     def __bool__(self) -> bool:
-        return any(True for _ in self._modules())
+        return any(self._modules())
 
     def _modules(self) -> Iterator[FakeQuantize]:
         return (module for module in self.block.module.modules() if isinstance(module, FakeQuantize))
@@ -80,35 +80,30 @@ class BlockQuantizers:
 
     def state(self) -> NamedTensors:
         """Returns all that calibration sets in the block: that part of the prepared graph's `state_dict`."""
-        modules = set(self._modules())
+        modules, sites = set(self._modules()), (self.linears, self.convolutions, self.scans)
         owners = {path for path, module in self.prepared.named_modules() if module in modules}
-        for sites in (self.linears, self.convolutions, self.scans):
-            owners |= {site.name for site in sites}
-        whole = self.prepared.state_dict()
-        return {path: whole[path] for path in whole if _owner(path) in owners and _leaf(path) in RESULTS}
+        owners |= {site.name for each in sites for site in each}
+        wanted = {f"{owner}.{leaf}" for owner in owners for leaf in RESULTS}
+        return {path: value for path, value in self.prepared.state_dict().items() if path in wanted}
 
-    def load_state(self, state: NamedTensors) -> None:
+    def restore(self, state: NamedTensors, float_inputs: NamedTensors) -> NamedTensors:
+        """Loads what `state` returned; returns the block's outputs in floating point, as `collect` did.
+
+        The scans' factors come before, since they change what x_proj returns, and the smoothing after.
+        """
+        factors = {path: value for path, value in state.items() if path.rpartition(".")[2] in FACTORS}
+        self.prepared.load_state_dict(factors, strict=False)
+        outputs = self.run(float_inputs, Mode.PASS)
         self.prepared.load_state_dict(state, strict=False)
-
-    def load_factors(self, state: NamedTensors) -> None:
-        """Loads the scans' factors alone, which change what the block computes in floating point."""
-        self.load_state({path: value for path, value in state.items() if _leaf(path) in FACTORS})
+        return outputs
 
     def reset(self) -> None:
         """Returns to the state that `prepare` left."""
         for path, value in self.state().items():
-            if (neutral := NEUTRAL.get(_leaf(path))) is not None:
-                value.fill_(neutral)
+            if (leaf := path.rpartition(".")[2]) in NEUTRAL:
+                value.fill_(NEUTRAL[leaf])
         for module in self._modules():
             module.reset()
-
-
-def _owner(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 @torch.no_grad()

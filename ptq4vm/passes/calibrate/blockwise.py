@@ -87,7 +87,7 @@ def _calibrate_parts(
         if stored is None:
             targets, report = calibrate_block(part, streams, config, config.seed + index, fisher, callback)
         else:
-            targets, report = _restored(part, streams, stored[0]), stored[1]
+            targets, report = part.restore(stored[0], streams.float_inputs), stored[1]
         outputs = part.run(streams.quantized_inputs, Mode.QUANTIZE)
         if stored is None:
             _check_outputs(part.block, outputs)
@@ -129,14 +129,6 @@ def _pass_on(part: BlockQuantizers, streams: Streams, needed: set[str]) -> None:
     """Runs a block without quantizers, once where both streams are one."""
     same, outputs = streams.quantized_inputs is streams.float_inputs, part.run(streams.float_inputs, Mode.PASS)
     streams.advance(outputs, outputs if same else part.run(streams.quantized_inputs, Mode.PASS), needed)
-
-
-def _restored(part: BlockQuantizers, streams: Streams, state: NamedTensors) -> NamedTensors:
-    """Loads a finished block; returns its outputs in floating point, as they were before it was smoothed."""
-    part.load_factors(state)
-    outputs = part.run(streams.float_inputs, Mode.PASS)
-    part.load_state(state)
-    return outputs
 
 
 def mirrored(images: NamedTensors) -> NamedTensors:

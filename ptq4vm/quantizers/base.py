@@ -1,4 +1,4 @@
-"""What fake-quantizers share: modes, observations, results in buffers, a scale that can learn.
+"""The base of all fake-quantizers: modes, observations, results in buffers, a scale that can learn.
 
 They compute exactly what `reference.py` does, in floating point and with straight-through gradients. `mode` is a Python
 attribute, so that nothing synchronises with a device. `convert` hands the integers to torchao.
@@ -40,7 +40,7 @@ quantized_decomposed = torch.ops.quantized_decomposed
 
 
 class Mode(enum.Enum):
-    """How a fake-quantizer treats a tensor: it is passed on, observed and passed on, or rounded."""
+    """The treatment of a tensor: it is passed on, observed and passed on, or rounded."""
 
     PASS = "pass"
     OBSERVE = "observe"
@@ -62,7 +62,7 @@ class FakeQuantize(FakeQuantizeBase):
     choose_qparams: Callable[..., None]
     """Sets `RESULTS`, from the observations or from what they were made into."""
     quantized: Callable[..., Tensor]
-    """Returns what `forward` returns while it quantizes."""
+    """Returns the rounded value in floating point."""
 
     def __init__(self, spec: QuantSpec, **_: Any) -> None:
         super().__init__()

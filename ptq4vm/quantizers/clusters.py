@@ -17,7 +17,7 @@ ROUNDS = 100
 
 
 class Statistics:
-    """What the scales of a value x (images, …) are found from, over all images; J tokens or channels on one axis."""
+    """Sums, maxima and samples of a value x (images, …) over all images, for J tokens or channels on one axis."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -39,7 +39,7 @@ class OutputFakeQuantize(FakeQuantize):
     def choose_qparams(self, config: QuantConfig) -> None:
         statistics, search = self.observations, config.range_search
         if not torch.isfinite(statistics.largest).all():
-            raise ValueError(f"{self.name}: it gives values that are not finite; check the checkpoint and the images")
+            raise ValueError(f"{self.name}: it returns values that are not finite; check the checkpoint and the images")
         if self.granularity is Granularity.PER_TENSOR:
             self.scale = statistics.scale(self.spec, search)
         else:

@@ -1,4 +1,4 @@
-"""How much a model's output depends on each entry of what its blocks hand on: the diagonal of a Fisher matrix.
+"""The diagonal of a Fisher matrix: how much a model's output depends on each entry that its blocks hand on.
 
 A small change Δ of a block's output changes the predicted distribution by a KL divergence of ½ E[(gᵀΔ)²], where g is
 the gradient of the logits along a random direction of their own Fisher matrix diag(p) - p pᵀ. BRECQ (Li et al. 2021)

@@ -43,7 +43,7 @@ class Finished:
         return self.folder / f"block_{index:03d}.safetensors"
 
     def read(self, index: int) -> tuple[NamedTensors, dict[str, Any]] | None:
-        """The tensors and the report of a block, or None. Raises ValueError unless every bit is as it was written."""
+        """Returns the state and the report of a block, or None; raises ValueError unless every bit is as it was."""
         if self.folder is None or not self._path(index).exists():
             return None
         try:
@@ -57,7 +57,7 @@ class Finished:
             replace_file(self._path(index), lambda temporary: temporary.write_bytes(data))
 
     def _encoded(self, index: int, tensors: NamedTensors, report: dict[str, Any]) -> bytes:
-        """A safetensors file, the same for the same block; some tensors may share memory, so they come as copies."""
+        """Returns a safetensors file, the same for the same block; tensors may share memory, so they come as copies."""
         text = json.dumps(report)
         digest = _digest({"run": self.fingerprint, "index": index, "report": text}, tensors)
         return save(tensors, {"block": json.dumps({"digest": digest, "report": text})})
@@ -128,9 +128,10 @@ def _locked(folder: Path) -> Iterator[None]:
 def run_facts(
     prepared: GraphModule, blocks: Sequence[Block], images: NamedTensors, config: QuantConfig
 ) -> dict[str, str | int]:
-    """All that decides the bytes of a calibration: digests of what is large, the rest as it is."""
-    tensors = {str(node.target): attribute(prepared, str(node.target)) for node in _constants(prepared)}
-    tensors |= dict(prepared.named_buffers())
+    """Returns all that decides the bytes of a calibration: digests of what is large, the rest as it is."""
+    paths = [str(node.target) for node in prepared.graph.find_nodes(op="get_attr")]
+    values = {path: attribute(prepared, path) for path in paths} | dict(prepared.named_buffers())
+    tensors = {path: value for path, value in values.items() if isinstance(value, Tensor)}
     parameters = dict(prepared.named_parameters())
     import ptq4vm  # its version; the package imports this module
 
@@ -149,10 +150,6 @@ def run_facts(
     }
 
 
-def _constants(gm: GraphModule) -> list[Any]:
-    return [node for node in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, str(node.target)), Tensor)]
-
-
 _WAYS = {
     "config": "another config",
     "images": "other images",
@@ -164,7 +161,7 @@ _WAYS = {
     "kernels": "the kernels {have} (this run has {want})",
     "threads": "{have} threads (this run has {want}: call torch.set_num_threads({have}))",
 }
-"""How a fact is told that differs."""
+"""The words for a fact that differs."""
 
 
 def _check_manifest(path: Path, facts: Mapping[str, Any]) -> None:
@@ -182,7 +179,7 @@ def _check_manifest(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _digest(facts: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of facts and of the names, types, shapes and bytes of tensors."""
+    """Returns the SHA-256 of facts and of the names, types, shapes and bytes of tensors."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())

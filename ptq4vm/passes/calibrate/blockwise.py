@@ -20,7 +20,7 @@ from ptq4vm.config import Loss, QuantConfig
 from ptq4vm.graph.partition import Block, NamedTensors, partition_blocks
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers
 from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
-from ptq4vm.passes.calibrate.correct import correct_biases, round_weights
+from ptq4vm.passes.calibrate.correct import correct_and_round
 from ptq4vm.passes.calibrate.fisher import fisher_diagonal
 from ptq4vm.passes.calibrate.jlss import block_loss, learn_block, residual_streams
 from ptq4vm.passes.calibrate.ranges import choose_qparams, collect
@@ -108,21 +108,17 @@ def calibrate_block(
     callback: CalibrationCallback,
 ) -> tuple[NamedTensors, dict[str, Any]]:
     """Collects, chooses, corrects and rounds, learns; returns the outputs in floating point and the block's report."""
-    report: dict[str, Any] = {"block": part.block.name, "linears": [linear.name for linear in part.linears]}
-    targets, inputs = collect(part, streams.float_inputs, config), streams.quantized_inputs
+    inputs, name = streams.quantized_inputs, part.block.name
+    targets = collect(part, streams.float_inputs, config)
     choose_qparams(part, config)
     _check_outputs(part.block, targets)
-    if config.bias_correction:
-        correct_biases(part, inputs)
-    if config.gptq:
-        round_weights(part, inputs)
+    correct_and_round(part, inputs, config)
     part.forget()
     part.set_mode(Mode.QUANTIZE)
-    if config.learning is not None and part.linears:
-        show = functools.partial(callback.on_epoch, part.block.name)
-        losses = learn_block(part.block, part.linears, inputs, targets, config.learning, seed, show, fisher)
-        report |= {} if losses is None else {"loss_before": losses[0], "loss_after": losses[1]}
-    return targets, report
+    report_epoch = functools.partial(callback.on_epoch, name)
+    losses = learn_block(part.block, part.linears, inputs, targets, config.learning, seed, report_epoch, fisher)
+    report: dict[str, Any] = {"block": name, "linears": [linear.name for linear in part.linears]}
+    return targets, report | ({} if losses is None else {"loss_before": losses[0], "loss_after": losses[1]})
 
 
 def _pass_on(part: BlockQuantizers, streams: Streams, needed: set[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import NamedTensors
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers, run_block
 from ptq4vm.passes.calibrate.gptq import Moments, best_ridge, compensated_weight, gptq_codes
@@ -18,6 +19,14 @@ from ptq4vm.quantizers.clusters import Statistics
 
 CORRECTED_IMAGES = 64
 """Images over which the errors of convolutions are averaged."""
+
+
+def correct_and_round(quantizers: BlockQuantizers, inputs: NamedTensors, config: QuantConfig) -> None:
+    """Does what the config wants; `inputs` are those of the block after the blocks quantized so far."""
+    if config.bias_correction:
+        correct_biases(quantizers, inputs)
+    if config.gptq:
+        round_weights(quantizers, inputs)
 
 
 @torch.no_grad()

@@ -100,7 +100,7 @@ def learn_block(
     linears: Sequence[QuantizedLinear],
     inputs: NamedTensors,
     targets: NamedTensors,
-    config: Learning,
+    config: Learning | None,
     seed: int,
     report: Callable[[int, float], None],
     fisher: NamedTensors,
@@ -110,10 +110,12 @@ def learn_block(
     `report(epoch, loss)` is called after every epoch with its mean loss. Returns None where nothing learns.
     `fisher` is the diagonal for the outputs' entries, which `Loss.FISHER` alone reads; without it all count alike.
     """
-    channels = len(linears[-1].weight.calculate_qparams()[0])
+    if config is None:
+        return None
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
     if not chosen:
         return None
+    channels = len(linears[-1].weight.calculate_qparams()[0])
     groups = learnables(chosen, config)
     images = len(next(iter(targets.values())))
     merged = _merged(block)

@@ -56,51 +56,52 @@ def calibrate_blocks(
     whole.reset()
     images = mirrored(images) if config.mirror else images
     blocks = partition_blocks(prepared, [site.node for site in whole.linears or whole.scans])
-    parts = [BlockQuantizers.of(prepared, block, linears) for block in blocks]
+    per_block = [BlockQuantizers.of(prepared, block, linears) for block in blocks]
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     with finished_blocks(resume_dir, prepared, blocks, images, config) as finished, contextlib.ExitStack() as stack:
         stack.callback(callback.on_end)
-        callback.on_start([part.block.name for part in parts if part], config.learning.epochs if config.learning else 1)
-        return _calibrate_parts(parts, images, config, finished, callback)
+        epochs = config.learning.epochs if config.learning else 1
+        callback.on_start([quantizers.block.name for quantizers in per_block if quantizers], epochs)
+        return _calibrate_all(per_block, images, config, finished, callback)
 
 
-def _calibrate_parts(
-    parts: Sequence[BlockQuantizers],
+def _calibrate_all(
+    per_block: Sequence[BlockQuantizers],
     images: NamedTensors,
     config: QuantConfig,
     finished: Finished,
     callback: CalibrationCallback,
 ) -> list[dict[str, Any]]:
-    """Calibrates every block, or takes it from an earlier run."""
-    blocks, reports, streams = [part.block for part in parts], [], Streams(images, images)
+    """Calibrates one block after another, or takes it from an earlier run."""
+    blocks, reports, streams = [quantizers.block for quantizers in per_block], [], Streams(images, images)
     weighted = config.learning is not None and config.learning.loss is Loss.FISHER
     show = callback.on_fisher_batch
-    diagonals = fisher_diagonal(blocks, images, config.seed, show) if weighted else [{} for _ in parts]
-    for index, (part, fisher) in enumerate(zip(parts, diagonals, strict=True)):
+    diagonals = fisher_diagonal(blocks, images, config.seed, show) if weighted else [{} for _ in per_block]
+    for index, (quantizers, fisher) in enumerate(zip(per_block, diagonals, strict=True)):
         needed = {name for later in blocks[index + 1 :] for name in later.inputs}
-        if not part:
-            _pass_on(part, streams, needed)
+        if not quantizers:
+            _pass_on(quantizers, streams, needed)
             continue
-        callback.on_block_start(part.block.name)
+        callback.on_block_start(quantizers.block.name)
         stored = finished.read(index)
         if stored is None:
-            targets, report = calibrate_block(part, streams, config, config.seed + index, fisher, callback)
+            targets, report = calibrate_block(quantizers, streams, config, config.seed + index, fisher, callback)
         else:
-            targets, report = part.restore(stored[0], streams.float_inputs), stored[1]
-        outputs = part.run(streams.quantized_inputs, Mode.QUANTIZE)
+            targets, report = quantizers.restore(stored[0], streams.float_inputs), stored[1]
+        outputs = quantizers.run(streams.quantized_inputs, Mode.QUANTIZE)
         if stored is None:
-            _check_outputs(part.block, outputs)
-            report["cosine_loss"] = _stream_loss(outputs, targets, part.linears)
-            finished.write(index, part.state(), report)
+            _check_outputs(quantizers.block, outputs)
+            report["cosine_loss"] = _stream_loss(outputs, targets, quantizers.linears)
+            finished.write(index, quantizers.state(), report)
         streams.advance(targets, outputs, needed)
         reports.append(report)
-        callback.on_block_end(part.block.name, report)
+        callback.on_block_end(quantizers.block.name, report)
     return reports
 
 
 def calibrate_block(
-    part: BlockQuantizers,
+    quantizers: BlockQuantizers,
     streams: Streams,
     config: QuantConfig,
     seed: int,
@@ -108,23 +109,23 @@ def calibrate_block(
     callback: CalibrationCallback,
 ) -> tuple[NamedTensors, dict[str, Any]]:
     """Collects, chooses, corrects and rounds, learns; returns the outputs in floating point and the block's report."""
-    inputs, name = streams.quantized_inputs, part.block.name
-    targets = collect(part, streams.float_inputs, config)
-    choose_qparams(part, config)
-    _check_outputs(part.block, targets)
-    correct_and_round(part, inputs, config)
-    part.forget()
-    part.set_mode(Mode.QUANTIZE)
-    report_epoch = functools.partial(callback.on_epoch, name)
-    losses = learn_block(part.block, part.linears, inputs, targets, config.learning, seed, report_epoch, fisher)
-    report: dict[str, Any] = {"block": name, "linears": [linear.name for linear in part.linears]}
+    block, linears, inputs = quantizers.block, quantizers.linears, streams.quantized_inputs
+    targets = collect(quantizers, streams.float_inputs, config)
+    choose_qparams(quantizers, config)
+    _check_outputs(block, targets)
+    correct_and_round(quantizers, inputs, config)
+    quantizers.forget()
+    quantizers.set_mode(Mode.QUANTIZE)
+    show = functools.partial(callback.on_epoch, block.name)
+    losses = learn_block(block, linears, inputs, targets, config.learning, seed, show, fisher)
+    report: dict[str, Any] = {"block": block.name, "linears": [linear.name for linear in linears]}
     return targets, report | ({} if losses is None else {"loss_before": losses[0], "loss_after": losses[1]})
 
 
-def _pass_on(part: BlockQuantizers, streams: Streams, needed: set[str]) -> None:
+def _pass_on(quantizers: BlockQuantizers, streams: Streams, needed: set[str]) -> None:
     """Runs a block without quantizers, once where both streams are one."""
-    same, outputs = streams.quantized_inputs is streams.float_inputs, part.run(streams.float_inputs, Mode.PASS)
-    streams.advance(outputs, outputs if same else part.run(streams.quantized_inputs, Mode.PASS), needed)
+    same, outputs = streams.quantized_inputs is streams.float_inputs, quantizers.run(streams.float_inputs, Mode.PASS)
+    streams.advance(outputs, outputs if same else quantizers.run(streams.quantized_inputs, Mode.PASS), needed)
 
 
 def mirrored(images: NamedTensors) -> NamedTensors:

@@ -86,22 +86,45 @@ def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
 
 def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Block:
     body = [node for node in gm.graph.nodes if places.get(node) == index]
+    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
+    results = set(output.all_input_nodes)
+    inputs = _inputs(body, places, images)
+    graph, copies = _copied(body, places, inputs)
+    outputs, scalars = _outputs(body, places, results, images)
+    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
+    graph.lint()
+    return Block(
+        name,
+        fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}"),
+        inputs=tuple(node.name for node in inputs),
+        outputs=tuple(node.name for node in outputs),
+        scalars=tuple(node.name for node in scalars),
+        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
+    )
+
+
+def _inputs(body: Sequence[Node], places: dict[Node, int], images: set[str]) -> list[Node]:
+    """Returns the tensors that a piece reads and that depend on the input; each has the batch as its first axis."""
     inside = set(body)
-    graph = fx.Graph()
-    copies: dict[Node, Node] = {}
     sources = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
     tensors = [node for node in sources if (node.op == "placeholder" or node in places) and _is_tensor(node)]
-    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
     for node in tensors:
         if str(_batch(node)) not in images:
             raise _misfit(node)
+    return tensors
+
+
+def _copied(body: Sequence[Node], places: dict[Node, int], inputs: Sequence[Node]) -> tuple[fx.Graph, dict[Node, Node]]:
+    """Copies a piece into a graph of its own, with all that it reads and that depends on parameters or sizes alone."""
+    graph, inside = fx.Graph(), set(body)
+    copies: dict[Node, Node] = {}
+    for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta.update(node.meta)
 
     def copied(node: Node) -> Node:
-        # what depends on parameters or on sizes alone is computed in every piece that reads it
         if node not in copies:
-            source = _sized(node, tensors) if node not in inside and node in places else None
+            source = _sized(node, inputs) if node not in inside and node in places else None
             if source is None:
                 copies[node] = graph.node_copy(node, copied)
             else:
@@ -110,29 +133,20 @@ def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, outp
 
     for node in body:
         copied(node)
-    results = set(output.all_input_nodes)
+    return graph, copies
+
+
+def _outputs(
+    body: Sequence[Node], places: dict[Node, int], results: set[Node], images: set[str]
+) -> tuple[list[Node], list[Node]]:
+    """Returns the tensors of a piece that others read or learning compares, and its results without a batch."""
+    inside = set(body)
     scalars = [node for node in body if node in results and _is_tensor(node) and str(_batch(node)) not in images]
     # what learning can compare where an output itself has no batch or no gradient
     idle = [node for node in body if node in results and (node in scalars or not _is_float(node))]
-    before = {source for node in idle for source in _with_batch(node, inside, images)}
-    outputs = [
-        node
-        for node in body
-        if (node in results or node in before or any(places.get(user, index) != index for user in node.users))
-        and _is_tensor(node)
-        and node not in scalars
-    ]
-    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
-    graph.lint()
-    module = fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}")
-    return Block(
-        name,
-        module,
-        inputs=tuple(node.name for node in tensors),
-        outputs=tuple(node.name for node in outputs),
-        scalars=tuple(node.name for node in scalars),
-        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
-    )
+    wanted = results | {source for node in idle for source in _with_batch(node, inside, images)}
+    wanted |= {node for node in body if any(user in places and user not in inside for user in node.users)}
+    return [node for node in body if node in wanted and _is_tensor(node) and node not in scalars], scalars
 
 
 def _with_batch(node: Node, inside: set[Node], images: set[str]) -> set[Node]:

@@ -18,6 +18,7 @@ from ptq4vm.graph.model_copy import own_tensors
 from ptq4vm.graph.verify import is_lowered
 from ptq4vm.metadata import Stage, prepared_record, update_record
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
+from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, ProgressBar
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
@@ -64,6 +65,7 @@ def calibrate(
     max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[CalibrationCallback] = (),
 ) -> GraphModule:
     """Finds smoothing vectors, scales and zero points, block by block; then `prepared` simulates the quantized model.
 
@@ -77,6 +79,7 @@ def calibrate(
         resume_dir: keeps every finished block in this folder: an interrupted run continues and ends with the same
             bytes. The folder is bound to the model, config, images, versions, kernels and number of threads.
         progress: shows progress bars.
+        callbacks: objects that follow the calibration, block by block and epoch by epoch.
 
     Returns:
         `prepared`.
@@ -85,7 +88,7 @@ def calibrate(
         ValueError: for a batch that does not fit, naming it; for values that are not finite, naming the layer; for a
             `resume_dir` of another run, naming what differs, or one that another process uses.
     """
-    return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress)
+    return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress, callbacks)
 
 
 def _calibrate(
@@ -95,6 +98,7 @@ def _calibrate(
     max_images: int | None,
     resume_dir: str | Path | None,
     progress: bool,
+    callbacks: Sequence[CalibrationCallback],
 ) -> GraphModule:
     record = prepared_record(prepared)
     if isinstance(loader, Tensor):
@@ -104,7 +108,8 @@ def _calibrate(
     images = collect_inputs(prepared, loader, max_images, ends, progress)
     update_record(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
-    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
+    bar = (ProgressBar(),) if progress else ()
+    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, Callbacks((*bar, *callbacks)))
     return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
@@ -157,6 +162,7 @@ def quantize(
     max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[CalibrationCallback] = (),
 ) -> GraphModule:
     """prepare, calibrate and convert in one call; the first batch holds the example inputs.
 
@@ -171,7 +177,7 @@ def quantize(
         raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
     prepared = prepare(model, tuple(select_inputs(first[0], _input_names(model), "calibration batch 0")), config)
     items = itertools.chain(first, batches)
-    return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress))
+    return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress, callbacks))
 
 
 def _input_names(model: nn.Module) -> Sequence[str]:

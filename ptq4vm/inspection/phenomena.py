@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vm.metadata import Stage, prepared_record
-from ptq4vm.passes.quantized import quantized_linears, tap_inputs
+from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
 
 
@@ -51,13 +51,14 @@ def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Pheno
     if record.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
     linears = quantized_linears(prepared)
-    seen = tap_inputs(linears)
     for linear in linears:
-        linear.input.mode = Mode.PASS
+        linear.input.forget()
+        linear.input.mode = Mode.OBSERVE
     try:
         for batch in batches:
             prepared(batch)
-        return {linear.name: phenomena(torch.cat(seen[linear.input])) for linear in linears}
+        return {linear.name: phenomena(torch.cat(linear.input.observations)) for linear in linears}
     finally:
         for linear in linears:
-            linear.input.tap = None
+            linear.input.forget()
+            linear.input.mode = Mode.PASS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +115,4 @@ def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
     ]
 
 
-_SETTINGS = ("spec", "name", "granularity", "kept", "follows", "axis", "power_of_two")
-
-
-def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantize, list[Tensor]]:
-    """What will reach each linear's input, piece by piece, until its tap is None; some linears share one."""
-    seen: dict[ActivationFakeQuantize, list[Tensor]] = {linear.input: [] for linear in linears}
-    for quantizer, pieces in seen.items():
-        quantizer.tap = pieces.append
-    return seen
+_SETTINGS = ("spec", "name", "granularity", "float_token_index", "shares_qparams_with", "axis", "power_of_two")

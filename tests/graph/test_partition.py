@@ -10,7 +10,7 @@ from helpers.strategies import normal
 from torch.utils._pytree import tree_leaves
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.graph.partition import cut
+from ptq4vm.graph.partition import partition_blocks
 from ptq4vm.metadata import record_of
 from ptq4vm.passes.quantized import quantized_linears
 
@@ -107,7 +107,7 @@ def test_the_pieces_compute_the_graph(flow):
     prepared = prepare(model, (X,), LEARNED)
     linears = quantized_linears(prepared)
     values, returned = {"x": X}, {}
-    for part in cut(prepared, [linear.node for linear in linears]):
+    for part in partition_blocks(prepared, [linear.node for linear in linears]):
         values |= part({name: values[name] for name in part.inputs})
         returned |= {name: values[name] for name in part.results}
         assert all(len(values[name]) == len(X) for name in part.outputs)

@@ -11,8 +11,8 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import record_of
 from ptq4vm.ops.quantization import affine_qparams
+from ptq4vm.passes.calibrate import block_quantizers, correct
 from ptq4vm.passes.calibrate import blockwise as module
-from ptq4vm.passes.calibrate import observers
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
 from ptq4vm.specs import Granularity, Learning, Loss
@@ -37,10 +37,9 @@ def saved(gm, folder) -> list[bytes]:
 def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images):
     gm = roads.prepared(QuantConfig.minmax(8, activations={"granularity": Granularity.PER_TOKEN}))
     linear = linears_of(gm)[0]
-    seen = []
-    linear.input.tap = seen.append
+    linear.input.mode = Mode.OBSERVE
     gm(images)
-    (x,) = seen
+    (x,) = linear.input.observations
     calibrate(gm, images.split(5), progress=False)
     linear = linears_of(gm)[0]
     want = affine_qparams(x.amin((0, 2)), x.amax((0, 2)), 8)
@@ -58,7 +57,7 @@ def test_every_linear_gets_its_qparams(roads, granularity):
         assert linear.weight.scale.shape == (fact.out_features,)
         assert linear.smooth is not None and linear.smooth.any()
         assert linear.input.mode is linear.weight.mode is Mode.QUANTIZE
-        assert linear.input.tap is None
+        assert linear.input.observations == []
 
 
 def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
@@ -71,7 +70,7 @@ def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
 def test_more_images_than_run_at_once(roads, images, monkeypatch):
     gm, again = roads.prepared(UNLEARNED), roads.prepared(UNLEARNED)
     calibrate(gm, [images], progress=False)
-    monkeypatch.setattr(observers, "FORWARD_BATCH", 5)
+    monkeypatch.setattr(block_quantizers, "FORWARD_BATCH", 5)
     calibrate(again, [images], progress=False)
     for a, b in zip(linears_of(gm), linears_of(again), strict=True):
         assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)
@@ -181,13 +180,15 @@ def interrupt(monkeypatch, gm, images, folder, block: int) -> None:
     monkeypatch.undo()
 
 
-def test_a_block_learns_with_its_own_importance_and_is_compensated_as_the_halves_say(monkeypatch, roads, images):
+def test_a_block_learns_with_its_own_fisher_diagonal_and_is_compensated_as_the_halves_say(monkeypatch, roads, images):
     given, learned, ridges = [], {}, []
-    monkeypatch.setattr(module, "importance", lambda parts, *_: given.extend({"of": p.name} for p in parts) or given)
+    monkeypatch.setattr(
+        module, "fisher_diagonal", lambda blocks, *_: given.extend({"of": b.name} for b in blocks) or given
+    )
     monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.update({part.name: rest[-1]["of"]}))
-    monkeypatch.setattr(module, "best_ridge", lambda *_: 7.0)
-    compensated = module.compensated_weight
-    monkeypatch.setattr(module, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
+    monkeypatch.setattr(correct, "best_ridge", lambda *_: 7.0)
+    compensated = correct.compensated_weight
+    monkeypatch.setattr(correct, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
     config = QuantConfig.w4a4(best=True, learning=Learning(epochs=1, loss=Loss.FISHER))
     calibrate(roads.prepared(config), [images], progress=False)
     assert learned == {"layers.0": "layers.0", "layers.1": "layers.1"}
@@ -314,4 +315,4 @@ def test_linears_that_share_their_input_are_both_seen(smoothing):
     figures = observe(prepared, [x, x])
     assert figures["first"] == figures["second"]
     calibrate(prepared, [x], progress=False)
-    assert all(linear.input.tap is None and linear.weight.codes is not None for linear in linears_of(prepared))
+    assert all(linear.input.observations == [] and linear.weight.codes is not None for linear in linears_of(prepared))

@@ -82,7 +82,7 @@ def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
     outputs = {output.name: output.fake for output in quantized_outputs(kscaled)}
     followers = 0
     for linear in quantized_linears(kscaled):
-        source = outputs.get(linear.input.follows)
+        source = outputs.get(linear.input.shares_qparams_with)
         if source is None:
             continue
         followers += 1

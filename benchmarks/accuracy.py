@@ -42,8 +42,8 @@ from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantCon
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.files import replace_file
-from ptq4vm.metadata import record_of
-from ptq4vm.models.outliers import harden
+from ptq4vm.metadata import metadata_of
+from ptq4vm.models.outliers import inject_outliers
 from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
 from ptq4vm.report import model_bytes, table
 
@@ -111,7 +111,7 @@ class Subject:
     def __init__(self, name: str, variant: str, data_dir: str, test_images: int | None) -> None:
         self.model = timm.create_model(name, pretrained=True).eval()
         if variant == "hard":
-            harden(self.model)
+            inject_outliers(self.model)
         transform = transform_for(self.model)
         self.train = open_dataset(data_dir, "train", transform)
         test: Any = open_dataset(data_dir, "test", transform, num_classes=self.model.num_classes)
@@ -136,7 +136,7 @@ class Subject:
         started = time.perf_counter()
         ptq4vm.calibrate(prepared, batches, progress=False)
         seconds = time.perf_counter() - started
-        blocks = record_of(prepared).blocks
+        blocks = metadata_of(prepared).blocks
         quantized = ptq4vm.convert(prepared)
         found = self.evaluate(ptq4vm.fuse(quantized))
         return {

@@ -21,7 +21,7 @@ from ptq4vm import QuantConfig, ops, prepare, reference
 from ptq4vm.backend import native
 from ptq4vm.config import Learning
 from ptq4vm.graph.partition import Part, cut
-from ptq4vm.metadata import prepared_record
+from ptq4vm.metadata import prepared_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.jlss import learn_block
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
@@ -85,7 +85,7 @@ def block(images: torch.Tensor) -> tuple[Part, list[QuantizedLinear], dict[str, 
     model = timm.create_model("vim_small_patch16_224", depth=1).eval()
     config = QuantConfig(weight_bits=4, activation_bits=4)
     prepared = prepare(model, (images[:2],), config)
-    linears = quantized_linears(prepared, [linear.name for linear in prepared_record(prepared).linears])
+    linears = quantized_linears(prepared, [linear.name for linear in prepared_metadata(prepared).linears])
     calibrate_blocks(prepared, linears, {"x": images}, config, None, False)
     stem, part, _ = cut(prepared, [linear.node for linear in linears])
     with torch.no_grad():

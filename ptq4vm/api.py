@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.model_copy import own_tensors
 from ptq4vm.graph.pipeline import Pipeline, is_lowered
-from ptq4vm.metadata import Stage, prepared_record, update_record
+from ptq4vm.metadata import Stage, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.fuse import fuse as fuse_producers
@@ -97,16 +97,16 @@ def _calibrate(
     resume_dir: str | Path | None,
     progress: bool,
 ) -> GraphModule:
-    record = prepared_record(prepared)
+    metadata = prepared_metadata(prepared)
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
-    linears = quantized_linears(prepared, [linear.name for linear in record.linears])
+    linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])
     images = collect_inputs(prepared, loader, max_images, ends, progress)
-    update_record(prepared, stage=Stage.PREPARED, blocks=())
+    update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
-    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
-    return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
+    blocks = calibrate_blocks(prepared, linears, images, metadata.config, folder, progress)
+    return update_metadata(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
 @_with_gradients
@@ -115,7 +115,7 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
     `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
     """
-    if prepared_record(prepared).stage is not Stage.CALIBRATED:
+    if prepared_metadata(prepared).stage is not Stage.CALIBRATED:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )

@@ -18,14 +18,14 @@ from torch.fx import GraphModule
 
 from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph.pipeline import is_lowered
-from ptq4vm.metadata import FUSIONS, Stage, record_of
+from ptq4vm.metadata import FUSIONS, Stage, metadata_of
 from ptq4vm.serialization import version_1 as checkpoint_v1
 from ptq4vm.serialization.content import (
     METHOD,
     CheckpointError,
     NotPortable,
     assemble,
-    describe_record,
+    describe_metadata,
     dumps,
     read_content,
 )
@@ -55,13 +55,13 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
     Example:
         >>> ptq4vm.save(quantized, "vim-tiny-w8a8")  # doctest: +SKIP
     """
-    record, folder = record_of(quantized), free_folder(folder)
+    metadata, folder = metadata_of(quantized), free_folder(folder)
     if FUSIONS in quantized.meta:
         raise ValueError("a fused model is laid out for this machine: save the one that ptq4vm.fuse was given")
-    if record.stage is not Stage.CONVERTED or not is_lowered(quantized):
+    if metadata.stage is not Stage.CONVERTED or not is_lowered(quantized):
         raise ValueError("only lowered models are saved: call ptq4vm.convert(prepared) without lower=False")
     data = dumps(quantized)
-    config = describe_record(record) | {"model_sha256": read_content(data)["sha256"]}
+    config = describe_metadata(metadata) | {"model_sha256": read_content(data)["sha256"]}
     for path in leftovers(folder):
         _log.warning("%s was left by a process that was killed while it saved a model here: delete it", path)
     replace_file(folder / WEIGHTS, lambda temporary: temporary.write_bytes(data))

@@ -28,7 +28,7 @@ class Stage(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearRecord:
+class LinearMetadata:
     """A quantized linear: (B, tokens, in_features) → (B, tokens, out_features)."""
 
     name: str
@@ -38,11 +38,11 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class QuantizationMetadata:
     """Where a graph comes from, and what was decided about it."""
 
     config: QuantConfig
-    linears: tuple[LinearRecord, ...]
+    linears: tuple[LinearMetadata, ...]
     input_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the inputs, without the batch."""
     architecture: dict[str, Any] | None
@@ -52,29 +52,29 @@ class Record:
     """One report of calibration a block: its linears, and the losses before and after learning."""
 
 
-def record_of(gm: GraphModule) -> Record:
+def metadata_of(gm: GraphModule) -> QuantizationMetadata:
     """Raises TypeError for a graph that `ptq4vm.prepare` did not make."""
-    record = getattr(gm, "meta", {}).get(_KEY)
-    if not isinstance(record, Record):
+    metadata = getattr(gm, "meta", {}).get(_KEY)
+    if not isinstance(metadata, QuantizationMetadata):
         raise TypeError(f"expected a graph from ptq4vm.prepare or ptq4vm.convert, got {type(gm).__name__}")
-    return record
+    return metadata
 
 
-def prepared_record(gm: GraphModule) -> Record:
+def prepared_metadata(gm: GraphModule) -> QuantizationMetadata:
     """Raises TypeError for a graph that is converted already."""
-    record = record_of(gm)
-    if record.stage is Stage.CONVERTED:
+    metadata = metadata_of(gm)
+    if metadata.stage is Stage.CONVERTED:
         raise TypeError("expected a graph from ptq4vm.prepare, got one that ptq4vm.convert has made from it")
-    return record
+    return metadata
 
 
-def set_record(gm: GraphModule, record: Record) -> GraphModule:
-    gm.meta[_KEY] = record
+def set_metadata(gm: GraphModule, metadata: QuantizationMetadata) -> GraphModule:
+    gm.meta[_KEY] = metadata
     return gm
 
 
-def update_record(gm: GraphModule, **changes: Any) -> GraphModule:
-    return set_record(gm, dataclasses.replace(record_of(gm), **changes))
+def update_metadata(gm: GraphModule, **changes: Any) -> GraphModule:
+    return set_metadata(gm, dataclasses.replace(metadata_of(gm), **changes))
 
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.text import escaped
 
@@ -77,8 +77,8 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
     """What each integer linear of a lowered graph became; scales and smoothing are None where there are none."""
-    record = record_of(quantized)
-    facts = {linear.name: linear for linear in record.linears}
+    metadata = metadata_of(quantized)
+    facts = {linear.name: linear for linear in metadata.linears}
     rows = []
     for node in quantized.graph.find_nodes(op="call_function", target=ops.linear.default):
         codes, scale, _, weight = node.args[:4]
@@ -92,9 +92,9 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
                 "tokens": facts[name].tokens,
                 "in": facts[name].in_features,
                 "out": facts[name].out_features,
-                "weight_bits": record.config.weight(name).bits,
-                "activation_bits": record.config.activation(name).bits,
-                "granularity": str(record.config.granularity),
+                "weight_bits": metadata.config.weight(name).bits,
+                "activation_bits": metadata.config.activation(name).bits,
+                "granularity": str(metadata.config.granularity),
                 "weight_bytes": integers.numel() * integers.element_size(),
                 "input_scale_min": None if input_scale is None else input_scale.min().item(),
                 "input_scale_max": None if input_scale is None else input_scale.max().item(),

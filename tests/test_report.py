@@ -11,7 +11,7 @@ from torch import nn
 
 import ptq4vm
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
 
 words = st.text("abcxyz", min_size=1, max_size=8)
@@ -92,7 +92,8 @@ def test_the_rows_of_a_graph_are_its_linears(small_vim, images, granularity, smo
     quantized = ptq4vm.quantize(small_vim, [images], config, progress=False)
     found = linear_rows(quantized)
     assert [(row["name"], row["tokens"], row["in"], row["out"]) for row in found] == [
-        (linear.name, linear.tokens, linear.in_features, linear.out_features) for linear in record_of(quantized).linears
+        (linear.name, linear.tokens, linear.in_features, linear.out_features)
+        for linear in metadata_of(quantized).linears
     ]
     for row in found:
         assert row["weight_bytes"] == row["out"] * (-(-row["in"] // 2) if weight_bits == 4 else row["in"])

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.models.checkpoints import bad_values, open_checkpoint
-from ptq4vm.models.identify import Match, listing, recognize, registered
+from ptq4vm.models.identify import Match, identify, listing, registered
 from ptq4vm.passes.lower.fuse import fuse, fusions
 from ptq4vm.passes.lower.pipeline import converted_graph
 from ptq4vm.report import mebibytes, table
@@ -40,7 +40,7 @@ def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
     tensors, bad = file.weights.values(), bad_values(file.weights)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    matches = _telling(recognize(file.weights))
+    matches = best_matches(identify(file.weights))
     result: dict[str, Any] = {
         "file": str(path),
         "container": file.container,
@@ -91,7 +91,7 @@ def _verdict(match: Match) -> str:
     return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
 
 
-def _telling(matches: Sequence[Match]) -> list[Match]:
+def best_matches(matches: Sequence[Match]) -> list[Match]:
     """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
     names = {match.name for match in matches if match.fits}
     return [

@@ -21,7 +21,7 @@ from ptq4vm import ops, reference
 from ptq4vm.config import QuantConfig, QuantSpec, Scheme
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
@@ -83,9 +83,9 @@ class Report:
 
 def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphModule:
     """The graph of a floating-point model, whose linears must be those of the quantized one."""
-    record = record_of(quantized)
-    graph = floating(model, images, exclude=record.config.exclude, rotation=record.config.rotation)
-    have, want = record_of(graph).linears, record.linears
+    metadata = metadata_of(quantized)
+    graph = floating(model, images, exclude=metadata.config.exclude, rotation=metadata.config.rotation)
+    have, want = metadata_of(graph).linears, metadata.linears
     if have != want:
         pairs = ((a, b) for a, b in zip(have, want, strict=False) if a != b)
         a, b = next(pairs, (None, None))
@@ -134,7 +134,7 @@ def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
     """What the linears of a floating-point model see; `model` is what `floating` gives."""
     layers = {
         linear.name: Layer(name=linear.name, activation=Activation(linear.tokens, linear.in_features))
-        for linear in record_of(model).linears
+        for linear in metadata_of(model).linears
     }
     with torch.inference_mode():
         for images in _bar(batches):
@@ -160,7 +160,7 @@ def _badness(row: dict[str, Any]) -> float:
 
 def floating_rows(model: GraphModule, layers: Sequence[Layer]) -> list[dict[str, Any]]:
     """The figures of each linear's input, the hardest for one range first."""
-    facts = {linear.name: linear for linear in record_of(model).linears}
+    facts = {linear.name: linear for linear in metadata_of(model).linears}
     rows: list[dict[str, Any]] = []
     for layer in layers:
         activation, fact = layer.activation, facts[layer.name]
@@ -230,7 +230,7 @@ def _weights(model: GraphModule) -> list[Tensor]:
 
 
 def _linears(model: GraphModule) -> list[QuantizedLinear]:
-    return quantized_linears(model, [linear.name for linear in record_of(model).linears])
+    return quantized_linears(model, [linear.name for linear in metadata_of(model).linears])
 
 
 def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:

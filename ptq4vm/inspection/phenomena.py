@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vm.metadata import Stage, prepared_record
+from ptq4vm.metadata import Stage, prepared_metadata
 from ptq4vm.passes.quantized import quantized_linears, tap_inputs
 from ptq4vm.quantizers import Mode
 
@@ -47,10 +47,10 @@ def phenomena(x: Tensor) -> Phenomena:
 @torch.no_grad()
 def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Phenomena]:
     """The figures of every quantized linear's floating-point input; `prepared` is not calibrated yet."""
-    record = prepared_record(prepared)
-    if record.stage is Stage.CALIBRATED:
+    metadata = prepared_metadata(prepared)
+    if metadata.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
-    linears = quantized_linears(prepared, [linear.name for linear in record.linears])
+    linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])
     seen = tap_inputs(linears)
     for linear in linears:
         linear.input.mode = Mode.PASS

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps
-from ptq4vm.models.identify import Differences, listing, recognize, shapes_of, translated
+from ptq4vm.models.identify import Differences, identify, listing, shapes_of, translated
 from ptq4vm.text import escaped
 
 logger = logging.getLogger(__name__)
@@ -260,7 +260,7 @@ def _float8() -> tuple[torch.dtype, ...]:
 
 def _way_out(model: nn.Module, found: Differences, weights: Mapping[str, Tensor]) -> str:
     """Which model the file is for, or what to check where that is not known."""
-    matches = recognize(weights)
+    matches = identify(weights)
     fitting = [str(match) for match in matches if match.fits]
     if isinstance(model, FeatureMaps) and found.only_ends:
         return (

@@ -17,7 +17,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from ptq4vm.models.scan_order import Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import Direction, initial_dt_, initial_states, scan_tokens
 
 
 class Permute(nn.Module):
@@ -54,7 +54,7 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
-        initial_steps_(self.dt_projs_weight, self.dt_projs_bias)
+        initial_dt_(self.dt_projs_weight, self.dt_projs_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(self.scan(self.in_proj(x))))

@@ -20,7 +20,7 @@ from ptq4vm.text import escaped
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-KIN = 0.5
+MIN_NAME_OVERLAP = 0.5
 """Of the names in a file or a model, all blocks counted as one: the share that both must have to be of one family.
 Models of timm with blocks of similar names (Swin, DeiT) reach half of it."""
 
@@ -97,14 +97,14 @@ class Match(Differences):
         return tuple(notes)
 
 
-def recognize(weights: Mapping[str, Tensor]) -> tuple[Match, ...]:
+def identify(weights: Mapping[str, Tensor]) -> tuple[Match, ...]:
     """The models of the family whose weights these are, best first; empty for a family that is not ours.
 
     Several fit where models differ in what no tensor holds, such as the directions of their scans.
     """
     blueprints = [blueprint for name in registered() for blueprint in _blueprints(name)]
-    kinship, family = max((_kinship(b.translated(weights), b.shapes), b.family) for b in blueprints)
-    if kinship < KIN:
+    kinship, family = max((name_overlap(b.translated(weights), b.shapes), b.family) for b in blueprints)
+    if kinship < MIN_NAME_OVERLAP:
         return ()
     matches = [_match(b, weights) for b in blueprints if b.family == family]
     return tuple(sorted(matches, key=lambda m: (-m.agreement, len(m.arguments), m.features_only, len(m.missing))))
@@ -236,6 +236,6 @@ def _differences(file: Shapes, model: Shapes) -> dict[str, Any]:
     }
 
 
-def _kinship(file: Iterable[str], model: Iterable[str]) -> float:
+def name_overlap(file: Iterable[str], model: Iterable[str]) -> float:
     mine, other = ({re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in names} for names in (file, model))
     return len(mine & other) / len(mine | other)

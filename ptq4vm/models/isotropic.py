@@ -14,7 +14,7 @@ from timm.layers import DropPath, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from ptq4vm import ops
-from ptq4vm.models.scan_order import Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import Direction, initial_dt_, initial_states, scan_tokens
 
 
 class RotaryEmbedding(nn.Module):
@@ -62,7 +62,7 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         for suffix in directions:
             dt_proj: Any = self.get_submodule(f"dt_proj{suffix}")
-            initial_steps_(dt_proj.weight, dt_proj.bias)
+            initial_dt_(dt_proj.weight, dt_proj.bias)
 
     def branch(self, xz: Tensor, suffix: str) -> Tensor:
         """One direction, in its own order: input and gate (B, L, 2E) → (B, L, E)."""
@@ -92,7 +92,7 @@ class Block(nn.Module):
         return self.mixer(self.norm(residual)), residual
 
 
-class PlainMamba(nn.Module):
+class IsotropicMamba(nn.Module):
     """Classifier: (B, C, H, W) images → (B, num_classes) logits, from a class token in the middle or the mean token."""
 
     def __init__(

@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.isotropic import Mixer, PlainMamba
+from ptq4vm.models.isotropic import IsotropicMamba, Mixer
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table
 
@@ -83,7 +83,7 @@ class LocalVimMixer(Mixer):
         return torch.cat((x[:, : self.cls_index], cls, x[:, self.cls_index :]), 1)
 
 
-class LocalVim(PlainMamba):
+class LocalVim(IsotropicMamba):
     """LocalVim classifier: (B, C, H, W) images → (B, num_classes) logits.
 
     `directions` names the scans of every block (`Direction.parse`) and so gives the depth. With `class_token` the

@@ -21,12 +21,12 @@ from ptq4vm.models.isotropic import Block
 
 CHANNEL_FACTORS = (64.0, 32.0, 16.0)
 """Of three channels of every norm's output that a linear reads."""
-STEP_FACTOR = 16.0
+DT_FACTOR = 16.0
 """Of one channel of every dt_proj input."""
 
 
 @torch.no_grad()
-def harden(model: nn.Module, seed: int = 0) -> None:
+def inject_outliers(model: nn.Module, seed: int = 0) -> None:
     """Rescales a Vim, LocalVim, VMamba or LocalVMamba in place; `seed` chooses the channels."""
     generator = torch.Generator().manual_seed(seed)
     for block in model.modules():
@@ -69,5 +69,5 @@ def _grow_stacked_steps(op: SS2D, generator: torch.Generator) -> None:
 
 def _step_factors(rank: int, generator: torch.Generator) -> Tensor:
     factors = torch.ones(rank)
-    factors[torch.randint(rank, (), generator=generator)] = STEP_FACTOR
+    factors[torch.randint(rank, (), generator=generator)] = DT_FACTOR
     return factors

@@ -118,7 +118,7 @@ def initial_states(channels: int, state: int) -> Tensor:
     return torch.arange(1, state + 1, dtype=torch.float32).log().repeat(channels, 1)
 
 
-def initial_steps_(weight: Tensor, bias: Tensor) -> None:
+def initial_dt_(weight: Tensor, bias: Tensor) -> None:
     """Fills dt_proj (E, R) and its bias (E,) so that softplus(bias) spreads over 0.001 … 0.1, as Mamba does."""
     nn.init.uniform_(weight, -(weight.shape[-1] ** -0.5), weight.shape[-1] ** -0.5)
     step = torch.exp(torch.rand_like(bias) * math.log(100) + math.log(1e-3))

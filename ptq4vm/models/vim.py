@@ -11,7 +11,7 @@ from timm.layers import PatchEmbed
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.isotropic import Mixer, PlainMamba
+from ptq4vm.models.isotropic import IsotropicMamba, Mixer
 from ptq4vm.models.registry import cifar10, create, digits, imagenet
 from ptq4vm.models.scan_order import ROWS, ROWS_FLIP
 
@@ -31,7 +31,7 @@ class VimMixer(Mixer):
         return self.out_proj((forward + backward) / 2)
 
 
-class Vim(PlainMamba):
+class Vim(IsotropicMamba):
     """Vision Mamba classifier: (B, C, H, W) images → (B, num_classes) logits."""
 
     def __init__(

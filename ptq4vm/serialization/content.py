@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute, set_tensor
-from ptq4vm.metadata import FUSIONS, LinearRecord, Record, Stage, record_of, set_record
+from ptq4vm.metadata import FUSIONS, LinearMetadata, QuantizationMetadata, Stage, metadata_of, set_metadata
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
 from ptq4vm.serialization.operators import GraphFormatError, operator_name
 
@@ -51,7 +51,7 @@ class PortableGraph(GraphModule):
                 "a fused model is laid out for this machine: pickle the one that ptq4vm.fuse was given, and fuse it "
                 "where it is loaded"
             )
-        if record_of(self).stage is not Stage.CONVERTED:
+        if metadata_of(self).stage is not Stage.CONVERTED:
             raise TypeError(
                 "a prepared graph cannot be pickled: ptq4vm.convert it first; calibrate(resume_dir=…) keeps the "
                 "blocks that are finished"
@@ -90,7 +90,7 @@ def dumps(gm: GraphModule) -> bytes:
         "ptq4vm_version": __version__,
         "graph": graph,
         "tensors": facts,
-        "model": describe_record(record_of(gm)),
+        "model": describe_metadata(metadata_of(gm)),
     }
     data = serialize(stored)
     text = json.dumps({"sha256": "", **content}, separators=(",", ":"), allow_nan=False)
@@ -133,24 +133,24 @@ def _dim_order(value: Tensor) -> list[int] | None:
     return order if value.permute(order).is_contiguous() else None
 
 
-def describe_record(record: Record) -> dict[str, Any]:
+def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
     """The record in the layout of timm's config.json, with `quantization_config` beside what timm reads."""
-    architecture = record.architecture or {}
+    architecture = metadata.architecture or {}
     arguments = architecture.get("arguments", {})
     return {
         "architecture": architecture.get("name"),
         "num_classes": arguments.get("num_classes"),
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": architecture.get("preprocessing", {}),
-        "input_shapes": [list(shape) for shape in record.input_shapes],
+        "input_shapes": [list(shape) for shape in metadata.input_shapes],
         "quantization_config": {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "ptq4vm_version": __version__,
             "torch_version": torch.__version__,
-            **record.config.to_dict(),
-            "linears": [dataclasses.asdict(linear) for linear in record.linears],
-            "blocks": list(record.blocks),
+            **metadata.config.to_dict(),
+            "linears": [dataclasses.asdict(linear) for linear in metadata.linears],
+            "blocks": list(metadata.blocks),
         },
     }
 
@@ -169,12 +169,12 @@ def loads(data: bytes, operators: Sequence[str] = ()) -> GraphModule:
 def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()) -> GraphModule:
     """The graph of a file, from what `read_content` found in it; raises CheckpointError."""
     with _refusing(), torch.inference_mode(False):  # tensors that were made in that mode cannot be learned or copied
-        record = read_record(content["model"])
+        metadata = read_metadata(content["model"])
         root = _place_tensors(deserialize(data), content["tensors"])
         graph, name = build(content["graph"], root, operators)
         gm = PortableGraph(root, graph, name)
         check_qparams(gm)
-    return set_record(gm, record)
+    return set_metadata(gm, metadata)
 
 
 @contextlib.contextmanager
@@ -260,13 +260,13 @@ def _aligned(value: Tensor) -> Tensor:
     return copied
 
 
-def read_record(model: dict[str, Any]) -> Record:
-    """The record that `describe_record` was given; raises CheckpointError."""
+def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
+    """The record that `describe_metadata` was given; raises CheckpointError."""
     with _refusing():
         details = model["quantization_config"]
-        return Record(
+        return QuantizationMetadata(
             config=QuantConfig.from_dict({key: value for key, value in details.items() if key not in _NOT_CONFIG}),
-            linears=tuple(LinearRecord(**linear) for linear in details["linears"]),
+            linears=tuple(LinearMetadata(**linear) for linear in details["linears"]),
             input_shapes=tuple(tuple(shape) for shape in model["input_shapes"]),
             architecture=_architecture(model),
             stage=Stage.CONVERTED,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import Granularity, QuantConfig
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.pipeline import LOWERED, converted_graph
 from ptq4vm.passes.prepare.pipeline import (
     prepared_graph,
@@ -26,7 +26,7 @@ from ptq4vm.passes.quantized import (
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
     """The lowered graph of a model with scales of one: the structure into which saved tensors are loaded."""
     prepared = prepared_graph(model, example_inputs, config)
-    facts = record_of(prepared).linears
+    facts = metadata_of(prepared).linears
     for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):
         if not linear.input.dynamic:
             count = fact.tokens if linear.input.per_token else 1

@@ -20,8 +20,8 @@ from safetensors.torch import load as deserialize
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.metadata import Record, set_record
-from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_record
+from ptq4vm.metadata import QuantizationMetadata, set_metadata
+from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_metadata
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -37,7 +37,7 @@ def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
     """The model whose `model.safetensors` holds `data`; raises CheckpointError."""
     from ptq4vm.serialization.empty_model import empty_quantized_model  # passes, which other versions do without
 
-    config, record = read_config(folder)
+    config, metadata = read_config(folder)
     if hashlib.sha256(data).hexdigest() != config.get("weights_sha256"):
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs from {CONFIG}'s): it was "
@@ -49,16 +49,16 @@ def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
         raise CheckpointError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
     if model is None:
         try:
-            model = build_model(record.architecture, folder, sum(value.numel() for value in tensors.values()))
+            model = build_model(metadata.architecture, folder, sum(value.numel() for value in tensors.values()))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; load(folder, model=your_model)") from error
-    examples = tuple(torch.zeros(2, *shape) for shape in record.input_shapes)
+    examples = tuple(torch.zeros(2, *shape) for shape in metadata.input_shapes)
     try:
-        quantized = empty_quantized_model(model, examples, record.config)
+        quantized = empty_quantized_model(model, examples, metadata.config)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit {type(model).__name__}: {error}") from error
     _fill(quantized, tensors, folder, type(model).__name__)
-    return set_record(quantized, record)
+    return set_metadata(quantized, metadata)
 
 
 def _fill(quantized: GraphModule, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
@@ -80,7 +80,7 @@ def _fill(quantized: GraphModule, tensors: dict[str, Tensor], folder: Path, name
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
+def read_config(folder: Path) -> tuple[dict[str, Any], QuantizationMetadata]:
     """config.json, as it is and as the record of the model; raises CheckpointError."""
     path = folder / CONFIG
     if not path.is_file():
@@ -102,7 +102,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
             "copy the folder again or quantize the model again"
         )
     try:
-        return config, read_record(config)
+        return config, read_metadata(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is corrupt: {error}") from error
 

@@ -10,7 +10,7 @@ from torch.fx import Interpreter
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.class_token import class_tokens
 from ptq4vm.graph.sites import find_linears
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.models import LocalVim, Vim
 from ptq4vm.passes.prepare.pipeline import canonical_graph
 from ptq4vm.passes.quantized import quantized_linears
@@ -74,7 +74,7 @@ def test_a_model_without_one_is_refused():
 )
 def test_its_row_stays_as_it_is_and_the_others_are_quantized(roads, images, config):
     gm = roads.calibrated(config)
-    for linear in quantized_linears(gm, [fact.name for fact in record_of(gm).linears]):
+    for linear in quantized_linears(gm, [fact.name for fact in metadata_of(gm).linears]):
         assert linear.input.kept == 8
         x = torch.randn(
             2, 17, len(linear.smooth) if linear.smooth is not None else linear.node.args[1].meta["val"].shape[1]

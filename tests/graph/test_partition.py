@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.partition import cut
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.quantized import quantized_linears
 
 X = normal(8, 5, 8)
@@ -85,7 +85,7 @@ def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
     """Where that has no batch, or no gradient."""
     model = blocks(block=Reducing, flow=lambda m, x: (m.head(m.layers[1](x).mean(1)), m.layers[0](x, reduce)))
     prepared = prepare(model, (X[:2],), LEARNED)
-    report = record_of(calibrate(prepared, [X], progress=False)).blocks
+    report = metadata_of(calibrate(prepared, [X], progress=False)).blocks
     assert {block["block"] for block in report} == {"layers.0", "layers.1"}
     assert all(0 < block["loss_after"] <= block["loss_before"] and block["cosine_loss"] > 0 for block in report)
 
@@ -94,7 +94,7 @@ def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
 @pytest.mark.parametrize("name", ["minmax", "kscaled"])
 def test_each_block_has_a_quantizer_of_its_own_for_the_tensor_that_they_share(flow, name):
     prepared = prepare(blocks(block=Raw, flow=FLOWS[flow]), (X,), CONFIGS[name])
-    linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
+    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
     inputs = {linear.name: linear.input for linear in linears}
     assert inputs["layers.0.a"] is inputs["layers.0.b"] and inputs["layers.1.a"] is inputs["layers.1.b"]
     assert inputs["layers.0.a"] is not inputs["layers.1.a"]
@@ -105,7 +105,7 @@ def test_the_pieces_compute_the_graph(flow):
     """And hand on what it returns: all images at once, or a few."""
     model = blocks(flow=FLOWS[flow])
     prepared = prepare(model, (X,), LEARNED)
-    linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
+    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
     values, returned = {"x": X}, {}
     for part in cut(prepared, [linear.node for linear in linears]):
         values |= part({name: values[name] for name in part.inputs})

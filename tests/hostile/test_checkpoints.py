@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ptq4vm.models.checkpoints import load_checkpoint
-from ptq4vm.models.identify import recognize
+from ptq4vm.models.identify import identify
 
 MODEL = "vim_nano_patch4_32"
 SEEDS = int(os.environ.get("PTQ4VM_HOSTILE_SEEDS", "100"))
@@ -347,7 +347,7 @@ def cases(folder: Path) -> Iterator[tuple[str, Case]]:
 def test_a_hostile_file_is_used_whole_or_refused_by_name(tmp_path):
     torch.manual_seed(1)
     FIRST.update({name: torch.randn_like(value) for name, value in weights().items()})
-    recognize(weights())  # what it builds is kept for all children
+    identify(weights())  # what it builds is kept for all children
     found = run_all(list(cases(tmp_path)), tmp_path)
     assert len(found) > 12 * SEEDS
     report("weight files", found)

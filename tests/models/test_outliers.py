@@ -7,7 +7,7 @@ from torch import nn
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import prepare
 from ptq4vm.inspection.phenomena import observe
-from ptq4vm.models.outliers import CHANNEL_FACTORS, STEP_FACTOR, harden
+from ptq4vm.models.outliers import CHANNEL_FACTORS, DT_FACTOR, inject_outliers
 
 NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
 IMAGES = normal(4, 3, 32, 32)
@@ -15,7 +15,7 @@ IMAGES = normal(4, 3, 32, 32)
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
     plain, hard = (timm.create_model(name, pretrained=True).eval() for _ in range(2))
-    harden(hard)
+    inject_outliers(hard)
     return plain, hard
 
 
@@ -38,4 +38,4 @@ def test_channels_grow_in_front_of_the_linears(name):
     kinds |= {"fc1"} if name == "vmamba_nano_32" else set()
     assert all(any(f".{kind}" in linear for linear in grown) for kind in kinds)
     for linear in grown:
-        assert after[linear].channel_outliers <= max(*CHANNEL_FACTORS, STEP_FACTOR) * before[linear].channel_outliers
+        assert after[linear].channel_outliers <= max(*CHANNEL_FACTORS, DT_FACTOR) * before[linear].channel_outliers

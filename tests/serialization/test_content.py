@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 import ptq4vm
 from ptq4vm import QuantConfig, calibrate, convert, fuse, load, prepare, save
 from ptq4vm.graph.insert import attribute, set_tensor
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.fuse import fusions
 from ptq4vm.serialization.content import CheckpointError, dumps, loads
 
@@ -67,7 +67,7 @@ def test_what_is_loaded_is_what_was_saved(name):
     assert have.keys() == want.keys() and all(torch.equal(have[key], want[key]) for key in want)
     # layouts decide which kernels run, and so the last bits
     assert {key: value.stride() for key, value in have.items()} == {key: value.stride() for key, value in want.items()}
-    assert record_of(loaded) == record_of(quantized)
+    assert metadata_of(loaded) == metadata_of(quantized)
     assert not any(value.requires_grad for value in loaded.parameters())
     assert str(loaded.graph) == str(quantized.graph)
 
@@ -170,7 +170,7 @@ def test_pickle_copy_and_torch_save_bring_back_a_quantized_model(roads, images):
             torch.load(buffer, weights_only=False),
         ]
         for way in ways:
-            assert torch.equal(way(images), gm(images)) and record_of(way) == record_of(gm)
+            assert torch.equal(way(images), gm(images)) and metadata_of(way) == metadata_of(gm)
             assert torch.equal(pickle.loads(pickle.dumps(way))(images), gm(images))
 
 

@@ -9,7 +9,7 @@ import warnings
 from torch.fx import GraphModule
 
 from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.metadata import Stage, record_of, set_record
+from ptq4vm.metadata import Stage, metadata_of, set_metadata
 from ptq4vm.passes.lower.fold import fold_constants
 from ptq4vm.passes.lower.lower import lower
 from ptq4vm.passes.prepare.annotate import insert_integers
@@ -39,4 +39,4 @@ def converted_graph(prepared: GraphModule, passes: Pipeline) -> GraphModule:
     gm = portable(made, type(prepared).__name__).eval()
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
-    return set_record(gm, dataclasses.replace(record_of(prepared), stage=Stage.CONVERTED))
+    return set_metadata(gm, dataclasses.replace(metadata_of(prepared), stage=Stage.CONVERTED))

@@ -12,7 +12,7 @@ from ptq4vm.graph.capture import capture
 from ptq4vm.graph.class_token import class_tokens
 from ptq4vm.graph.pipeline import Pipeline, finish
 from ptq4vm.graph.sites import find_linears
-from ptq4vm.metadata import LinearRecord, Record, architecture_of, set_record
+from ptq4vm.metadata import LinearMetadata, QuantizationMetadata, architecture_of, set_metadata
 from ptq4vm.passes.prepare.annotate import insert_fake_quantizers
 from ptq4vm.passes.prepare.bias_correction import insert_corrections
 from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
@@ -45,7 +45,7 @@ def prepared_from(
         gm = finish(expose_operators(gm))
     sites = find_sites(gm, config)
     linears = tuple(
-        LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
+        LinearMetadata(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites.linears
     )
     sources = {linear.name: read_site(linear, sites.outputs) for linear in sites.linears}
@@ -63,8 +63,10 @@ def prepared_from(
         source = sources[linear.name]
         linear.input.follows = None if source is None else source.name
     shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
-    record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
-    return set_record(gm, record)
+    metadata = QuantizationMetadata(
+        config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes)
+    )
+    return set_metadata(gm, metadata)
 
 
 def find_sites(gm: GraphModule, config: QuantConfig) -> Sites:

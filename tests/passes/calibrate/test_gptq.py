@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare, reference
 from ptq4vm.config import QuantSpec, Scheme
 from ptq4vm.graph.insert import attribute
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.calibrate.jlss import weight_of
 from ptq4vm.passes.calibrate.range_search import weight_scale
@@ -45,10 +45,10 @@ def test_learning_comes_after_and_keeps_the_codes(roads):
     for learning in (None, Learning(epochs=10, scale_rate=3e-3, smooth_rate=3e-3)):
         config = QuantConfig(weight_bits=4, activation_bits=4, gptq=True, learning=learning)
         prepared = roads.calibrated(config)
-        record = record_of(prepared)
-        first = record.blocks[0]["linears"]
-        linears = quantized_linears(prepared, [linear.name for linear in record.linears])[: len(first)]
-        found.append((record.blocks[0], {linear.name: linear.weight for linear in linears}))
+        metadata = metadata_of(prepared)
+        first = metadata.blocks[0]["linears"]
+        linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])[: len(first)]
+        found.append((metadata.blocks[0], {linear.name: linear.weight for linear in linears}))
     (alone, fixed), (learned, moved) = found
     assert all(torch.equal(weight.codes, moved[name].codes) for name, weight in fixed.items())
     assert not all(torch.equal(weight.scale, moved[name].scale) for name, weight in fixed.items())
@@ -147,7 +147,7 @@ def test_on_channels_that_share_much_the_output_is_far_nearer(count):
 def test_the_integer_model_has_the_codes(roads, images):
     """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
     prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
-    linears = quantized_linears(prepared, [linear.name for linear in record_of(prepared).linears])
+    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
     offsets = [linear.weight.codes - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
     assert any(offset.abs().max() > 0.6 for offset in offsets)
     lowered = convert(prepared)

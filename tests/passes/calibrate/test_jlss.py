@@ -7,7 +7,7 @@ from helpers.strategies import normal
 from ptq4vm import QuantConfig
 from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.graph.partition import cut
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate.jlss import _descend, block_loss, finish, learn_block, learnables, streams, weighted_error
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
@@ -24,7 +24,7 @@ def block(request, roads, images):
 
 
 def prepare_block(gm, images, index):
-    linears = quantized_linears(gm, [linear.name for linear in record_of(gm).linears])
+    linears = quantized_linears(gm, [linear.name for linear in metadata_of(gm).linears])
     values = {"x": images}
     for linear in linears:
         linear.input.mode = linear.weight.mode = Mode.PASS

@@ -7,7 +7,7 @@ from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.config import Outputs
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.prepare.bias_correction import correction_of
 from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears
 
@@ -51,7 +51,7 @@ def test_every_bias_is_found():
 def test_the_first_linear_errs_by_nothing_on_average():
     """Its error is that of the rounded weight; that of the inputs' rounding is not corrected."""
     gm, x = prepared(COARSE)
-    linear = quantized_linears(gm, [fact.name for fact in record_of(gm).linears])[0]
+    linear = quantized_linears(gm, [fact.name for fact in metadata_of(gm).linears])[0]
     inputs = linear.input(x)
     rounded, exact = linear.weight(gm.own.weight), gm.own.weight
     error = (inputs @ (rounded - exact).t()).mean((0, 1))

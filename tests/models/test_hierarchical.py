@@ -116,7 +116,7 @@ def test_feature_maps_are_the_stages_outputs_normalized(name):
 
 
 def test_directions_and_depths_must_agree():
-    with pytest.raises(ValueError, match=r"names the scans of 15 blocks, depths=\(1, 1\)"):
+    with pytest.raises(ValueError, match=r"directions has the scans of 15 blocks, depths=\(1, 1\) has 2"):
         create("local_vmamba_tiny", depths=(1, 1))
     assert len(local_vmamba.TINY) == 15 and len(local_vmamba.SMALL) == 33
 

@@ -14,24 +14,24 @@ IMAGES = normal(4, 3, 32, 32)
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    plain, hard = (timm.create_model(name, pretrained=True).eval() for _ in range(2))
-    inject_outliers(hard)
-    return plain, hard
+    original, changed = (timm.create_model(name, pretrained=True).eval() for _ in range(2))
+    inject_outliers(changed)
+    return original, changed
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays_bit_for_bit(name):
-    plain, hard = pair(name)
+    original, changed = pair(name)
     with torch.inference_mode():
-        assert torch.equal(plain(IMAGES), hard(IMAGES))
-    same = [key for key, value in hard.state_dict().items() if torch.equal(value, plain.state_dict()[key])]
-    assert 0 < len(same) < len(plain.state_dict())
+        assert torch.equal(original(IMAGES), changed(IMAGES))
+    same = [key for key, value in changed.state_dict().items() if torch.equal(value, original.state_dict()[key])]
+    assert 0 < len(same) < len(original.state_dict())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_channels_grow_in_front_of_the_linears(name):
-    """Of every kind of linear that reads a norm or a step, and by the factors at the most."""
+    """Channels grow in every kind of linear that reads a norm or dt, and by the factors at most."""
     before, after = (observe(prepare(model, (IMAGES,)), [IMAGES]) for model in pair(name))
     grown = {linear for linear in after if after[linear].channel_outliers > 2 * before[linear].channel_outliers}
     kinds = {"in_proj", "dt_proj"} if "vim" in name else {"in_proj", "dt_projs_weight", "out_proj"}

@@ -1,4 +1,4 @@
-"""What is in a saved model, in its graph, or in a file of weights: for programs and as lines for people."""
+"""Describes the graph of a saved model, or a file of weights: for programs, and as lines of text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptq4vm.text import escaped
 
 
 def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
-    """What fusing a lowered graph does with its layers, and what it leaves and why."""
+    """Fuses a lowered graph; returns the places that were fused, and those that were left and why."""
     found = fusions(converted_graph(quantized, Pipeline((fuse,))))
     done = [fusion for fusion in found if fusion.left is None]
     left = [fusion for fusion in found if fusion.left is not None]
@@ -34,7 +34,7 @@ def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
 
 
 def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
-    """What a file of weights holds, and which of the registered models it is for; `ema` takes averaged weights."""
+    """Returns the contents of a file of weights, and the registered models it is for; `ema` takes averaged weights."""
     file = open_checkpoint(path, ema=ema)
     if any(name.endswith(".weight_q") for name in file.weights):
         raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
@@ -92,7 +92,7 @@ def _verdict(match: Match) -> str:
 
 
 def best_matches(matches: Sequence[Match]) -> list[Match]:
-    """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
+    """Selects the matches that fit, and the backbones that take most of the file; if none fits, the closest."""
     names = {match.name for match in matches if match.fits}
     return [
         match
@@ -104,7 +104,7 @@ def best_matches(matches: Sequence[Match]) -> list[Match]:
 
 
 def _next(match: Match, path: Path, ema: bool) -> str | None:
-    """How to use the file for the model: a command, or the Python where no command does it."""
+    """Returns the command that uses the file for the model, or Python code where no command can."""
     if from_command_line(match):
         option = " --ema" if ema else ""
         return f"ptq4vm quantize {match.name} --checkpoint {shlex.quote(str(path))}{option} --data-dir DIR --output DIR"
@@ -116,5 +116,5 @@ def _next(match: Match, path: Path, ema: bool) -> str | None:
 
 
 def from_command_line(match: Match) -> bool:
-    """Whether the commands can use the file for this model: they classify images of three channels."""
+    """Whether the commands, which classify images of three channels, can use the file for this model."""
     return match.fits and not match.features_only and "in_chans" not in match.arguments

@@ -1,8 +1,8 @@
-"""A converted graph as the bytes of one safetensors file: its tensors, and in the header its graph and its record.
+"""Writes a converted graph as the bytes of one safetensors file, and reads it.
 
 The header's metadata has one key, `ptq4vm`, whose JSON holds `format_version`, `graph` (see `graph_json`), `tensors`
-(what a tensor's bytes do not tell), `model` (the record) and `sha256`, the digest of all of this and of the tensors.
-Nothing in it is ever unpickled, no code of the model is needed, and no network.
+(facts that a tensor's bytes do not tell), `model` (the quantization metadata) and `sha256`, the digest of all of this
+and of the tensors. Reading unpickles nothing, and needs neither the model's code nor a network.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ KEY = "ptq4vm"
 
 
 class CheckpointError(ValueError):
-    """A saved model that cannot be loaded."""
+    """Raised for a saved model that cannot be loaded."""
 
 
 class NotPortable(CheckpointError):
-    """A file of weights without a graph: format version 1, or no model of ours."""
+    """Raised for a file of weights without a graph: of format version 1, or no model of ptq4vm's."""
 
 
 class PortableGraph(GraphModule):
-    """A graph that pickle, copy and torch.save bring back equal, or refuse at once with the way out."""
+    """Graph that pickle, copy and torch.save bring back equal, or refuse at once with the way out."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if FUSIONS in self.meta:
@@ -72,7 +72,7 @@ def portable(gm: GraphModule, name: str) -> PortableGraph:
 
 
 def _foreign_operators(gm: GraphModule) -> tuple[str, ...]:
-    """Names of the operators that a file of this graph would not be allowed."""
+    """Returns the names of the operators of a graph that `loads` does not allow by itself."""
     called = {node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     return tuple(sorted(operator_name(target) for target in called if target.namespace not in ("aten", "ptq4vm")))
 
@@ -81,7 +81,7 @@ def _foreign_operators(gm: GraphModule) -> tuple[str, ...]:
 
 
 def dumps(gm: GraphModule) -> bytes:
-    """The file of a converted graph. Raises ValueError, which names it, for what a file cannot hold."""
+    """Returns the file of a converted graph; raises ValueError, which names anything that a file cannot hold."""
     check_qparams(gm)
     graph = describe(gm)
     stored, facts = _stored_tensors(gm)
@@ -99,7 +99,7 @@ def dumps(gm: GraphModule) -> bytes:
 
 
 def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor's bytes once, by name, and what else makes it what it is."""
+    """Returns every distinct tensor once, by name, and the facts that its bytes do not tell."""
     facts: dict[str, Any] = {"parameters": [], "not_persistent": [], "aliases": {}, "dim_orders": {}, "complex": []}
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
@@ -127,14 +127,14 @@ def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _dim_order(value: Tensor) -> list[int] | None:
-    """The order of axes in which a tensor that is not contiguous lies densely in memory; None where it does not."""
+    """Returns the order of axes in which a tensor lies densely in memory; None if there is none."""
     strides = value.stride()
     order = sorted(range(value.dim()), key=lambda axis: (-strides[axis], axis))
     return order if value.permute(order).is_contiguous() else None
 
 
 def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
-    """The record in the layout of timm's config.json, with `quantization_config` beside what timm reads."""
+    """Returns the metadata in the layout of timm's config.json, with `quantization_config` beside timm's keys."""
     architecture = metadata.architecture or {}
     arguments = architecture.get("arguments", {})
     return {
@@ -159,16 +159,16 @@ def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
 
 
 def loads(data: bytes, operators: Sequence[str] = ()) -> GraphModule:
-    """The graph of a file that `dumps` made; raises CheckpointError for any other bytes.
+    """Returns the graph of a file that `dumps` made; raises CheckpointError for any other bytes.
 
-    `operators` are names of operators that are allowed besides ours and aten's.
+    `operators` are names of operators that are allowed beside those of ptq4vm and aten.
     """
     return assemble(read_content(data), data, operators)
 
 
 def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()) -> GraphModule:
-    """The graph of a file, from what `read_content` found in it; raises CheckpointError."""
-    with _refusing(), torch.inference_mode(False):  # tensors that were made in that mode cannot be learned or copied
+    """Returns the graph of a file whose `content` `read_content` returned; raises CheckpointError."""
+    with _refusing(), torch.inference_mode(False):  # tensors made in that mode cannot be learned or copied
         metadata = read_metadata(content["model"])
         root = _place_tensors(deserialize(data), content["tensors"])
         graph, name = build(content["graph"], root, operators)
@@ -179,7 +179,7 @@ def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever is wrong with a file is a CheckpointError."""
+    """Makes a CheckpointError of every error that a wrong file leads to."""
     try:
         yield
     except CheckpointError:
@@ -192,7 +192,7 @@ def _refusing() -> Iterator[None]:
 
 
 def read_content(data: bytes) -> dict[str, Any]:
-    """What the header's metadata holds, its digest checked. Raises CheckpointError."""
+    """Returns the JSON in the header's metadata, after checking its digest; raises CheckpointError."""
     with _refusing():
         table, body = _split(data)
         text = table.pop("__metadata__", {}).get(KEY)
@@ -212,7 +212,7 @@ def read_content(data: bytes) -> dict[str, Any]:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header of a safetensors file, and what follows it."""
+    """Returns the header of a safetensors file, and the bytes after it."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise CheckpointError(f"it is truncated: {len(data)} bytes are fewer than its header says")
@@ -223,14 +223,14 @@ _UNSIGNED = '"sha256":""'
 
 
 def _digest(text: str, table: dict[str, Any], body: memoryview) -> str:
-    """SHA-256 of the text without a digest, of names, types and places of the tensors, and of their bytes."""
+    """Returns the SHA-256 of the text without a digest, of the tensors' names, types and places, and of their bytes."""
     digest = hashlib.sha256(json.dumps([text, sorted(table.items())]).encode())
     digest.update(body)
     return digest.hexdigest()
 
 
 def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Module:
-    """A module that holds the tensors at their paths, as they lay in memory when they were saved."""
+    """Returns a module with the tensors at their paths, in the memory layouts that they were saved with."""
     root = nn.Module().eval()
     parameters, hidden = set(facts["parameters"]), set(facts["not_persistent"])
     values = {}
@@ -253,7 +253,7 @@ def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Modul
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """A copy, since matrix products round differently where memory is not aligned; by numpy, on one thread."""
+    """Copies a tensor by numpy, on one thread: matrix products round differently where memory is not aligned."""
     copied = torch.empty(value.shape, dtype=value.dtype)
     if value.numel():
         copied.view(-1).view(torch.uint8).numpy()[:] = value.reshape(-1).view(torch.uint8).numpy()
@@ -261,7 +261,7 @@ def _aligned(value: Tensor) -> Tensor:
 
 
 def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
-    """The record that `describe_metadata` was given; raises CheckpointError."""
+    """Undoes `describe_metadata`; raises CheckpointError."""
     with _refusing():
         details = model["quantization_config"]
         return QuantizationMetadata(
@@ -318,4 +318,4 @@ def _check_zero_point(name: str, value: Tensor) -> None:
 
 
 _CHECKS = (("scale", _check_scale), ("zero_point", _check_zero_point))
-"""By the end of an operator's argument's name."""
+"""Checks by the end of the name of an operator's argument."""

@@ -11,9 +11,7 @@ from torch.fx import GraphModule
 from ptq4vm.config import Granularity, QuantConfig
 from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.pipeline import LOWERED, converted_graph
-from ptq4vm.passes.prepare.pipeline import (
-    prepared_graph,
-)
+from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import (
     convolution_weight,
     quantized_convolutions,
@@ -24,7 +22,7 @@ from ptq4vm.passes.quantized import (
 
 
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
-    """The lowered graph of a model with scales of one: the structure into which saved tensors are loaded."""
+    """Returns the lowered graph of a model with scales of one, into which saved tensors are loaded."""
     prepared = prepared_graph(model, example_inputs, config)
     facts = metadata_of(prepared).linears
     for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):

@@ -1,4 +1,4 @@
-"""Images: a folder a class, as ImageNet has them, or scikit-learn's digits, which need no download."""
+"""Reads images: a folder per class, as ImageNet has them, or scikit-learn's digits, which need no download."""
 
 import os
 from collections import Counter
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 DIGITS = "digits"
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Names of images end so, in upper or lower case: those of torchvision."""
+"""Endings of the names of images, in upper or lower case, as torchvision has them."""
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""What is read, whatever the name says; Pillow would start programs for some others."""
+"""Formats that are read, whatever the name of the file; Pillow would start programs for some others."""
 
 Transform = Callable[[Any], Tensor]
 
 _TRAIN = ("train",)
 _TEST = ("test", "val", "validation")
 _SYSTEM = frozenset(("__macosx", "__pycache__", "lost+found", "system volume information", "recycler", "recycled"))
-"""Folders that systems make beside those of a user, in lower case; all others of them begin with one of `_HIDDEN`."""
+"""Folders that operating systems make, in lower case; the names of all others begin with one of `_HIDDEN`."""
 _HIDDEN = (".", "@", "$", "#", "~")
 
 
 class ImageDataset(Protocol):
-    """Image and class by position."""
+    """Dataset with an image and its class by position."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,16 @@ class ImageDataset(Protocol):
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """The 1797 grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test."""
+    """Grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test.
+
+    Args:
+        split: `train` or `test`.
+        transform: makes a tensor of a PIL image.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        ValueError: there is no such split.
+    """
 
     def __init__(self, split: str, transform: Transform) -> None:
         try:
@@ -64,9 +73,9 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """The images in class folders, in the order of their paths.
+    """Images in class folders, in the order of their paths.
 
-    Raises ValueError with its path for a file that cannot be read as an image of 8 or 16 bits.
+    Reading one raises ValueError, with the path, for a file that is no image of 8 or 16 bits.
     """
 
     def __init__(
@@ -86,19 +95,30 @@ class Images(Dataset[tuple[Tensor, int]]):
 
 
 def open_dataset(source: str, split: str, transform: Transform, *, num_classes: int | None = None) -> ImageDataset:
-    """`digits`, or the folder `source/<split>/<class>/*`, or without splits `source/<class>/*`.
+    """Opens a folder of images, or the digits.
 
-    A class is the place of its folder among all class folders, in the order of their names. They are those of the
-    train split, for every split. Folders named by ImageNet's ids (n01440764) have their places in ImageNet if
-    `num_classes` is the size of one, or is not given: so a part of ImageNet can be measured. Hidden and system folders
-    are no classes.
+    The number of a class is the place of its folder among the class folders of the train split, sorted by name, for
+    every split. Folders named by ImageNet's ids (n01440764) have their places in ImageNet if `num_classes` is the size
+    of one, or is None: so a part of ImageNet can be measured. Hidden and system folders are no classes.
 
     Args:
-        num_classes: those of the model. None asks for no check, for images whose classes do not matter.
+        source: `digits`, or a folder with `<split>/<class>/*`, or with `<class>/*` if it has no splits.
+        split: `train`, or `test`, `val` or `validation`.
+        transform: makes a tensor of a PIL image.
+        num_classes: classes of the model. None skips the check, for images whose classes do not matter.
+
+    Returns:
+        Images and their classes by position.
 
     Raises:
-        FileNotFoundError: the folder or its split is not there, or has no images.
+        FileNotFoundError: the folder or its split does not exist, or has no images.
         ValueError: the class folders are not those of the model, or not those of the train split.
+
+    Example:
+        >>> from torchvision.transforms.functional import to_tensor
+        >>> image, target = open_dataset("digits", "test", to_tensor)[0]
+        >>> image.shape, target
+        (torch.Size([3, 8, 8]), 1)
     """
     _names_of(split)
     if source == DIGITS:
@@ -114,9 +134,10 @@ def open_dataset(source: str, split: str, transform: Transform, *, num_classes: 
 
 
 def read_image(path: str) -> "Image.Image":
-    """The file as RGB of 8 bits; 16 bits are scaled, and an alpha channel is left out, as is EXIF's orientation.
+    """Reads a file as RGB with 8 bits; scales 16 bits, drops an alpha channel, and ignores EXIF's orientation.
 
-    Raises ValueError with the path for what is no image, is damaged, too large, or of pixels of an unknown range.
+    Raises ValueError, with the path, for a file that is no image, or is damaged or too large, or whose pixels have an
+    unknown range.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -127,14 +148,14 @@ def read_image(path: str) -> "Image.Image":
             return _rgb(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path}: cannot be read as an image: it is none of {', '.join(FORMATS)}") from error
-    # a damaged file makes the reader fail in its middle, with whatever that step raises
+    # a damaged file makes the reader fail halfway, with any kind of error
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{path}: cannot be read as an image: {reason}") from error
 
 
 def _rgb(image: "Image.Image") -> "Image.Image":
-    """Pillow clips 16-bit grey to 255, which would make it white."""
+    """Converts an image to RGB; scales 16-bit grey, which Pillow would clip to 255, which is white."""
     import numpy as np
     from PIL import Image
 
@@ -153,14 +174,46 @@ def _rgb(image: "Image.Image") -> "Image.Image":
 
 
 def transform_for(model: nn.Module) -> Transform:
-    """The preprocessing that timm evaluates the model with."""
+    """Returns the preprocessing with which timm evaluates a model.
+
+    Args:
+        model: a model of timm's registry.
+
+    Returns:
+        A function from a PIL image to a normalized tensor (C, H, W).
+
+    Example:
+        >>> import timm, ptq4vm.models
+        >>> from PIL import Image
+        >>> transform_for(timm.create_model("vim_nano_patch4_32.digits"))(Image.new("RGB", (8, 8))).shape
+        torch.Size([3, 32, 32])
+    """
     from timm.data import create_transform, resolve_model_data_config
 
     return create_transform(**resolve_model_data_config(model), is_training=False)
 
 
 def calibration_batches(dataset: ImageDataset, images: int, batch_size: int, seed: int) -> list[Tensor]:
-    """Distinct images, the same for the same seed, spread evenly over the classes if `targets` tells them."""
+    """Draws distinct images, spread evenly over the classes if the dataset has `targets`.
+
+    Args:
+        dataset: images and their classes.
+        images: number of images.
+        batch_size: largest number of images in a batch.
+        seed: the same seed draws the same images.
+
+    Returns:
+        Batches of images (B, C, H, W).
+
+    Raises:
+        ValueError: a number is below 1, or the dataset has too few images.
+
+    Example:
+        >>> from torchvision.transforms.functional import to_tensor
+        >>> digits = open_dataset("digits", "train", to_tensor)
+        >>> [batch.shape[0] for batch in calibration_batches(digits, images=20, batch_size=8, seed=0)]
+        [8, 8, 4]
+    """
     if images < 1 or batch_size < 1:
         raise ValueError(f"images and batch_size must be at least 1, got {images} and {batch_size}")
     if images > len(dataset):
@@ -174,12 +227,18 @@ def calibration_batches(dataset: ImageDataset, images: int, batch_size: int, see
 
 
 def loader(dataset: ImageDataset, batch_size: int, workers: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Every image once, in the order of the dataset."""
+    """Returns batches of every image once, in the order of the dataset.
+
+    Args:
+        dataset: images and their classes.
+        batch_size: largest number of images in a batch.
+        workers: number of processes that read images; 0 reads them in this one.
+    """
     return DataLoader(dataset, batch_size=batch_size, shuffle=False, num_workers=workers)  # type: ignore[arg-type]
 
 
 def _dealt(shuffled: list[int], targets: list[int] | None) -> list[int]:
-    """First one image of each class, then a second of each, and so on."""
+    """Orders images by turns: first one image of each class, then a second of each, and so on."""
     if targets is None:
         return shuffled
     rounds: Counter[int] = Counter()
@@ -191,7 +250,7 @@ def _dealt(shuffled: list[int], targets: list[int] | None) -> list[int]:
 
 
 def _names_of(split: str) -> tuple[str, ...]:
-    """The names a split goes by, the asked one first."""
+    """Returns the names of a split, the given one first."""
     for names in (_TRAIN, _TEST):
         if split in names:
             return tuple(sorted(names, key=lambda name: name != split))
@@ -199,7 +258,7 @@ def _names_of(split: str) -> tuple[str, ...]:
 
 
 def _root(source: Path, split: str) -> Path:
-    """The folder that holds the class folders."""
+    """Returns the folder that holds the class folders."""
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; {_layout(source, split)}")
     if _has_splits(source):
@@ -211,14 +270,14 @@ def _root(source: Path, split: str) -> Path:
 
 
 def _has_splits(source: Path) -> bool:
-    """A class may be called train: then it holds images, not folders, and has classes beside it."""
+    """Whether a folder has splits; a class called train has images, not folders, and other classes beside it."""
     names = {folder.name for folder in _folders(source)}
     splits = names.intersection(_TRAIN + _TEST)
     return splits == names or any(_folders(source / name) for name in splits)
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in it but hidden ones and those of a system; none where it is no folder."""
+    """Returns the folders in a folder, without hidden and system folders; none if it is no folder."""
     if not folder.is_dir():
         return []
     return [child for child in folder.iterdir() if _is_shown(child.name) and child.is_dir()]
@@ -229,7 +288,7 @@ def _is_shown(name: str) -> bool:
 
 
 def _images(folder: Path) -> Iterator[str]:
-    """Paths of the images in a folder and in those below it, in order; a link to a folder above is not followed."""
+    """Yields the paths of the images in a folder and below, in order; a link to a folder above is not followed."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_raise):
         real = os.path.realpath(place)
@@ -245,7 +304,7 @@ def _raise(error: OSError) -> None:
 
 
 def _train_folders(source: Path, root: Path) -> dict[str, bool]:
-    """The class folders of the train split, and whether they hold images; none without one, or for itself."""
+    """Returns the class folders of the train split, and whether they hold images; none if `root` is that split."""
     train = source / _TRAIN[0]
     if root in (source, train):
         return {}
@@ -255,12 +314,14 @@ def _train_folders(source: Path, root: Path) -> dict[str, bool]:
 def _places(
     root: Path, found: Mapping[str, Sequence[str]], train: Mapping[str, bool], num_classes: int | None
 ) -> dict[str, int]:
-    """The class of every folder with images."""
+    """Returns the class of every folder with images."""
     full = [name for name, paths in found.items() if paths]
     index = _imagenet_index(1000 if num_classes is None else num_classes)
     if index.keys() & set(full):
         if strangers := [name for name in full if name not in index]:
-            raise ValueError(f"{root}: {_listing(strangers)} beside ImageNet's ids is no class of it; move it away")
+            raise ValueError(
+                f"{root}: {_listing(strangers)} beside ImageNet's ids is no class of ImageNet; move it away"
+            )
         return {name: index[name] for name in full}
     names = _class_names(root, {name: bool(paths) for name, paths in found.items()}, train, num_classes)
     full += [name for name, holds_images in train.items() if holds_images]
@@ -274,9 +335,9 @@ def _places(
 def _class_names(
     root: Path, found: Mapping[str, bool], train: Mapping[str, bool], num_classes: int | None
 ) -> list[str]:
-    """Names of all classes in their order, from the folders of this split and of the train split (name → has images).
+    """Returns the names of all classes in order, from the folders of both splits (name → has images).
 
-    An empty folder counts where the model has as many classes as there are folders, and does not where it has fewer.
+    Empty folders count if the model has as many classes as there are folders, and do not if it has fewer.
     """
     lists = [sorted(folders) for folders in (train, found) if folders]
     if num_classes is None:

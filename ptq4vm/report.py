@@ -1,4 +1,4 @@
-"""Results as aligned text, JSON and CSV, and what a lowered graph has to tell about itself."""
+"""Writes results as aligned text, JSON and CSV, and describes the linears of a lowered graph."""
 
 from __future__ import annotations
 
@@ -25,7 +25,19 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
-    """Aligned text, numbers to the right; `columns` gives the keys to show and their headings, else all are shown."""
+    """Returns rows as aligned text, numbers to the right.
+
+    Args:
+        rows: values by key.
+        columns: headings by the keys to show; None shows all keys.
+
+    Example:
+        >>> print(table([{"name": "a", "bits": 4}, {"name": "bc", "bits": 8}]))
+        name  bits
+        ----  ----
+        a        4
+        bc       8
+    """
     columns = columns or {key: key for key in _keys(rows)}
     cells = [list(map(escaped, columns.values()))] + [[_text(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -45,7 +57,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON of everybody: null for NaN and infinity, for which it has no words, and no raw control characters."""
+    """Returns strict JSON: null for NaN and infinity, and no raw control characters."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
@@ -58,13 +70,13 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """A file that exists is replaced only once the new one is complete."""
+    """Writes JSON; a file that exists is replaced only once the new one is complete."""
     text = to_json(value) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """One line a row under the keys of all rows; as careful as `write_json`."""
+    """Writes one line per row under the keys of all rows, and replaces files as `write_json` does."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -76,7 +88,7 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
-    """What each integer linear of a lowered graph became; scales and smoothing are None where there are none."""
+    """Returns shape, bits and scales of each integer linear; scales and smoothing are None where there are none."""
     metadata = metadata_of(quantized)
     facts = {linear.name: linear for linear in metadata.linears}
     rows = []
@@ -106,7 +118,7 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
 
 
 def model_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
+    """Returns the bytes of all parameters and buffers, each counted once."""
     tensors = chain(module.parameters(), module.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -316,7 +316,10 @@ REFUSED = {
     "no tensor operator": (set_call("aten::save.default", {"node": "x"}, "f"), "is refused: it is not an operator on"),
     "another library": (set_call("evil::run.default"), r"operators=\['evil::run\.default'\]"),
     "profiler": (set_call("profiler::_record_function_enter.default", "x"), "is not one of aten's or ptq4vm's"),
-    "sets the instruction set": (set_call("ptq4vm::_use_isa.default", "portable"), "is refused: it is run for a side effect"),
+    "sets the instruction set": (
+        set_call("ptq4vm::_use_isa.default", "portable"),
+        "is refused: it is run for a side effect",
+    ),
     "python": (set_call("builtins.eval", "1"), "'builtins.eval' is not the name of an operator"),
     "os.system": (set_call("os::system", "true"), "is not the name of an operator"),
     "a method": (update_node(call=None), "is not the name of an operator"),

@@ -108,13 +108,16 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
                 "activation_bits": metadata.config.activation(name).bits,
                 "granularity": str(metadata.config.granularity),
                 "weight_bytes": integers.numel() * integers.element_size(),
-                "input_scale_min": None if input_scale is None else input_scale.min().item(),
-                "input_scale_max": None if input_scale is None else input_scale.max().item(),
-                "smooth_min": None if smooth is None else smooth.min().item(),
-                "smooth_max": None if smooth is None else smooth.max().item(),
             }
+            | _range("input_scale", input_scale)
+            | _range("smooth", smooth)
         )
     return rows
+
+
+def _range(name: str, values: Tensor | None) -> dict[str, float | None]:
+    low, high = (None, None) if values is None else (values.min().item(), values.max().item())
+    return {f"{name}_min": low, f"{name}_max": high}
 
 
 def model_bytes(module: nn.Module) -> int:

@@ -46,11 +46,6 @@ class Checkpoint:
         return (*prefix, *(rest if self.left_out else ()))
 
 
-def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Tensor]:
-    """Returns the weights of a file, as `open_checkpoint` does."""
-    return open_checkpoint(path, ema=ema).weights
-
-
 def open_checkpoint(
     path: str | os.PathLike[str], *, ema: bool = False, names: Collection[str] | None = None
 ) -> Checkpoint:

@@ -34,8 +34,14 @@ class Differences:
     misshapen: Mapping[str, tuple[Shape, Shape]]
 
     @classmethod
-    def between(cls, file: Shapes, model: Shapes) -> Self:
-        return cls(**_differences(file, model))
+    def between(cls, file: Shapes, model: Shapes, **facts: Any) -> Self:
+        """Compares a file with a model; `facts` are the other fields of a subclass."""
+        return cls(
+            missing=tuple(name for name in model if name not in file),
+            unexpected=tuple(name for name in file if name not in model),
+            misshapen={name: (file[name], model[name]) for name in model if file.get(name, model[name]) != model[name]},
+            **facts,
+        )
 
     @property
     def fits(self) -> bool:
@@ -194,13 +200,14 @@ def _match(blueprint: _Blueprint, weights: Mapping[str, Tensor]) -> Match:
     if arguments:
         shapes = _blueprints(blueprint.name, **arguments)[blueprint.features_only].shapes
     agreeing = sum(file[name] == shapes[name] for name in file.keys() & shapes.keys())
-    return Match(
+    return Match.between(
+        file,
+        shapes,
         name=blueprint.name,
         family=blueprint.family,
         features_only=blueprint.features_only,
         arguments=arguments,
         agreement=agreeing / len(file.keys() | shapes.keys()),
-        **_differences(file, shapes),
     )
 
 
@@ -239,15 +246,6 @@ def _overlapping(file: int, model: int) -> bool:
     Vim was also released with such patches; their positions would fit a model for larger images.
     """
     return file == 2 * model - 1
-
-
-def _differences(file: Shapes, model: Shapes) -> dict[str, Any]:
-    both = [name for name in model if name in file]
-    return {
-        "missing": tuple(name for name in model if name not in file),
-        "unexpected": tuple(name for name in file if name not in model),
-        "misshapen": {name: (file[name], model[name]) for name in both if file[name] != model[name]},
-    }
 
 
 def name_overlap(file: Iterable[str], model: Iterable[str]) -> float:

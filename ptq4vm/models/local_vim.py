@@ -19,26 +19,11 @@ from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table
 
 SEARCHED = direction_table(
     """
-    h v_flip w7 w7_flip
-    h_flip w2_flip w7 w7_flip
-    h h_flip v w7
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h_flip v v_flip w7
-    h_flip v v_flip w2_flip
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h v v_flip w2
-    h v v_flip w2_flip
-    h h_flip v_flip w7
-    h_flip v v_flip w2
-    h h_flip v v_flip
-    h v w2 w2_flip
-    v v_flip w2 w7
-    h h_flip v w2
-    h h_flip w2_flip w7
-    v v_flip w2 w2_flip
+    h v_flip w7 w7_flip | h_flip w2_flip w7 w7_flip | h h_flip v w7 | h h_flip v v_flip
+    h h_flip v v_flip | h h_flip v v_flip | h_flip v v_flip w7 | h_flip v v_flip w2_flip
+    h h_flip v v_flip | h h_flip v v_flip | h v v_flip w2 | h v v_flip w2_flip
+    h h_flip v_flip w7 | h_flip v v_flip w2 | h h_flip v v_flip | h v w2 w2_flip
+    v v_flip w2 w7 | h h_flip v w2 | h h_flip w2_flip w7 | v v_flip w2 w2_flip
     """
 )
 """Directions of every block, as the published search found them."""

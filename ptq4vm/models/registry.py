@@ -19,10 +19,9 @@ NOT_ARCHITECTURE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 
 _STATISTICS = {
     "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "digits_hard": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
 }
-"""Mean and standard deviation of the pixels, by the tag of the bundled weights."""
+"""Mean and standard deviation of the pixels, by the dataset, with which the tags of bundled weights begin."""
 
 
 def preprocessing(names: Iterable[str], bundled: Mapping[str, Sequence[str]], **ends: Any) -> Any:
@@ -50,7 +49,7 @@ def _imagenet() -> dict[str, Any]:
 
 
 def _small_images(name: str, tag: str) -> dict[str, Any]:
-    mean, std = _STATISTICS[tag]
+    mean, std = _STATISTICS[tag.partition("_")[0]]
     changes = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
     return _imagenet() | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
 

@@ -84,8 +84,8 @@ COLUMNS, COLUMNS_FLIP = Direction(columns=True), Direction(columns=True, flip=Tr
 
 
 def direction_table(text: str) -> tuple[tuple[str, ...], ...]:
-    """Reads names of directions, one line a block."""
-    return tuple(tuple(line.split()) for line in text.strip().splitlines())
+    """Reads the names of the directions of every block; blocks are separated by `|` and ends of lines."""
+    return tuple(tuple(block.split()) for line in text.strip().splitlines() for block in line.split("|"))
 
 
 def transpose_map(x: Tensor, height: int, width: int) -> Tensor:

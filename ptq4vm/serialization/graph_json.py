@@ -11,9 +11,8 @@ refused by name.
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -112,24 +111,9 @@ def build(description: Any, root: nn.Module, operators: Collection[str] = ()) ->
     """Builds the graph that `describe` was given, and returns it with the name of its class.
 
     The graph reads the tensors of `root`. `operators` are allowed beside those of ptq4vm and aten. A file records only
-    dtypes and shapes of the inputs; `values.with_values` works out the others. Raises GraphFormatError.
+    dtypes and shapes of the inputs; `values.with_values` works out the others. Raises GraphFormatError for a graph that
+    may not be run, and any of the errors that `content` turns into "corrupt" where there is no description of a graph.
     """
-    with _refusing():
-        return _build(description, root, frozenset(operators))
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Makes a GraphFormatError of every error that a wrong description leads to."""
-    try:
-        yield
-    except GraphFormatError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise GraphFormatError(f"it describes no graph ({type(error).__name__}: {str(error)[:200]})") from error
-
-
-def _build(description: Any, root: nn.Module, allowed: frozenset[str]) -> tuple[fx.Graph, str]:
     graph = fx.Graph()
     nodes: dict[str, Node] = {}
     stacks = [_stack(levels) for levels in description["scopes"]]
@@ -140,7 +124,7 @@ def _build(description: Any, root: nn.Module, allowed: frozenset[str]) -> tuple[
         if name in nodes:
             raise GraphFormatError(f"two nodes are called {name}")
         try:
-            node = _build_node(graph, name, entry, nodes, root, allowed, targets)
+            node = _build_node(graph, name, entry, nodes, root, operators, targets)
         except GraphFormatError as error:
             raise GraphFormatError(f"{name}: {error}") from None
         if node.name != name:
@@ -161,7 +145,7 @@ def _build_node(
     entry: Mapping[str, Any],
     nodes: Mapping[str, Node],
     root: nn.Module,
-    allowed: frozenset[str],
+    allowed: Collection[str],
     targets: dict[Any, Callable[..., Any]],
 ) -> Node:
     if "input" in entry:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helpers.public_models import NANO, SHORT
 from helpers.strategies import normal
+from ptq4vm import QuantConfig, calibrate, convert, prepare
 
 Maps = namedtuple("Maps", "early late")
 
@@ -151,3 +152,13 @@ def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval(), inputs()
+
+
+CONFIG = {"weight_bits": 4, "smoothing": None, "range_search": False}
+
+
+def quantized_model(name, config=None):
+    model, inputs = made(name)
+    prepared = prepare(model, inputs, config or QuantConfig(**CONFIG))
+    calibrate(prepared, [inputs], progress=False)
+    return convert(prepared), inputs

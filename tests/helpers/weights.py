@@ -1,9 +1,12 @@
 """A small model with buffers, its weights, and files of them."""
 
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from ptq4vm.models.checkpoints import open_checkpoint
 
 
 class Tiny(nn.Module):
@@ -31,3 +34,7 @@ def prefixed(prefix: str, state: dict) -> OrderedDict:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def read_checkpoint(path: Path, ema: bool = False) -> dict[str, torch.Tensor]:
+    return open_checkpoint(path, ema=ema).weights

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 from helpers.public_models import BACKBONES, FILES, MICRO, NANO, create, facts, slow_but
+from helpers.weights import read_checkpoint
 from torch import Tensor
 
-from ptq4vm.models.checkpoints import read_checkpoint
 from ptq4vm.models.hierarchical import RENAMED
 from ptq4vm.models.identify import identify, match, registered
 

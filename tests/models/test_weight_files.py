@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.weights import prefixed, same, weights
+from helpers.weights import prefixed, read_checkpoint, same, weights
 from safetensors.torch import save_file
 from torch import nn
-
-from ptq4vm.models.checkpoints import read_checkpoint
 
 
 def foreign(monkeypatch, path: str, base: type = object) -> type:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.weights import Tiny, filled, prefixed, same, weights
+from helpers.weights import Tiny, filled, prefixed, read_checkpoint, same, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ptq4vm.models.checkpoints import load_checkpoint, open_checkpoint, read_checkpoint
+from ptq4vm.models.checkpoints import load_checkpoint, open_checkpoint
 from ptq4vm.models.weight_names import CONTAINERS, EMA_CONTAINERS
 
 

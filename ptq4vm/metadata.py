@@ -87,7 +87,7 @@ def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...])
     if not name or len(input_shapes) != 1 or len(input_shapes[0]) != 3:
         return None
     channels, height, width = input_shapes[0]
-    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # our models know what they were asked for
+    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # ours have the arguments of `create_model`
     if "num_classes" in cfg:  # a backbone has none
         arguments["num_classes"] = getattr(model, "num_classes", cfg["num_classes"])
     default_channels, *default_size = cfg.get("input_size", (3, 224, 224))

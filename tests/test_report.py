@@ -49,7 +49,7 @@ def test_json_survives_a_round_trip(tmp_path_factory, value):
 
 @given(st.recursive(st.floats(), lambda inner: st.lists(inner) | st.dictionaries(words, inner)))
 def test_json_has_no_words_of_its_own(value):
-    """NaN and infinity are null: strict readers refuse the file otherwise."""
+    """NaN and infinity become null: strict readers refuse the file otherwise."""
 
     def refuse(word):
         raise AssertionError(word)

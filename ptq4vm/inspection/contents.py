@@ -87,7 +87,7 @@ def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
 def _verdict(match: Match) -> str:
     if match.fits:
         return "every tensor fits"
-    share = int(100 * match.agreement)  # 100 % are for what fits
+    share = int(100 * match.agreement)  # below 100 %, which means that every tensor fits
     return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
 
 

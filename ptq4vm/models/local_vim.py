@@ -1,6 +1,6 @@
 """LocalVim (Huang et al. 2024): Vim's blocks with four scan directions each, found by search, some in local windows.
 
-Parameter names are those of the public checkpoints (hunto/LocalMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (hunto/LocalMamba), which load strictly.
 """
 
 from __future__ import annotations

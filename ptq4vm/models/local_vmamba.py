@@ -1,6 +1,6 @@
 """LocalVMamba (Huang et al. 2024): VMamba's stages with gated blocks and four scan directions each, found by search.
 
-Parameter names are those of the public checkpoints (hunto/LocalMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (hunto/LocalMamba), which load strictly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gives models outlier channels, which are hard to quantize, without changing what the models compute.
+"""Injects outlier channels, which are hard to quantize, and leaves the function of a model as it is.
 
 Published Visual Mambas have activation channels far larger than the rest; small models trained on small images have
 few. A channel can grow and leave the function as it is in two places: a norm's weight (and bias) against the columns

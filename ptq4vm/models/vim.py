@@ -1,6 +1,6 @@
 """Vision Mamba (Zhu et al. 2024), the "bimamba v2, middle class token, divided output" models that were released.
 
-Parameter names are those of the public checkpoints (hustvl/Vim), so that they load strictly.
+Parameters have the names of the public checkpoints (hustvl/Vim), which load strictly.
 """
 
 from __future__ import annotations

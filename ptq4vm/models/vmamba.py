@@ -1,6 +1,6 @@
 """VMamba (Liu et al. 2024), the "v05_noz" models that were released: four directions, no gate, an MLP in every block.
 
-Parameter names are those of the public checkpoints (MzeroMiko/VMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (MzeroMiko/VMamba), which load strictly.
 """
 
 from __future__ import annotations

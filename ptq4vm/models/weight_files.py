@@ -1,8 +1,7 @@
 """Reads the files in which weights are published, without trusting them.
 
 Training scripts pickle more than weights: arguments, a config, meters. These must not stop the reading, and must not
-run: `torch.load(weights_only=True)` calls only what is allowed, which beyond tensors is here a namespace, a dict, and
-stand-ins that hold nothing.
+run: `torch.load(weights_only=True)` builds tensors, and here a namespace, a dict, and stand-ins that hold nothing.
 """
 
 import argparse

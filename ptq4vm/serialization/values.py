@@ -1,4 +1,4 @@
-"""Example inputs, and types and shapes of all values, of a loaded graph, which records only those of its inputs."""
+"""Works out types and shapes of the values of a loaded graph, which records only dtypes and shapes of its inputs."""
 
 from __future__ import annotations
 

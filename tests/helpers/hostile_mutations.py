@@ -28,12 +28,12 @@ def overwrite(random: random.Random, data: bytearray) -> None:
 
 
 def claim(random: random.Random, data: bytearray) -> None:
-    """The length of the header, which comes first."""
+    """Changes the length of the header, which comes first."""
     data[:8] = struct.pack("<Q", random.choice((0, 1, 2, len(data), 2**31, 2**63, random.getrandbits(64))))
 
 
 def digits(random: random.Random, data: bytearray) -> None:
-    """A number in the text becomes another."""
+    """Changes a number in the text."""
     places = [i for i in range(len(data)) if 48 <= data[i] <= 57]
     if places:
         at = random.choice(places)
@@ -50,7 +50,7 @@ BYTES: tuple[Callable[[random.Random, bytearray], None], ...] = (flip, truncate,
 
 
 def _walk(random: random.Random, value: Any) -> tuple[Any, Any]:
-    """A container somewhere in a value, and one of its keys."""
+    """Returns a container somewhere in a value, and one of its keys."""
     while True:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = random.choice(keys)

@@ -60,7 +60,7 @@ HEADERS: list[Any] = [
 
 
 def headers() -> Iterator[tuple[str, bytes]]:
-    """Headers of safetensors that lie."""
+    """Yields lying headers of safetensors."""
     for entry in HEADERS:
         text = json.dumps({"head.bias": entry}).encode()
         yield "lying headers", struct.pack("<Q", len(text)) + text + bytes(4)
@@ -75,7 +75,7 @@ def headers() -> Iterator[tuple[str, bytes]]:
 
 
 class Lie:
-    """Calls what it is told when it is read."""
+    """Pickles as a call of any function."""
 
     def __init__(self, call: Any, *arguments: Any) -> None:
         self.call, self.arguments = call, arguments
@@ -98,7 +98,7 @@ def nested(kind: str, depth: int) -> Any:
 
 
 def contents() -> Iterator[tuple[str, Any]]:
-    """What a pickle may hold."""
+    """Yields contents of pickles."""
     state = weights()
     lies = [
         tensor((2**40,), (0,)),
@@ -179,7 +179,7 @@ def contents() -> Iterator[tuple[str, Any]]:
 
 
 def archives() -> Iterator[tuple[str, bytes]]:
-    """Archives that are no output of torch.save."""
+    """Yields archives that torch.save does not write."""
     with zipfile.ZipFile(io.BytesIO(saved(weights()))) as archive:
         entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     data = next(name for name in entries if name.endswith("data.pkl"))

@@ -41,7 +41,7 @@ def files() -> dict[str, bytes]:
 
 
 def place(random: random.Random, size: int) -> int:
-    """Half of the places are near an end, where headers and directories are."""
+    """Draws a place; half of them are near an end, where headers and directories are."""
     near = min(4096, size)
     return random.choice([random.randrange(size), random.randrange(near), size - 1 - random.randrange(near)])
 
@@ -57,7 +57,7 @@ def cut(data: bytearray, random: random.Random) -> bytes:
 
 
 def splice(data: bytearray, random: random.Random) -> bytes:
-    """A part is gone, there twice, of zeros, or of noise."""
+    """Removes a part, doubles it, or fills it with zeros or noise."""
     start = place(random, len(data))
     part = data[start : start + random.choice([1, 8, 100, 5000])]
     new = random.choice([b"", part + part, bytes(len(part)), random.randbytes(len(part)), b"\xff" * len(part)])
@@ -65,7 +65,7 @@ def splice(data: bytearray, random: random.Random) -> bytes:
 
 
 def number(data: bytearray, random: random.Random) -> bytes:
-    """A small number becomes a large one, as sizes and lengths in headers are."""
+    """Writes a number over 8 bytes, as sizes and lengths in headers are."""
     start = min(place(random, len(data)), len(data) - 8)
     value = random.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1])
     data[start : start + 8] = struct.pack("<Q", value)
@@ -82,11 +82,11 @@ MUTATIONS: dict[str, Callable[[bytearray, random.Random], bytes]] = {
 FIRST: dict[str, Tensor] = {}
 
 Make = Callable[[], bytes]
-"""Called in the child, so that not all files are held at once."""
+"""Makes a file, in the child, so that not all files are held at once."""
 
 
 def load_case(make: Make, path: Path) -> Case:
-    """Whether a model is filled wholly, or not at all and with an error that names the file."""
+    """Checks that a model is filled wholly, or not at all and with an error that names the file."""
 
     def case() -> str:
         path.write_bytes(make())
@@ -124,7 +124,7 @@ def mutated(data: bytes, kind: str, seed: str) -> bytes:
 
 
 def cases(folder: Path) -> Iterator[tuple[str, Case]]:
-    """Every third mutation, and everything that was made by hand, also goes through `ptq4vm inspect`."""
+    """Yields all cases; every third mutation, and all files made by hand, also go through `ptq4vm inspect`."""
     for name, data in files().items():
         for kind, seed in itertools.product(MUTATIONS, range(SEEDS)):
             make = functools.partial(mutated, data, kind, f"{name} {kind} {seed}")

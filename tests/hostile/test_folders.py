@@ -36,7 +36,7 @@ FILES = ("model.safetensors", "config.json")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, tuple[torch.Tensor, ...], torch.Tensor]:
-    """A small model's folder, inputs, and what it makes of them."""
+    """Returns a small model's folder, inputs and outputs."""
     model, inputs = made("raw")
     prepared = calibrate(prepare(model, inputs, QuantConfig.recipe("pts", 4)), [inputs], progress=False)
     quantized = convert(prepared)
@@ -44,8 +44,10 @@ def saved(tmp_path_factory) -> tuple[Path, tuple[torch.Tensor, ...], torch.Tenso
 
 
 def outcome(folder: Path, inputs: tuple, wanted: torch.Tensor, *, by_forger: bool) -> str:
-    """A refusal that names the folder, or the function that was saved. A forger's function may be another one, and
-    what it does with inputs may be an error, but a clear one."""
+    """Loads a folder: it is refused by name, or is the function that was saved.
+
+    A forger's function may be another one, and may raise for inputs, but with a clear error.
+    """
     try:
         loaded = load(folder)
     except CheckpointError as error:
@@ -78,7 +80,7 @@ def change_bytes(mutate: Callable[[random.Random, bytearray], None], seed: int, 
 
 
 def change_header(mutate: Callable[[random.Random, bytearray], None], seed: int, folder: Path) -> None:
-    """The header alone, whose length stays right."""
+    """Mutates the header alone, and keeps its length right."""
     data = (folder / FILES[0]).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = bytearray(data[8:end])

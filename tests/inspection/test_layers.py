@@ -15,7 +15,7 @@ SMOOTH4 = QuantConfig.smoothquant(4)
 
 @pytest.fixture(scope="module")
 def quantized(roads):
-    """By config."""
+    """Returns the quantized model of a config, made once."""
     made = {}
 
     def make(config):
@@ -76,7 +76,7 @@ def test_eight_bits_are_closer_than_four(quantized, small_vim, images):
 
 @pytest.mark.parametrize("smoothing", [None, 0.5])
 def test_rotated_weights_are_compared_with_rotated_ones(quantized, small_vim, images, smoothing):
-    """A rotation and smoothing cost nothing: what is left is the error of 8 bits."""
+    """Rotation and smoothing cost nothing: the error of 8 bits remains."""
     graph = quantized(QuantConfig.minmax(8, rotation=True, smoothing=smoothing))
     rows = quantized_rows(graph, measure(graph, [images]))
     assert all((row["smooth_min"] is None) == (smoothing is None) for row in rows)

@@ -16,7 +16,7 @@ class Renamed(Tiny):
 
 
 def zeros(name: str, **options) -> dict[str, torch.Tensor]:
-    """Tensors of a public model that take no space in a file."""
+    """Returns tensors of a public model's shapes that take no space in a file."""
     with torch.device("meta"):
         state = create(name, **options).state_dict()
     return {name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}

@@ -30,7 +30,7 @@ def test_directions_are_the_published_ones(name):
 
 @torch.no_grad()
 def test_a_transposed_image_with_transposed_weights_gives_transposed_maps():
-    """On maps that are not square: rows and columns change places, nothing else does."""
+    """Only rows and columns change places, also on maps that are not square."""
     model = filled(create("vmamba_nano_32", features_only=True))
     other = create("vmamba_nano_32", features_only=True).eval()
     state = {}
@@ -122,7 +122,7 @@ def test_directions_and_depths_must_agree():
 
 
 def test_weights_of_old_releases_load_under_todays_names(tmp_path):
-    """Old names, and linears as 1×1 convolutions."""
+    """Returns weights under old names, with linears as 1×1 convolutions."""
     model = filled(create("vmamba_nano_32"))
     old = {}
     for name, value in model.state_dict().items():

@@ -12,9 +12,9 @@ from ptq4vm.models.identify import identify, match, registered
 
 NAMES = [*FILES, *NANO, *MICRO]
 FIRST = ("vim_tiny_patch16_224", "local_vim_small", "vmamba_tiny_s1l8", "local_vmamba_nano_32")
-"""One a family, the twins among them."""
+"""One model of each family, with one of the twins."""
 TWINS = {"local_vim_small", "local_vim_small_searched"}
-"""Differ in the directions of their scans alone."""
+"""Models that differ only in the directions of their scans."""
 
 
 def twins(name: str) -> set[str]:
@@ -22,13 +22,13 @@ def twins(name: str) -> set[str]:
 
 
 def weights(name: str, **options) -> dict[str, Tensor]:
-    """A model's tensors, without values."""
+    """Returns a model's tensors, without values."""
     with torch.device("meta"):
         return create(name, **options).state_dict()
 
 
 def published(name: str, features_only: bool = False) -> dict[str, Tensor]:
-    """The tensors of the public checkpoint, without values."""
+    """Returns the tensors of the public checkpoint, without values."""
     shapes = facts(name, features_only)["state_dict"]
     return {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
 

@@ -14,7 +14,7 @@ from ptq4vm.models.weight_names import CONTAINERS, EMA_CONTAINERS
 
 
 class Single(nn.Module):
-    """Its own names share a first part."""
+    """Model whose own names share a first part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ SIBLINGS = st.sets(st.sampled_from(["n_averaged", "criterion.weight", "teacher.h
 
 @given(PARTS, SIBLINGS, st.booleans(), st.booleans(), st.sampled_from([None, "state_dict", "module"]))
 def test_a_prefix_of_any_kind_is_found_and_said(parts, siblings, inside, single, container):
-    """Whatever wrapped the model, in any order, and whatever lies beside it: the weights are those of the model."""
+    """The model's weights are found whatever wrapped the model, in any order, and whatever lies beside it."""
     model = Single() if single else Tiny()
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     prefix = "".join(f"{part}." for part in parts)

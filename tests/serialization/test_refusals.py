@@ -18,7 +18,7 @@ from ptq4vm.serialization.content import CheckpointError, dumps, loads
 
 @pytest.fixture(scope="module")
 def small():
-    """The file of a small model, with its inputs and outputs."""
+    """Returns the file of a small model, with inputs and outputs."""
     quantized, inputs = quantized_model("raw")
     return dumps(quantized), inputs, quantized(*inputs)
 

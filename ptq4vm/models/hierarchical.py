@@ -152,8 +152,7 @@ class HierarchicalMamba(nn.Module):
     """Classifier: (B, C, H, W) images → (B, num_classes) logits.
 
     Args:
-        patch_embed: images → maps (B, H / stride, W / stride, dim).
-        stride: of `patch_embed`.
+        patch_embed: images → maps (B, H / 4, W / 4, dim).
         dim: channels of the first stage; each later stage has twice as many.
         depths: blocks of every stage.
         mixer: makes the op of a block from the block's index in the model and its channels.
@@ -165,7 +164,6 @@ class HierarchicalMamba(nn.Module):
     def __init__(
         self,
         patch_embed: nn.Module,
-        stride: int,
         dim: int,
         depths: Sequence[int],
         mixer: Callable[[int, int], nn.Module],
@@ -190,7 +188,7 @@ class HierarchicalMamba(nn.Module):
         self.layers = nn.ModuleList(stages)
         self.classifier = Classifier(channels[-1], num_classes)
         self.feature_info = [
-            {"num_chs": width, "reduction": stride * 2**i, "module": f"layers.{i}"} for i, width in enumerate(channels)
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, width in enumerate(channels)
         ]
         self.apply(_initialize)
 

@@ -131,7 +131,6 @@ class LocalVMamba(HierarchicalMamba):
             )
         super().__init__(
             nn.Sequential(nn.Conv2d(in_chans, embed_dim, 4, stride=4), to_channels_last(), nn.LayerNorm(embed_dim)),
-            4,
             embed_dim,
             depths,
             lambda index, dim: LocalSS2D(dim, int(ssm_ratio * dim), state, directions[index]),

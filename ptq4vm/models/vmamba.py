@@ -61,7 +61,6 @@ class VMamba(HierarchicalMamba):
         )
         super().__init__(
             stem,
-            4,
             embed_dim,
             depths,
             lambda _, dim: SS2D(dim, int(ssm_ratio * dim), state, CROSS_SCAN),

@@ -176,7 +176,7 @@ def test_a_class_the_model_does_not_have_is_an_error():
 
 
 def test_a_model_that_is_not_a_classifier_is_an_error():
-    with pytest.raises(ValueError, match=r"this model gave \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"this model returned \(2, 3, 4\)"):
         quiet(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
 
 

@@ -44,7 +44,7 @@ def find_weights(content: object, path: Path, ema: bool) -> tuple[str | None, tu
     others = {name: value for name, value in content.items() if isinstance(value, Mapping) and _innermost(value, 0)}
     if not held and len(others) == 1:
         return str(next(iter(others))), averaged, next(iter(others.values()))
-    if held:  # the caller names the entries, which are no tensors
+    if held:  # empty, or with entries that are no tensors, which the caller names
         name = next(iter(chosen))
         return name, averaged, held[name]
     raise ValueError(

@@ -21,7 +21,7 @@ help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: venv  ## quantize a small Vim and show what it costs in accuracy
-	$(RUN)/python demo/run.py
+	$(RUN)/python examples/demo.py
 
 test: lint  ## lint, then the tests that take seconds (JOBS=2 workers)
 	$(PYTEST)

@@ -7,16 +7,14 @@
 
 Rows are appended to `benchmarks/results/accuracy.jsonl`, each in one write; a run leaves out the rows that are there,
 so it can be interrupted, and several may run at once with `--share 0/2` and `--share 1/2`. A row says the commit, the
-torch, the kernels and the date it was measured with; a row of another number of test images is another row. Names of
-recipes are those of `ptq4vm.config.RECIPES`, and of this file's ablations of `best`: `best-…` leaves one stage out,
-`best+…` adds one. Rows of ablations that are gone, since they did not help, stay in the table.
+torch, the kernels and the date it was measured with; a row of another number of test images is another row. Recipes
+are named in `ptq4vm.config.RECIPES`, ablations in `benchmarks/recipes.py`: `best-…` leaves one stage out, `best+…`
+adds one. Rows of ablations that are gone, since they did not help, stay in the table.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import dataclasses
 import functools
 import itertools
 import json
@@ -24,137 +22,57 @@ import os
 import re
 import statistics
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch.utils.data import Subset
 from tqdm import tqdm
 
-import ptq4vm
-import ptq4vm.models
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the script runs without an editable install too
+
+import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+from benchmarks.accuracy_tables import COLUMNS, KEYS, VARIANTS, draw, markdown, summary
+from benchmarks.recipes import ABLATIONS, LADDER, config_of
+from benchmarks.subject import Subject
 from ptq4vm.backend import native
-from ptq4vm.config import RECIPES, Factors, Granularity, Loss, Outputs, QuantConfig, State
-from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
-from ptq4vm.evaluate import evaluate, predictions
-from ptq4vm.files import replace_file
-from ptq4vm.metadata import metadata_of
+from ptq4vm.config import QuantConfig
+from ptq4vm.data import open_dataset
 from ptq4vm.models.outliers import inject_outliers
-from ptq4vm.passes.prepare.pipeline import canonical_graph, prepared_from
+from ptq4vm.recipes import RECIPES
 from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
-VARIANTS = ("plain", "hard")
-KSCALED = ("state_naive", "state", "kscaled_naive", "kscaled_linears", "kscaled", "ptq4vm+state")
-"""Recipes of the second paper, and the mix of both."""
-
-LADDER = tuple(name for name in RECIPES if name not in ("best", *KSCALED))
 
 
-def learns(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
-    """A recipe with a part of its learning changed."""
-
-    def change(config: QuantConfig) -> QuantConfig:
-        assert config.learning is not None
-        return dataclasses.replace(config, learning=dataclasses.replace(config.learning, **changes))
-
-    return change
+def subject_of(name: str, variant: str, data_dir: str, test_images: int | None) -> Subject:
+    """A bundled model, as it is or made hard to quantize."""
+    model = timm.create_model(name, pretrained=True).eval()
+    if variant == "hard":
+        inject_outliers(model)
+    return Subject(model, data_dir, test_images=test_images)
 
 
-def with_(**changes: Any) -> Callable[[QuantConfig], QuantConfig]:
-    return functools.partial(dataclasses.replace, **changes)
-
-
-ABLATIONS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
-    "best-smoothing": with_(smoothing=None),
-    "best-truncation": with_(range_search=False),
-    "best-per_token": with_(granularity=Granularity.PER_TENSOR),
-    "best-rotation": with_(rotation=False),
-    "best-gptq": with_(gptq=False),
-    "best-mirror": with_(mirror=False),
-    "best-learning": with_(learning=None),
-    "best-fisher": learns(loss=Loss.COSINE),
-    "best+smooth_scales": learns(smooth_rate=1e-2),
-    "best+out_proj_8bit": with_(eight_bit=("*.out_proj",)),
-    "best+x_proj_dt_proj_8bit": with_(eight_bit=("*.x_proj*", "*.dt_proj*")),
-    "minmax+class_token": with_(class_token_in_float=True),
-    "kscaled-k_scaled": with_(outputs=Outputs(k_scaled=False)),
-    "state+powers": with_(state=State(factors=Factors.POWERS)),
-    "kscaled+powers": with_(state=State(factors=Factors.POWERS)),
-    "kscaled-reparameterization": with_(state=State(factors=None)),
-    "kscaled-integration": with_(state=State(integrate=False)),
-}
-"""Recipes with one thing less or more."""
-
-
-def base_of(recipe: str) -> str:
-    """What an ablation changes."""
-    return re.split("[-+]", recipe)[0] if recipe in ABLATIONS else recipe
-
-
-def config_of(recipe: str, bits: int, seed: int, epochs: int | None) -> QuantConfig:
-    """A recipe or an ablation; `epochs` in place of the preset's."""
-    config = QuantConfig.recipe(base_of(recipe), bits, seed=seed)
-    if epochs is not None and config.learning is not None:
-        config = learns(epochs=epochs)(config)
-    return ABLATIONS[recipe](config) if recipe in ABLATIONS else config
-
-
-class Subject:
-    """A trained model, plain or hard, with its images and its own logits."""
-
-    def __init__(self, name: str, variant: str, data_dir: str, test_images: int | None) -> None:
-        self.model = timm.create_model(name, pretrained=True).eval()
-        if variant == "hard":
-            inject_outliers(self.model)
-        transform = transform_for(self.model)
-        self.train = open_dataset(data_dir, "train", transform)
-        test: Any = open_dataset(data_dir, "test", transform, num_classes=self.model.num_classes)
-        if test_images is not None and test_images < len(
-            test
-        ):  # from all over the split, whose folders are sorted by class
-            test = Subset(test, [i * len(test) // test_images for i in range(test_images)])
-        self.test = list(loader(test, 250))
-        self.example = (self.test[0][0][:2],)
-        self.graph = canonical_graph(self.model, self.example)
-        self.logits = predictions(self.model, self.test)
-        targets = torch.cat([classes for _, classes in self.test])
-        self.top1 = 100 * (self.logits.argmax(1) == targets).double().mean().item()
-
-    def evaluate(self, module: torch.nn.Module) -> Any:
-        return evaluate(module, self.test, reference_predictions=self.logits, progress=False, check_finite=True)
-
-    def row(self, config: QuantConfig, images: int) -> dict[str, Any]:
-        """What quantizing with this config gives."""
-        batches = calibration_batches(self.train, images, 32, config.seed)
-        prepared = prepared_from(copy.deepcopy(self.graph), self.model, self.example, config)
-        started = time.perf_counter()
-        ptq4vm.calibrate(prepared, batches, progress=False)
-        seconds = time.perf_counter() - started
-        blocks = metadata_of(prepared).blocks
-        quantized = ptq4vm.convert(prepared)
-        found = self.evaluate(ptq4vm.fuse(quantized))
-        return {
-            **origin(),
-            "date": datetime.now(UTC).date().isoformat(),
-            "top1": round(found.top1, 3),
-            "fp_top1": round(self.top1, 3),
-            "loss": round(self.top1 - found.top1, 3),
-            "agreement": round(found.agreement, 3),
-            "divergence": found.divergence,
-            "block_cosine": statistics.mean(block["cosine_loss"] for block in blocks if "cosine_loss" in block),
-            "calibrate_s": round(seconds, 1),
-            "bytes": model_bytes(quantized),
-        }
-
-
-KEYS = ("model", "variant", "bits", "recipe", "seed", "images", "epochs", "test_images")
-"""What makes a row another one."""
+def measured(subject: Subject, config: QuantConfig, images: int) -> dict[str, Any]:
+    """Figures of one config, with their origin."""
+    found = subject.quantize(config, images, fused=True)
+    assert found.evaluation.agreement is not None
+    return {
+        **origin(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "top1": round(found.evaluation.top1, 3),
+        "fp_top1": round(subject.top1, 3),
+        "loss": round(subject.top1 - found.evaluation.top1, 3),
+        "agreement": round(found.evaluation.agreement, 3),
+        "divergence": found.evaluation.divergence,
+        "block_cosine": statistics.mean(block["cosine_loss"] for block in found.blocks if "cosine_loss" in block),
+        "calibrate_s": round(found.seconds, 1),
+        "bytes": model_bytes(found.quantized),
+    }
 
 
 @functools.cache
@@ -164,7 +82,7 @@ def origin() -> dict[str, str]:
 
 
 def commit() -> str:
-    """That of the checkout, with a + where files in it differ; `unknown` outside of one."""
+    """The commit of the checkout, with a + where files in it differ; `unknown` outside of one."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True).stdout
@@ -225,181 +143,16 @@ def run(options: argparse.Namespace) -> None:
     total = len(open_dataset(options.data_dir, "test", lambda image: image))
     rows = (row | {"test_images": min(row["test_images"] or total, total)} for row in wanted(options))
     missing = [row for row in rows if key_of(row) not in done]
-    subject, owner = None, None
+    subject: Any = None
+    owner: tuple[str, str] | None = None
     for row in (bar := tqdm(missing, desc="quantize and evaluate", unit="model")):
         bar.set_postfix_str(f"{row['model']} {row['variant']} {row['recipe']} {row['bits']} bits, seed {row['seed']}")
         if owner != (row["model"], row["variant"]):
             subject = None  # not two at once
-            subject = Subject(row["model"], row["variant"], options.data_dir, options.test_images)
+            subject = subject_of(row["model"], row["variant"], options.data_dir, options.test_images)
             owner = row["model"], row["variant"]
         config = config_of(row["recipe"], row["bits"], row["seed"], row["epochs"])
-        append(options.output, row | subject.row(config, row["images"]))
-
-
-COLUMNS = {
-    "model": "model",
-    "variant": "version",
-    "bits": "bits",
-    "recipe": "recipe",
-    "epochs": "epochs",
-    "test_images": "test images",
-    "seeds": "seeds",
-    "top1": "top-1 %",
-    "loss": "loss",
-    "spread": "±",
-    "agreement": "agree %",
-    "divergence": "KL ·1000",
-    "block_cosine": "cos loss ·1000",
-    "calibrate_s": "calibrate s",
-    "kilobytes": "kB",
-}
-
-
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over the seeds; the spread is half of what lies between the lowest and the highest loss."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in KEYS if key != "seed"), []).append(row)
-
-    def mean(found: list[dict[str, Any]], key: str) -> float:
-        return statistics.mean(row[key] for row in found)
-
-    result = [
-        {
-            **{key: found[0].get(key) for key in ("model", "variant", "bits", "recipe", "epochs", "test_images")},
-            "seeds": len(found),
-            "top1": round(mean(found, "top1"), 2),
-            "loss": round(mean(found, "loss"), 2),
-            "spread": round((max(row["loss"] for row in found) - min(row["loss"] for row in found)) / 2, 2),
-            "agreement": round(mean(found, "agreement"), 2),
-            "divergence": round(1e3 * mean(found, "divergence"), 2),
-            "block_cosine": round(1e3 * mean(found, "block_cosine"), 3),
-            "calibrate_s": round(mean(found, "calibrate_s"), 1),
-            "kilobytes": round(mean(found, "bytes") / 1e3),
-        }
-        for found in groups.values()
-    ]
-    return sorted(
-        result, key=lambda row: (row["model"], row["variant"] != "plain", -row["bits"], place_of(row["recipe"]))
-    )
-
-
-def place_of(recipe: str) -> tuple[int, str]:
-    """What recipes are sorted by: as they are listed here, then those that are gone."""
-    name = recipe.split(",")[0]
-    known = (*RECIPES, *ABLATIONS, name)
-    return known.index(name), recipe
-
-
-def cell(row: dict[str, Any]) -> str:
-    """What a recipe costs one model; ¹ and ² are fewer seeds than three."""
-    spread = f" ± {row['spread']:.2f}" if row["seeds"] > 1 else ""
-    mark = {1: "¹", 2: "²"}.get(row["seeds"], "")
-    return f"**{row['loss']:.2f}{spread}** · {row['agreement']:.1f} · {row['divergence']:.1f}{mark}"
-
-
-def label(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """The recipe, and how long it learned and on how many images it was tested where that differs among the rows."""
-    text = row["recipe"]
-    for key, word in (("epochs", "epochs"), ("test_images", "test images")):
-        if len({other.get(key) for other in rows if other["recipe"] == row["recipe"]}) > 1:
-            text += f", {row[key]} {word}"
-    return text
-
-
-def sections(rows: list[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows of one version and number of bits, with a heading."""
-    for variant, bits in itertools.product(VARIANTS, sorted({row["bits"] for row in rows}, reverse=True)):
-        those = [row for row in rows if (row["variant"], row["bits"]) == (variant, bits)]
-        if those:
-            yield f"W{bits}A{bits}, {variant}", those
-
-
-def pivot(heading: str, models: list[str], cells: dict[tuple[str, str], str]) -> str:
-    """Recipes by models."""
-    lines = [[heading, *models], ["---"] * (1 + len(models))]
-    recipes = sorted({recipe for recipe, _ in cells}, key=place_of)
-    lines += [[f"`{recipe}`", *(cells.get((recipe, model), "–") for model in models)] for recipe in recipes]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def differences(rows: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
-    """What leaving a stage out of a recipe adds to KL · 1000: the mean of the differences by seed, and their range."""
-    seeds = {
-        tuple(row.get(key) for key in ("recipe", "model", "seed", "images", "epochs", "test_images")): 1e3
-        * row["divergence"]
-        for row in rows
-    }
-    found: dict[tuple[str, str], list[float]] = {}
-    for (recipe, model, *run), divergence in seeds.items():
-        base = base_of(recipe)
-        whole = seeds.get((base, model, *run))
-        if recipe.startswith(f"{base}-") and whole is not None:
-            found.setdefault((recipe, model), []).append(divergence - whole)
-    return {
-        key: f"{statistics.mean(values):+.1f} ({min(values):+.1f} … {max(values):+.1f})"
-        for key, values in found.items()
-        if len(values) > 2
-    }
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Loss ± spread · agreement · KL · 1000, by version and bits, and what a stage of `best` is worth."""
-    models = list(dict.fromkeys(row["model"] for row in sorted(rows, key=lambda row: row["model"])))
-    tables = [
-        pivot(heading, models, {(label(row, those), row["model"]): cell(row) for row in summary(those)})
-        for heading, those in sections(rows)
-    ]
-    for heading, those in sections(rows):
-        if left_out := differences(those):
-            tables.append(pivot(f"{heading}: KL · 1000 more without it", models, left_out))
-    return "\n\n".join(tables)
-
-
-DRAWN = ("minmax", "smoothquant", "pts", "pts+truncation", "ptq4vm_released", "ptq4vm", "best")
-
-
-def drawn(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """Means of W4A4 by version, model and recipe; of one that learned for several times the shortest."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in sorted(summary(rows), key=lambda row: row["epochs"] or 0):
-        if row["bits"] == 4:
-            found.setdefault((row["variant"], row["model"], row["recipe"]), row)
-    return found
-
-
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """W4A4 against the recipe: points lost above, divergence below; a column a version, a line a model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = drawn(rows)
-    models = sorted({model for _, model, _ in found})
-    figure, axes = pyplot.subplots(2, len(VARIANTS), figsize=(12, 7.5), sharex=True, sharey="row")
-    for column, variant in zip(axes.T, VARIANTS, strict=True):
-        for model in models:
-            line = [
-                (x, found[variant, model, recipe])
-                for x, recipe in enumerate(DRAWN)
-                if (variant, model, recipe) in found
-            ]
-            places = [x for x, _ in line]
-            loss, spread = [row["loss"] for _, row in line], [row["spread"] for _, row in line]
-            column[0].errorbar(places, loss, spread, marker="o", capsize=3, label=model)
-            column[1].plot(places, [row["divergence"] / 1e3 for _, row in line], marker="o", label=model)
-        column[0].set_title(f"W4A4, {variant}")
-        column[1].set_xticks(range(len(DRAWN)), DRAWN, rotation=30, ha="right")
-        for axis in column:
-            axis.set_yscale("log")
-            axis.grid(axis="y", alpha=0.3)
-    axes[0][0].legend()
-    axes[0][0].set_ylabel("points of top-1 lost")
-    axes[1][0].set_ylabel("KL divergence from FP32, nats")
-    figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    pyplot.close(figure)
+        append(options.output, row | measured(subject, config, row["images"]))
 
 
 def parser() -> argparse.ArgumentParser:

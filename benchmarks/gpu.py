@@ -7,7 +7,7 @@
 Every candidate is a CUDA graph; the candidates of a row take turns, and times are medians over the rounds, ratios those
 of times in the same round. Single operators read other memory at every call, more than the cache holds. Rows are kept
 in `benchmarks/results/<gpu>.json` as they come; they count as long as neither the kernels nor the code change. Bounds
-are those of `ptq4vm.benchmark.bounds`; a model's is that of its blocks.
+are those of `benchmarks.speed.bounds`; a model's is that of its blocks.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpu_models
 import torch
-from gpu_rows import BATCHES, Candidate, Row, Setup, rows
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the script runs without an editable install too
+
 import ptq4vm
+from benchmarks import gpu_models
+from benchmarks.gpu_rows import BATCHES, LINEARS, Candidate, Row, Setup, linear_row, operator_cases, operator_row
+from benchmarks.speed import bounds
+from benchmarks.speed.graphs import stopwatch
 from ptq4vm import doctor
 from ptq4vm.backend import native
-from ptq4vm.benchmark import bounds
 from ptq4vm.benchmark.timing import Timing, compare, machine
 from ptq4vm.report import table, write_json
 
@@ -86,7 +90,7 @@ class Results:
 def code() -> str:
     """A digest of everything in this repository that a time depends on."""
     root = Path(ptq4vm.__file__).parent
-    files = [*root.rglob("*.py"), *root.glob("*.so"), *Path(__file__).parent.glob("*.py")]
+    files = [*root.rglob("*.py"), *root.glob("*.so"), *Path(__file__).parent.rglob("*.py")]
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -96,10 +100,21 @@ def code() -> str:
 # --- measuring ---
 
 
+def rows(models: Iterable[str], batches: Iterable[int] = BATCHES) -> list[Row]:
+    """Everything to time, the most important first."""
+    made: list[Row] = []
+    for batch in batches:
+        made += [linear_row(*shape, batch) for shape in LINEARS]
+        made += [operator_row(name, batch) for name in operator_cases(batch, True)]
+        for place, model in enumerate(models):
+            made += [gpu_models.model_row(model, batch, place), gpu_models.block_row(model, batch, place)]
+    return sorted(made, key=lambda row: row.importance)
+
+
 def run(
     chosen: Sequence[Row], results: Results, setup: Setup, budget: Budget, seconds: float = SECONDS
 ) -> dict[str, str]:
-    """Measures what is not there yet while there is time; why other rows were left out."""
+    """Measures missing rows while there is time; returns why other rows were left out."""
     left: dict[str, str] = {}
     with tqdm(chosen, unit="row", disable=None) as bar:
         for row in bar:
@@ -110,7 +125,7 @@ def run(
                 left[row.key] = NO_TIME
                 continue
             try:
-                results.add(row.key, budget.run(row.suite, lambda row=row: measure(row, setup, seconds)))
+                results.add(row.key, budget.run(row.suite, partial(measure, row, setup, seconds)))
             except Exception as error:  # other rows can be measured
                 left[row.key] = message(error)
             clean(setup.device)
@@ -129,13 +144,14 @@ def measure(row: Row, setup: Setup, seconds: float) -> dict[str, Any]:
         except Exception as error:  # the others can be measured
             failed[name] = message(error)
             continue
-        made[name], graphs[name] = candidate, lambda _, again=again: again()
+        made[name], graphs[name] = candidate, without_input(again)
     if not graphs:
         raise RuntimeError("; ".join(f"{name}: {said}" for name, said in failed.items()))
     here = torch.zeros(1, device=setup.device)
-    first = compare(graphs, here, warmup=1, repeats=1)
+    first = compare(graphs, here, warmup=1, repeats=1, stopwatch=stopwatch)
     rounds = round(seconds / max(1e-6, sum(timing.median for timing in first)))
-    timings = compare(graphs, here, warmup=2, repeats=min(max(rounds, ROUNDS[0]), ROUNDS[1]))
+    repeats = min(max(rounds, ROUNDS[0]), ROUNDS[1])
+    timings = compare(graphs, here, warmup=2, repeats=repeats, stopwatch=stopwatch)
     base = len(made[timings[0].name].calls)
     return {
         "suite": row.suite,
@@ -144,6 +160,10 @@ def measure(row: Row, setup: Setup, seconds: float) -> dict[str, Any]:
         "candidates": {timing.name: figures(timing, made[timing.name], base) for timing in timings},
         "failed": failed,
     }
+
+
+def without_input(call: Callable[[], Any]) -> Callable[[Any], Any]:
+    return lambda _: call()
 
 
 def figures(timing: Timing, candidate: Candidate, base: int) -> dict[str, Any]:
@@ -201,7 +221,7 @@ WANTED = (
 
 
 def verdicts(rows_of: Iterable[dict[str, Any]]) -> list[str]:
-    """What was asked for and what was found: the median and the worst row; nothing of what was not measured."""
+    """Sets the wanted ratios beside the found ones, the median and the worst row, where they were measured."""
     kept, said = list(rows_of), []
     for suite, pattern, slow, fast, wanted, what in WANTED:
         found = {
@@ -251,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = gpu_models.missing()
     models = (gpu_models.SMOKE if options.smoke else gpu_models.MODELS) if gpu_models.can_quantize() else ()
     if on_gpu and setup.gpu is None:
-        missing.append(f"there are no bounds: ptq4vm/benchmark/bounds.py does not know {name}")
+        missing.append(f"there are no bounds: benchmarks/speed/bounds.py does not know {name}")
     if on_gpu and not native.serves(options.device):
         missing.append(f"no native kernels serve this GPU: {native.cuda_problem() or native.cuda_architectures()}")
     facts = {

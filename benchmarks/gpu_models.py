@@ -1,6 +1,6 @@
 """Blocks and whole models of benchmarks/gpu.py: in floating point, compiled, and quantized in several ways.
 
-Models have random weights, and scales from noise. `ptq4vm.benchmark.pieces` says how they are made block by block.
+Models have random weights, and scales from noise. `benchmarks.speed.pieces` says how they are made block by block.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from gpu_rows import BATCHES, Candidate, Row, Setup
 from torch import Tensor, nn
 
 import ptq4vm
+from benchmarks.gpu_rows import BATCHES, Candidate, Row, Setup
+from benchmarks.speed import bounds
+from benchmarks.speed.pieces import Pieces, write_branch
+from benchmarks.speed.torch_ops import replace_ops
 from ptq4vm import ops
-from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.pieces import Pieces, write_branch
-from ptq4vm.benchmark.plain import replace_ops
-from ptq4vm.config import Granularity, QuantConfig, RangeSearch
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
+from ptq4vm.specs import ActivationSpec, Granularity, RangeSearch, WeightSpec
 
 MODELS = (
     "vim_base_patch16_224",
@@ -33,16 +34,22 @@ MODELS = (
 )
 """The most important first."""
 
-SMOKE = {
+SMOKE: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": {"depth": 2, "embed_dim": 32},
     "vmamba_nano_32": {"depths": (2,), "embed_dim": 16},
 }
 
 QUANTIZED = {
     "W8A8 per token": QuantConfig(range_search=RangeSearch.MINMAX),
-    "W8A8 per tensor": QuantConfig(range_search=RangeSearch.MINMAX, granularity=Granularity.PER_TENSOR),
-    "W8A8 dynamic": QuantConfig(range_search=RangeSearch.MINMAX, granularity=Granularity.PER_TOKEN_DYNAMIC),
-    "W4A4 per token": QuantConfig(range_search=RangeSearch.MINMAX, weight_bits=4, activation_bits=4),
+    "W8A8 per tensor": QuantConfig(
+        range_search=RangeSearch.MINMAX, activations=ActivationSpec(granularity=Granularity.PER_TENSOR)
+    ),
+    "W8A8 dynamic": QuantConfig(
+        range_search=RangeSearch.MINMAX, activations=ActivationSpec(granularity=Granularity.PER_TOKEN_DYNAMIC)
+    ),
+    "W4A4 per token": QuantConfig(
+        range_search=RangeSearch.MINMAX, weights=WeightSpec(bits=4), activations=ActivationSpec(bits=4)
+    ),
 }
 EAGER, MAMBA = "fp16", "fp16, mamba-ssm"
 MAMBA_PACKAGES = "mamba_ssm", "causal_conv1d"
@@ -58,7 +65,7 @@ def absent(*packages: str) -> list[str]:
 
 
 def missing() -> list[str]:
-    """What cannot be compared here, and why."""
+    """Lines that say which comparisons are not possible here, and why."""
     said = []
     if not can_quantize():
         packages = " and ".join(absent("torchao", "timm"))
@@ -69,7 +76,7 @@ def missing() -> list[str]:
 
 
 def taken_apart(model: str, setup: Setup) -> tuple[Pieces, dict[int, Any], tuple[int, ...]]:
-    """Pieces of a model with random weights, what its blocks are given for noise, and the shape of an image.
+    """Returns the pieces of a model with random weights, its blocks' inputs for noise, and the shape of an image.
 
     On the CPU, where blocks are quantized too: they are moved before they are fused.
     """
@@ -105,7 +112,7 @@ def fused_block(model: str, name: str, place: int, setup: Setup, *, ends: bool =
 
 
 def block_of(name: str, model: str, setup: Setup) -> Callable[[int, int], nn.Module]:
-    """What makes the block at a place, given the place of the one that is alike."""
+    """Returns a maker of the block at a place, given the place of the one that is alike."""
     pieces, _, _ = taken_apart(model, setup)
     if name in QUANTIZED:
         return lambda place, first: fused_block(model, name, first, setup, ends=pieces.ends(place))
@@ -170,12 +177,12 @@ def block_row(model: str, batch: int, place: int) -> Row:
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """Of a candidate's activations outside its blocks."""
+    """The type of a candidate's activations outside its blocks."""
     return torch.float16 if name in (EAGER, MAMBA) else COMPILED.get(name, torch.bfloat16)
 
 
 def bound_of(model: str, name: str, images: Tensor, setup: Setup) -> float:
-    """Of all blocks of a model; its stem, head and what lies between stages do not count."""
+    """Sums the bounds of all blocks of a model; its stem, head and downsampling do not count."""
     pieces, streams, _ = taken_apart(model, setup)
     assert setup.gpu is not None
     total = 0.0

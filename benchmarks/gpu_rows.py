@@ -1,26 +1,27 @@
-"""What benchmarks/gpu.py times: linears, fused operators, blocks and whole models, each against what else there is.
+"""Rows of benchmarks/gpu.py: linears and fused operators, each with the other ways to compute the same.
 
-A row gives candidates that compute the same from inputs of its own making; the first one is what ratios are to.
+A row has candidates that compute the same from inputs of its own making; ratios are to the first one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import kernels
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm import fused, ops, reference
-from ptq4vm.benchmark import bounds
-from ptq4vm.benchmark.bounds import GPU
-from ptq4vm.benchmark.graphs import recorded
+from benchmarks import kernels
+from benchmarks.speed import bounds
+from benchmarks.speed.bounds import GPU
+from benchmarks.speed.graphs import recorded
+from ptq4vm import ops
+from ptq4vm.ops import layouts, quantization
 
 Call = Callable[[], Any]
 
@@ -90,7 +91,7 @@ def cycled(setup: Setup, make: Callable[[], Any], call: Callable[..., Any], boun
     with torch.device(setup.device):
         inputs = [first, *(make() for _ in range(sets - 1))]
     times = math.ceil(CALLS / sets) if setup.cache else 1
-    calls = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
+    calls: list[Call] = [functools.partial(call, *arguments) for _ in range(times) for arguments in inputs]
     return Candidate(calls, bound)
 
 
@@ -177,9 +178,9 @@ def weights(features: int, channels: int, bits: int, device: torch.device) -> tu
     codes = torch.randint(1 - half, half, (features, channels), dtype=torch.int8)
     capability = capability_of(device)
     if capability is None:
-        packed = fused.pack_weight(codes, bits)
+        packed = layouts.pack_weight(codes, bits)
     else:
-        packed = fused.pad_weight(codes, 4 if bits == 4 and multiplies_nibbles(capability, features) else 8)
+        packed = layouts.pad_weight(codes, 4 if bits == 4 and multiplies_nibbles(capability, features) else 8)
     return packed, codes.sum(-1, dtype=torch.int32), torch.rand(features) / half
 
 
@@ -207,7 +208,7 @@ def unmerged(*steps: Any) -> Tensor:
     total = None
     for k in range(len(order)):
         tokens = order[k].long()
-        weight = fused.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
+        weight = layouts.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
         delta = F.linear(low_rank[k], weight.to(low_rank.dtype))[:, tokens]
         inputs = (u[k if len(u) > 1 else 0][:, tokens], delta, A[k], B[k][:, tokens], C[k][:, tokens], D[k])
         y = ops.selective_scan(*inputs, None if z is None else z[:, tokens], bias[k], True)
@@ -284,7 +285,7 @@ def operator_cases(batch: int, smoke: bool) -> dict[str, tuple[Callable, Callabl
             lambda: scan(True, **maps),
         ),
         "VMamba-B s2 fc1 + GELU": (ops.linear_gelu_quantize, one_by_one_gelu, lambda: gelu(MAPS, 512, 2048)),
-        "Vim-B quantize": (ops.quantize, reference.quantize, lambda: plain(VIM, 1536)),
+        "Vim-B quantize": (ops.quantize, quantization.quantize, lambda: plain(VIM, 1536)),
         "VMamba-B s2 GELU + rotate": (
             ops.rotate_quantize,
             kernels.rotate_one_by_one,
@@ -315,16 +316,3 @@ def operator_bound(setup: Setup, operator: Any, make: Callable[[], tuple]) -> fl
     return bounds.graph(
         setup.gpu, torch.fx.GraphModule(nn.Module(), graph), *(x for x in arguments if isinstance(x, Tensor))
     )
-
-
-def rows(models: Iterable[str], batches: Iterable[int] = BATCHES) -> list[Row]:
-    """Of everything, the most important first."""
-    from gpu_models import block_row, model_row
-
-    made: list[Row] = []
-    for batch in batches:
-        made += [linear_row(*shape, batch) for shape in LINEARS]
-        made += [operator_row(name, batch) for name in operator_cases(batch, True)]
-        for place, model in enumerate(models):
-            made += [model_row(model, batch, place), block_row(model, batch, place)]
-    return sorted(made, key=lambda row: row.importance)

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
 from ptq4vm.backend import native
+from ptq4vm.ops import convolution_1d, directional_scans, layouts
+from ptq4vm.ops import scans as scan_ops
 
 TOKENS = 197
 PROJECTIONS = {
@@ -65,7 +67,7 @@ def milliseconds(candidates: dict[str, Callable[[], object]], rounds: int) -> di
 def packed(weight: Tensor, bits: int) -> tuple[Tensor, ...]:
     """What linear_packed takes of random codes, in the place of a float weight."""
     codes = torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), weight.shape, dtype=torch.int8)
-    return fused.pack_weight(codes, bits), codes.sum(-1, dtype=torch.int32), torch.rand(len(weight)), None
+    return layouts.pack_weight(codes, bits), codes.sum(-1, dtype=torch.int32), torch.rand(len(weight)), None
 
 
 def activations(*shape: int) -> tuple[Tensor, ...]:
@@ -135,17 +137,21 @@ def scans(rounds: int) -> None:
         grad = torch.ones_like(u)
         backward = torch.ops.ptq4vm.selective_scan_backward
         pairs = {
-            f"scan, {states} states": (ops.selective_scan, reference.selective_scan, inputs),
-            f"scan, {states} states, backward": (backward, reference.selective_scan_backward, (grad, *inputs)),
+            f"scan, {states} states": (ops.selective_scan, scan_ops.selective_scan, inputs),
+            f"scan, {states} states, backward": (backward, scan_ops.selective_scan_backward, (grad, *inputs)),
         }
         compare(pairs, rounds)
     for name, sizes in DIRECTIONAL.items():
         inputs, qparams = directional(**sizes)
         pairs = {
-            f"directional scan, {name}": (ops.directional_scan, fused.directional_scan, (*inputs, True, 1.0)),
+            f"directional scan, {name}": (
+                ops.directional_scan,
+                directional_scans.directional_scan,
+                (*inputs, True, 1.0),
+            ),
             f"directional scan, {name}, codes": (
                 ops.directional_scan_quantize,
-                fused.directional_scan_quantize,
+                directional_scans.directional_scan_quantize,
                 (*inputs, 1.0, *qparams),
             ),
         }
@@ -154,8 +160,12 @@ def scans(rounds: int) -> None:
     backward = torch.ops.ptq4vm.causal_conv1d_backward
     inputs = (x, weight, bias, True)
     pairs = {
-        "convolution and SiLU": (ops.causal_conv1d, reference.causal_conv1d, inputs),
-        "convolution and SiLU, backward": (backward, reference.causal_conv1d_backward, (torch.ones_like(x), *inputs)),
+        "convolution and SiLU": (ops.causal_conv1d, convolution_1d.causal_conv1d, inputs),
+        "convolution and SiLU, backward": (
+            backward,
+            convolution_1d.causal_conv1d_backward,
+            (torch.ones_like(x), *inputs),
+        ),
     }
     compare(pairs, rounds)
 
@@ -272,7 +282,7 @@ def directional(
         zero_point,
         None,
         8,
-        fused.pack_weight(weight, 8),
+        layouts.pack_weight(weight, 8),
         weight.sum(-1, dtype=torch.int32),
         torch.full((directions, channels), 0.5 / 127 / rank**0.5),
         torch.rand(directions, channels) * 5 - 7,

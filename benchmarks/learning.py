@@ -1,142 +1,78 @@
-"""How long JLSS (learning smoothing scales and step sizes) of one Vim-S block takes, beside the reference operators.
+"""How long an epoch of JLSS of one Vim-S block takes, with the native kernels and with the operators in plain PyTorch.
 
     python benchmarks/learning.py [--images 32] [--epochs 5] [--rounds 3] [--threads 2]
 
-197 tokens of 384 channels, W4A4, random images; a round is some epochs of one step, forward and backward, with each.
-Both run in this process and take turns. The reference is the same graph with scan, convolution and fake-quantizers
-in plain PyTorch (`reference.py`).
+JLSS learns smoothing factors and scales. The block has 197 tokens of 384 channels, W4A4, random images; an epoch is one
+step, forward and backward. Both take turns in processes of their own, which time calibration with learning less
+calibration without; medians over the rounds.
 """
 
+from __future__ import annotations
+
 import argparse
+import os
 import statistics
+import subprocess
+import sys
 import time
-from unittest import mock
+from dataclasses import replace
 
 import timm
 import torch
-from torch import fx
+from torch import Tensor, nn
 
-import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import QuantConfig, ops, prepare, reference
-from ptq4vm.backend import native
-from ptq4vm.config import Learning
-from ptq4vm.graph.partition import Part, cut
-from ptq4vm.metadata import prepared_metadata
-from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
-from ptq4vm.passes.calibrate.jlss import learn_block
-from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
-from ptq4vm.quantizers import Mode
+import ptq4vm
+import ptq4vm.models
+
+WAYS = {"native": {}, "reference": {"PTQ4VM_ISA": "reference"}}
+"""Environments of the two."""
 
 
-def in_pytorch(forward, backward) -> type[torch.autograd.Function]:
-    """An operator of `reference.py` with its explicit gradient."""
-
-    class Reference(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            ctx.flag = inputs[-1]
-            ctx.save_for_backward(*inputs[:-1])
-            return forward(*inputs)
-
-        @staticmethod
-        def backward(ctx, grad):
-            inputs = ctx.saved_tensors
-            grads = backward(grad.contiguous(), *inputs, ctx.flag)
-            return *(None if x is None else g for x, g in zip(inputs, grads, strict=True)), None
-
-    return Reference
+def calibration_seconds(model: nn.Module, images: Tensor, config: ptq4vm.QuantConfig) -> float:
+    prepared = ptq4vm.prepare(model, (images[:2],), config)
+    clock = (
+        time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    )  # the first counts no other program
+    started = clock()
+    ptq4vm.calibrate(prepared, [images], progress=False)
+    return clock() - started
 
 
-Scan = in_pytorch(reference.selective_scan, reference.selective_scan_backward)
-Conv = in_pytorch(reference.causal_conv1d, reference.causal_conv1d_backward)
-
-
-class FakeQuantize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        ctx.save_for_backward(*inputs[:4])
-        ctx.bits = inputs[4]
-        return reference.fake_quantize(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:4]
-        grads = reference.fake_quantize_backward(grad, *ctx.saved_tensors, ctx.bits, *needs)
-        return *(value if need else None for value, need in zip(grads, needs, strict=True)), None
-
-
-def plain_scan(*inputs):
-    return Scan.apply(*inputs)
-
-
-def plain_conv(*inputs):
-    return Conv.apply(*inputs)
-
-
-def plain_fake_quantize(*inputs):
-    return FakeQuantize.apply(*inputs)
-
-
-PLAIN = {ops.selective_scan.default: plain_scan, ops.causal_conv1d.default: plain_conv}
-
-
-def block(images: torch.Tensor) -> tuple[Part, list[QuantizedLinear], dict[str, torch.Tensor]]:
-    """One calibrated block, its linears and its inputs."""
-    model = timm.create_model("vim_small_patch16_224", depth=1).eval()
-    config = QuantConfig(weight_bits=4, activation_bits=4)
-    prepared = prepare(model, (images[:2],), config)
-    linears = quantized_linears(prepared, [linear.name for linear in prepared_metadata(prepared).linears])
-    calibrate_blocks(prepared, linears, {"x": images}, config, None, False)
-    stem, part, _ = cut(prepared, [linear.node for linear in linears])
-    with torch.no_grad():
-        return part, linears, stem({"x": images})
-
-
-def plain(part: Part) -> Part:
-    """The same block, its parameters too, on the reference operators."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(part.module.graph, {}))
-    for node in graph.nodes:
-        if node.target in PLAIN:
-            node.target = PLAIN[node.target]
-    return Part(part.name, fx.GraphModule(part.module, graph), part.inputs, part.outputs)
-
-
-def main(options: argparse.Namespace) -> None:
-    torch.set_num_threads(options.threads)
+def epoch_seconds(images: int, epochs: int, threads: int) -> float:
+    """Times one epoch with the kernels of this process."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    part, linears, inputs = block(torch.randn(options.images, 3, 224, 224))
-    for linear in linears:
-        linear.input.mode = linear.weight.mode = Mode.PASS
-    with torch.no_grad():
-        targets = part(inputs)
-    for linear in linears:
-        linear.input.mode = linear.weight.mode = Mode.QUANTIZE
-    learning = Learning(epochs=options.epochs, batch_size=options.images)
-    clock = time.process_time if options.threads == 1 else time.perf_counter  # the first does not count other programs
-    start = [(linear.input.scale, linear.weight.scale, linear.smooth.clone()) for linear in linears]
-    seconds: dict[str, list[float]] = {"native": [], "reference": []}
-    losses = {}
-    ways = ("native", part, ops.fake_quantize), ("reference", plain(part), plain_fake_quantize)
-    for _ in range(options.rounds + 1):  # the first warms up
-        for name, one, fake_quantize in ways:
-            for linear, (scale, weight_scale, smooth) in zip(linears, start, strict=True):
-                linear.input.scale, linear.weight.scale = scale, weight_scale
-                linear.smooth.data.copy_(smooth)
-            with mock.patch.object(ops, "fake_quantize", fake_quantize):
-                began = clock()
-                losses[name] = learn_block(one, linears, inputs, targets, learning, 0, lambda *_: None)
-            seconds[name].append((clock() - began) / options.epochs)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    print(f"kernels {native.isa()}, {options.threads} threads, torch {torch.__version__}, {options.images} images")
-    print(", ".join(f"{name} {median:.3f} s an epoch" for name, median in medians.items()))
-    print(f"ratio {medians['reference'] / medians['native']:.1f}; losses before and after {losses}")
+    model, batch = timm.create_model("vim_small_patch16_224", depth=1).eval(), torch.randn(images, 3, 224, 224)
+    learned = ptq4vm.QuantConfig.w4a4(learning=ptq4vm.Learning(epochs=epochs, batch_size=images))
+    calibration_seconds(
+        model, batch, replace(learned, learning=ptq4vm.Learning(epochs=1, batch_size=images))
+    )  # warms up
+    searched = calibration_seconds(model, batch, replace(learned, learning=None))
+    return (calibration_seconds(model, batch, learned) - searched) / epochs
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    main(parser.parse_args())
+    parser.add_argument("--once", action="store_true", help="print the seconds of this process, and start no other")
+    options = parser.parse_args()
+    if options.once:
+        print(epoch_seconds(options.images, options.epochs, options.threads))
+        return
+    seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    for _ in range(options.rounds):
+        for name, environment in WAYS.items():
+            command = [sys.executable, *sys.argv, "--once"]
+            done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
+            seconds[name].append(float(done.stdout))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{options.threads} threads, torch {torch.__version__}, {options.images} images")
+    print(", ".join(f"{name} {median:.3f} s an epoch" for name, median in medians.items()))
+    print(f"ratio {medians['reference'] / medians['native']:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t STEP = 64;  // channels of a packed weight's tile
 
 // The inputs of one linear, or of K stacked ones, contiguous and of the types that kernels take. The weight is that of
-// fused.pack_weight, or has padded rows as from fused.pad_weight.
+// layouts.pack_weight, or has padded rows as from layouts.pad_weight.
 struct LinearInputs {
   Tensor x, x_scale, zero_point, weight, sum, scale;
   Optional bias;
@@ -43,7 +43,7 @@ struct LinearInputs {
     PTQ4VM_CHECK(same_sizes(weight.sizes(), want), "a weight of ", features, " × ", channels,
                  " channels is packed into (", count, ", ", steps,
                  ", 16, 64) int8 or (…, 32) uint8, this one is ", shape_text(weight.sizes()), " ",
-                 name(weight.scalar_type()), "; pack it with ptq4vm.fused.pack_weight");
+                 name(weight.scalar_type()), "; pack it with ptq4vm.ops.layouts.pack_weight");
     if (stacked) {
       check_shape("weight_sum", sum, {directions, features});
       check_shape("bias", bias, {directions, features});

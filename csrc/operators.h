@@ -8,7 +8,7 @@ namespace ptq4vm {
 
 enum class Float { f32, bf16, f16 };  // f16 on CUDA only
 
-constexpr int64_t LARGEST_HARTLEY = 15;  // as in reference.py
+constexpr int64_t LARGEST_HARTLEY = 15;  // as in rotation.py
 
 // Those of the codes that an operator gives: row r of a set has the ones at r % scales.
 struct Qparams {
@@ -19,7 +19,7 @@ struct Qparams {
   int low, high;
 };
 
-// reference.quantize: x (rows, D) → codes (rows, D).
+// ops.quantize: x (rows, D) → codes (rows, D).
 struct Quantize {
   const void* x;
   Float x_type;
@@ -28,7 +28,7 @@ struct Quantize {
   int64_t rows, channels;
 };
 
-// reference.choose_qparams: x (rows, D) → scale, zero_point (rows,).
+// ops.choose_qparams: x (rows, D) → scale, zero_point (rows,).
 struct ChooseQparams {
   const void* x;
   Float x_type;
@@ -39,7 +39,7 @@ struct ChooseQparams {
   int low, high;
 };
 
-// reference.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
+// ops.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
 struct Dequantize {
   const int8_t* x;
   const float* scale;
@@ -55,7 +55,7 @@ struct Rotation {
   float factor;  // 1 / √order
 };
 
-// reference.rotate: x, y (rows, D).
+// ops.rotate: x, y (rows, D).
 struct Rotate {
   const void* x;
   void* y;
@@ -64,7 +64,7 @@ struct Rotate {
   int64_t rows;
 };
 
-// fused.rotate_quantize: x, codes (rows, D).
+// ops.rotate_quantize: x, codes (rows, D).
 struct RotateQuantize {
   const void* x;
   Float x_type;
@@ -75,7 +75,7 @@ struct RotateQuantize {
   int64_t rows;
 };
 
-// fused.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
+// ops.norm_quantize: x, residual, total, codes (rows, D); weight, bias (D,).
 struct NormQuantize {
   const void* x;
   Float x_type;
@@ -96,7 +96,7 @@ struct Rows {
   int64_t image = 0, row = 0;  // elements from one to the next
 };
 
-// reference.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
+// ops.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
 struct Scan {
   Rows u, delta, B, C, z;  // z may have no data
   const float *A, *D, *delta_bias;  // the last two may be null
@@ -106,7 +106,7 @@ struct Scan {
   bool softplus;
 };
 
-// reference.selective_scan_quantized. Scales are float32 (scales,): token t has the ones at t % scales.
+// ops.selective_scan_quantized. Scales are float32 (scales,): token t has the ones at t % scales.
 struct QuantizedScan {
   Scan scan;
   const float *state_scale, *state_inv_scale;
@@ -126,7 +126,7 @@ struct ScanBackward {
   float *D, *z, *delta_bias;  // or null
 };
 
-// fused.directional_scan, and fused.directional_scan_quantize where there are codes instead of y. Layouts as there; what
+// ops.directional_scan, and ops.directional_scan_quantize where there are codes instead of y. Layouts as there; what
 // is not of type Rows is contiguous.
 struct DirectionalScan {
   Rows u, z;  // z may have no data
@@ -150,7 +150,7 @@ struct DirectionalScan {
   float* sums;    // on CUDA: memory for as many as directional_scan_sums says
 };
 
-// fused.conv1d_quantize, and reference.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
+// ops.conv1d_quantize, and ops.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
 // rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
 // weight (K, E, taps). There are K sets of qparams.
 struct Conv {
@@ -166,7 +166,7 @@ struct Conv {
   bool silu;
 };
 
-// fused.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
+// ops.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
 // weight (E, rows, columns).
 struct Conv2d {
   const void* x;
@@ -179,7 +179,7 @@ struct Conv2d {
   int64_t directions, batch, height, width, channels, rows, columns;
 };
 
-// The adjoint of reference.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
+// The adjoint of ops.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
 // (batch, E) are written for every image.
 struct ConvBackward {
   Conv forward;  // y unused
@@ -187,7 +187,7 @@ struct ConvBackward {
   float *x, *weight, *bias;  // bias or null
 };
 
-// reference.fake_quantize: x, y (rows, D); qparams of a row as above. Without zero points codes are symmetric and x is
+// ops.fake_quantize: x, y (rows, D); qparams of a row as above. Without zero points codes are symmetric and x is
 // divided by the scale, as weights are; with them it is multiplied by its reciprocal.
 struct FakeQuantize {
   const float *x, *smooth;  // smooth (D,) or null

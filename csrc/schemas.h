@@ -1,4 +1,4 @@
-// The operators' schemas, as ptq4vm/ops.py defines them where the libraries are missing; a test holds them equal.
+// The operators' schemas, as ptq4vm/ops/ defines them where the libraries are missing; a test holds them equal.
 #pragma once
 
 #define PTQ4VM_SCAN                                                                                     \

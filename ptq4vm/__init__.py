@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.checkpoint import load, save
-    from ptq4vm.config import Granularity, Learning, Outputs, QuantConfig, State
+    from ptq4vm.config import QuantConfig
     from ptq4vm.finite import check_finite
+    from ptq4vm.specs import (
+        ActivationSpec,
+        Granularity,
+        Learning,
+        OutputQuantization,
+        StateQuantization,
+        WeightSpec,
+    )
 
 __version__ = "0.1.0"
 
@@ -30,18 +38,22 @@ _HOMES = {
     "load": "checkpoint",
     "check_finite": "finite",
     "QuantConfig": "config",
-    "Learning": "config",
-    "Granularity": "config",
-    "Outputs": "config",
-    "State": "config",
+    "WeightSpec": "specs",
+    "ActivationSpec": "specs",
+    "Granularity": "specs",
+    "Learning": "specs",
+    "OutputQuantization": "specs",
+    "StateQuantization": "specs",
 }
 
 __all__ = [
+    "ActivationSpec",
     "Granularity",
     "Learning",
-    "Outputs",
+    "OutputQuantization",
     "QuantConfig",
-    "State",
+    "StateQuantization",
+    "WeightSpec",
     "calibrate",
     "check_finite",
     "convert",

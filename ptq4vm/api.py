@@ -15,12 +15,11 @@ from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.model_copy import own_tensors
-from ptq4vm.graph.pipeline import Pipeline, is_lowered
+from ptq4vm.graph.verify import is_lowered
 from ptq4vm.metadata import Stage, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
-from ptq4vm.passes.lower.fuse import fuse as fuse_producers
-from ptq4vm.passes.lower.pipeline import BEFORE_LOWERING, LOWERED, converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import quantized_linears
 
@@ -50,7 +49,7 @@ def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConf
 
     The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is
     copied; until it is calibrated the result computes what the model does. The default config is `w8a8()`. Raises
-    `ptq4vm.graph.capture.capture.CaptureError` where torch.export cannot follow the model.
+    `ptq4vm.graph.capture.CaptureError` where torch.export cannot follow the model.
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")
@@ -101,7 +100,7 @@ def _calibrate(
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
-    linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])
+    linears = quantized_linears(prepared)
     images = collect_inputs(prepared, loader, max_images, ends, progress)
     update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
@@ -115,11 +114,12 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
     `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
     """
-    if prepared_metadata(prepared).stage is not Stage.CALIBRATED:
+    metadata = prepared_metadata(prepared)
+    if metadata.stage is not Stage.CALIBRATED:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )
-    made = converted_graph(prepared, LOWERED if lower else BEFORE_LOWERING)
+    made = converted_graph(prepared, lowering_pipeline(metadata.config, integers=lower))
     if not lower:  # integer operators refuse gradients themselves
         made.register_forward_pre_hook(_refuse_gradients)
     return made
@@ -145,7 +145,7 @@ def fuse(quantized: GraphModule, *, activations: torch.dtype = torch.float32) ->
     """
     if not is_lowered(quantized):
         raise ValueError("only lowered models are fused: call ptq4vm.convert(prepared) without lower=False")
-    return converted_graph(quantized, Pipeline((lambda gm: fuse_producers(gm, activations),)))
+    return converted_graph(quantized, fusing_pipeline(activations))
 
 
 @_with_gradients

@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ptq4vm.files import leftovers, replace_file
-from ptq4vm.graph.pipeline import is_lowered
+from ptq4vm.graph.verify import is_lowered
 from ptq4vm.metadata import FUSIONS, Stage, metadata_of
 from ptq4vm.serialization import version_1
 from ptq4vm.serialization.content import (

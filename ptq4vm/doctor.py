@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ptq4vm import __version__, ops, reference
+from ptq4vm import __version__, ops
 from ptq4vm.backend import native
 from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.benchmark import machine
+from ptq4vm.ops import layouts
 
 PACKAGES = ("torch", "torchao", "timm", "safetensors")
 REFERENCE = "PyTorch reference"
@@ -56,7 +57,7 @@ def _is_exact(bits: int, random: torch.Generator, device: str) -> bool:
     weight = torch.randint(1 - half, half, (7, 33), generator=random)
     scale, weight_scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]), torch.full((7,), 0.5)
     centred = codes - zero_point[:, None]
-    stored = reference.pack_int4(weight.to(torch.int8)) if bits <= 4 else weight.to(torch.int8)
+    stored = layouts.pack_int4(weight.to(torch.int8)) if bits <= 4 else weight.to(torch.int8)
     zero = zero_point.to(torch.int32)
     inputs = (centred * scale[:, None], scale, zero, stored, weight_scale)
     x, x_scale, zero, stored, weight_scale = (tensor.to(device) for tensor in inputs)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ptq4vm import ops, reference
-from ptq4vm.config import Granularity, QuantSpec
+from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, attribute, replace_node, set_tensor
+from ptq4vm.ops import quantization
+from ptq4vm.specs import Granularity, IntegerRange
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ class _FakeQuantize(FakeQuantizeBase):
 
     scale: Tensor | None
 
-    def __init__(self, spec: QuantSpec) -> None:
+    def __init__(self, spec: IntegerRange) -> None:
         super().__init__()
         self.spec = spec
         self.mode = Mode.PASS
@@ -88,7 +89,7 @@ class ActivationFakeQuantize(_FakeQuantize):
 
     zero_point: Tensor | None
 
-    def __init__(self, spec: QuantSpec, granularity: Granularity, kept: int | None = None, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, granularity: Granularity, kept: int | None = None, **_: Any) -> None:
         super().__init__(spec)
         self.granularity = granularity
         self.kept = kept
@@ -126,7 +127,7 @@ class ActivationFakeQuantize(_FakeQuantize):
         if self.mode is not Mode.QUANTIZE:
             return x
         scale, zero_point = (
-            reference.choose_qparams(x.detach(), None, self.spec.bits)
+            quantization.choose_qparams(x.detach(), None, self.spec.bits)
             if self.dynamic
             else (self.step(), self.zero_point)
         )
@@ -173,7 +174,7 @@ class OutputFakeQuantize(_FakeQuantize):
     Its step sizes are (1,), one per token (L,), or one per channel (C,).
     """
 
-    def __init__(self, spec: QuantSpec, granularity: Granularity, axis: int, power_of_two: bool, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, granularity: Granularity, axis: int, power_of_two: bool, **_: Any) -> None:
         super().__init__(spec)
         self.granularity = granularity
         self.axis = axis
@@ -252,7 +253,7 @@ class WeightFakeQuantize(_FakeQuantize):
     codes: Tensor | None
     """int8 (N, D), chosen by GPTQ."""
 
-    def __init__(self, spec: QuantSpec, **_: Any) -> None:
+    def __init__(self, spec: IntegerRange, **_: Any) -> None:
         super().__init__(spec)
         self.register_buffer("codes", None)
 
@@ -274,7 +275,7 @@ class WeightFakeQuantize(_FakeQuantize):
         assert self.scale is not None
         if self.codes is not None:
             return self.codes
-        return reference.quantize_weight(w.contiguous().flatten(1), self.scale, self.spec.bits).view(w.shape)
+        return quantization.quantize_weight(w.contiguous().flatten(1), self.scale, self.spec.bits).view(w.shape)
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replaces itself and the smoothing of the weight by integers and one dequantize node."""

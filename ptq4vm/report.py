@@ -106,7 +106,7 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
                 "out": facts[name].out_features,
                 "weight_bits": metadata.config.weight(name).bits,
                 "activation_bits": metadata.config.activation(name).bits,
-                "granularity": str(metadata.config.granularity),
+                "granularity": str(metadata.config.activations.granularity),
                 "weight_bytes": integers.numel() * integers.element_size(),
             }
             | _range("input_scale", input_scale)

@@ -25,7 +25,7 @@ import torch
 from hypothesis import HealthCheck
 from torch import Tensor
 
-from ptq4vm import reference
+from ptq4vm.ops import rotation
 
 SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
 COMPILER = shutil.which("g++")
@@ -109,7 +109,7 @@ class Rotation(Struct):
         """Of so many channels, as the glue makes it."""
         order = channels & -channels
         size = channels // order
-        matrix = reference.hartley(size) if 1 < size <= reference.LARGEST_HARTLEY else None
+        matrix = rotation.hartley(size) if 1 < size <= rotation.LARGEST_HARTLEY else None
         return cls(matrix=matrix, channels=channels, order=order, factor=1 / math.sqrt(order))
 
 

@@ -18,12 +18,12 @@ from ptq4vm.metadata import metadata_of
 CONFIGS = {
     "w8a8": QuantConfig.w8a8(learning=Learning(epochs=1)),
     "w4a4": QuantConfig.w4a4(learning=Learning(epochs=1)),
-    "w2a3": QuantConfig(weight_bits=2, activation_bits=3),
-    "w6a5 unsmoothed": QuantConfig(weight_bits=6, activation_bits=5, smoothing=None),
+    "w2a3": QuantConfig(weights={"bits": 2}, activations={"bits": 3}),
+    "w6a5 unsmoothed": QuantConfig(weights={"bits": 6}, activations={"bits": 5}, smoothing=None),
     "per tensor": QuantConfig.smoothquant(8),
     "per tensor unsmoothed": QuantConfig.minmax(4),
-    "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
-    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, granularity=Granularity.PER_TOKEN_DYNAMIC),
+    "dynamic": QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False),
+    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}),
     "everything": EVERYTHING,
 }
 
@@ -79,7 +79,7 @@ def test_eight_bits_stay_close_and_more_bits_are_better(roads, small_vim):
     def error(config):
         return ((convert(roads.calibrated(config))(roads.images) - want).square().mean() / want.var()).item()
 
-    errors = [error(QuantConfig(weight_bits=count, activation_bits=count)) for count in (3, 4, 6, 8)]
+    errors = [error(QuantConfig(weights={"bits": count}, activations={"bits": count})) for count in (3, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-3
 
 
@@ -88,7 +88,7 @@ def test_eight_bits_stay_close_and_more_bits_are_better(roads, small_vim):
 def test_any_bits_convert_exactly(weight_bits, activation_bits):
     torch.manual_seed(0)
     x = normal(3, 5, 7)
-    config = QuantConfig(weight_bits=weight_bits, activation_bits=activation_bits)
+    config = QuantConfig(weights={"bits": weight_bits}, activations={"bits": activation_bits})
     prepared = prepare(nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)), (x,), config)
     assert torch.equal(convert(calibrate(prepared, [x], progress=False), lower=False)(x), prepared(x))
 
@@ -276,7 +276,7 @@ def test_an_accumulator_that_could_overflow_is_an_error():
     model, x = nn.Sequential(nn.Linear(65536, 1, bias=False)), torch.zeros(2, 1, 65536)
     with pytest.raises(ValueError, match="65536 channels at W8A8 can overflow an int32 accumulator; use fewer bits"):
         prepare(model, (x,))
-    assert len(metadata_of(prepare(model, (x,), QuantConfig.w8a8(weight_bits=7))).linears) == 1
+    assert len(metadata_of(prepare(model, (x,), QuantConfig.w8a8(weights={"bits": 7}))).linears) == 1
 
 
 def test_converting_before_calibrating_is_an_error(roads):

@@ -62,8 +62,8 @@ def test_four_bit_weights_take_half_a_byte(roads, tmp_path):
 def test_the_folder_holds_two_files_and_no_pickle(saved):
     assert names(saved) == FILES
     config = json.loads((saved / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "ptq4vm" and config["format_version"] == 2
-    assert config["weight_bits"] == 4 and config["granularity"] == "per_token"
+    assert config["quant_method"] == "ptq4vm" and config["format_version"] == 3
+    assert config["config"] == W4A4.to_dict()
     assert [linear["tokens"] for linear in config["linears"]] == [17] * 12
 
 
@@ -249,7 +249,7 @@ def test_a_config_that_is_no_config_is_an_error(saved, text):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda config: config["quantization_config"].update(weight_bits=8),
+        lambda config: config["quantization_config"]["config"]["weights"].update(bits=8),
         lambda config: config["quantization_config"].update(format_version=99),
         lambda config: config["quantization_config"]["linears"][0].pop("tokens"),
         lambda config: config.pop("input_shapes"),

@@ -1,4 +1,5 @@
 import dataclasses
+import doctest
 import json
 
 import pytest
@@ -6,36 +7,33 @@ from helpers.strategies import bits, configs, fitting
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm.config import (
-    RECIPES,
-    Granularity,
-    Learning,
-    Loss,
-    QuantConfig,
-    QuantSpec,
-    RangeSearch,
-    Scheme,
-)
+from ptq4vm import config as module
+from ptq4vm import fields, specs
+from ptq4vm.config import QuantConfig
+from ptq4vm.recipes import PRESETS, RECIPES, parse
+from ptq4vm.specs import ActivationSpec, Granularity, IntegerRange, Learning, Loss, RangeSearch
 
 
 @given(bits)
-def test_affine_codes_fill_the_range_and_symmetric_codes_mirror(count):
-    low, high = QuantSpec(bits=count, scheme=Scheme.AFFINE).bounds
+def test_codes_fill_the_range_and_a_narrow_range_mirrors(count):
+    low, high = IntegerRange(bits=count, narrow_range=False).bounds
     assert high - low + 1 == 2**count and low == -high - 1
-    assert QuantSpec(bits=count, scheme=Scheme.SYMMETRIC).bounds == (-high, high)
+    assert IntegerRange(bits=count, narrow_range=True).bounds == (-high, high)
 
 
 @pytest.mark.parametrize("value", [1, 9, 0, -4, 4.0, "4", None, True])
-@pytest.mark.parametrize("name", ["weight_bits", "activation_bits"])
-def test_bits_out_of_range_are_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be a whole number between 2 and 8, got {value!r}"):
-        QuantConfig(**{name: value})
+@pytest.mark.parametrize("section", ["weights", "activations", "outputs", "state"])
+def test_bits_out_of_range_are_refused_by_name(section, value):
+    with pytest.raises(ValueError, match=rf"^{section}\.bits must be a whole number between 2 and 8, got {value!r}$"):
+        QuantConfig(**{section: {"bits": value}})
 
 
 @pytest.mark.parametrize("value", [1, 9, 4.0])
-def test_a_spec_refuses_them_too(value):
-    with pytest.raises(ValueError, match=f"bits must be a whole number between 2 and 8, got {value!r}"):
-        QuantSpec(bits=value, scheme=Scheme.AFFINE)
+def test_a_range_of_integers_and_a_recipe_refuse_them_too(value):
+    with pytest.raises(ValueError, match=f"^bits must be a whole number between 2 and 8, got {value!r}"):
+        QuantConfig.recipe("pts", value)
+    with pytest.raises(ValueError, match=f"^bits must be a whole number between 2 and 8, got {value!r}"):
+        IntegerRange(bits=value, narrow_range=False)
 
 
 @given(configs())
@@ -50,9 +48,47 @@ def test_a_dict_holds_only_what_json_knows(config):
 
 
 @given(configs())
-def test_learning_may_be_a_dict(config):
-    if config.learning is not None:
-        assert dataclasses.replace(config, learning=dataclasses.asdict(config.learning)) == config
+def test_sections_may_be_dicts(config):
+    sections = {name: getattr(config, name) for name in ("weights", "activations", "learning", "outputs", "state")}
+    dicts = {name: part and dataclasses.asdict(part) for name, part in sections.items()}
+    assert dataclasses.replace(config, **dicts) == config
+
+
+@given(configs())
+def test_the_flat_keys_of_version_1_are_translated(config):
+    values = config.to_dict()
+    weights, activations = values.pop("weights"), values.pop("activations")
+    flat = {
+        "weight_bits": weights["bits"],
+        "per_tensor_weights": weights["granularity"] == "per_tensor",
+        "activation_bits": activations["bits"],
+        "granularity": activations["granularity"],
+        "scheme": "symmetric" if activations["symmetric"] else "affine",
+        "clusters": activations["clusters"],
+    }
+    assert QuantConfig.from_dict({**values, **flat, "format_version": 1}) == config
+    del values["format_version"]
+    assert QuantConfig.from_dict({**values, **flat}) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"weight_bits": 9}, "weights.bits must be a whole number between 2 and 8, got 9"),
+        ({"scheme": "odd"}, "scheme must be one of affine, symmetric; got 'odd'"),
+        ({"scheme": True}, "scheme must be one of"),
+        ({"scheme": ["affine"]}, "scheme must be one of"),
+        ({"per_tensor_weights": 1}, "per_tensor_weights must be one of False, True; got 1"),
+        ({"clusters": 0}, "activations.clusters must be a whole number between 1 and 256, got 0"),
+        ({"weight_bits": 4, "weights": {}}, "'weight_bits' of format version 1 and 'weights' of version 2: keep one"),
+        ({"weight_bits": 4, "format_version": 2}, "config has no key 'weight_bits'"),
+        ({"weights": {"bits": 4}, "format_version": 3}, "config has format version 3.*upgrade"),
+    ],
+    ids=repr,
+)
+def test_wrong_layouts_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        QuantConfig.from_dict(values)
 
 
 def test_a_config_is_frozen_and_hashable():
@@ -62,7 +98,7 @@ def test_a_config_is_frozen_and_hashable():
 
 
 def test_unknown_keys_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"config has no key 'weight_bit'; it knows weight_bits, .*exclude"):
+    with pytest.raises(ValueError, match=r"config has no key 'weight_bit'; it knows weights, .*exclude"):
         QuantConfig.from_dict({"weight_bit": 4})
     with pytest.raises(ValueError, match=r"learning has no key 'epoch'; it knows epochs, .*batch_size"):
         QuantConfig.from_dict({"learning": {"epochs": 1, "epoch": 2}})
@@ -82,8 +118,12 @@ def test_json_of_another_kind_is_refused(text):
         ({"smoothing": float("nan")}, "smoothing must be"),
         ({"smoothing": "0.5"}, "smoothing must be None or in"),
         ({"smoothing": True}, "smoothing must be"),
-        ({"granularity": "per_channel"}, "granularity must be one of per_tensor, .*; got 'per_channel'"),
-        ({"granularity": "per_token_dynamic"}, "range_search needs static scales"),
+        ({"activations": {"granularity": "row"}}, "activations.granularity must be one of per_tensor, .*; got 'row'"),
+        ({"activations": {"granularity": "per_token_dynamic"}}, "range_search needs static scales"),
+        ({"activations": {"symmetric": 1}}, "activations.symmetric must be true or false, got 1"),
+        ({"activations": {"clusters": 257}}, "activations.clusters must be .* between 1 and 256, got 257"),
+        ({"weights": None}, "weights must be of type WeightSpec or its keys; got None"),
+        ({"weights": {"granularity": "per_token"}}, "weights.granularity must be one of per_channel, per_tensor"),
         ({"seed": -1}, "seed must be a non-negative integer of 63 bits; got -1"),
         ({"seed": 2**63}, "seed must be a non-negative integer of 63 bits; got 9223372036854775808"),
         ({"seed": 0.5}, "seed must be"),
@@ -123,8 +163,8 @@ def test_what_makes_no_sense_is_refused_by_name(changes, message):
 def test_presets_are_the_papers(config, count, epochs):
     weight, activation = config.weight("in_proj"), config.activation("in_proj")
     assert (weight.bits, activation.bits) == (count, count)
-    assert (weight.scheme, activation.scheme) == (Scheme.SYMMETRIC, Scheme.AFFINE)
-    assert config.granularity is Granularity.PER_TOKEN
+    assert weight.narrow_range and not activation.narrow_range
+    assert config.activations.granularity is Granularity.PER_TOKEN
     assert config.smoothing == 0.5 and config.range_search is RangeSearch.SQUARED_ERROR
     assert not config.rotation and not config.gptq and not config.mirror and not config.eight_bit
     assert config.learning == Learning(epochs=epochs)
@@ -133,8 +173,8 @@ def test_presets_are_the_papers(config, count, epochs):
 @given(bits)
 def test_baselines_differ_by_smoothing_alone(count):
     minmax, smoothquant = QuantConfig.minmax(count), QuantConfig.smoothquant(count)
-    assert (minmax.weight_bits, minmax.activation_bits) == (count, count)
-    assert minmax.granularity is Granularity.PER_TENSOR
+    assert (minmax.weights.bits, minmax.activations.bits) == (count, count)
+    assert minmax.activations.granularity is Granularity.PER_TENSOR
     assert minmax.range_search is RangeSearch.MINMAX and minmax.learning is None and minmax.smoothing is None
     assert smoothquant == dataclasses.replace(minmax, smoothing=0.5)
 
@@ -149,7 +189,7 @@ def test_a_preset_can_be_changed(preset):
 @given(st.sampled_from(sorted(RECIPES)), bits)
 def test_every_recipe_is_a_config_at_all_bits(name, count):
     config = QuantConfig.recipe(name, count, seed=3)
-    assert (config.weight_bits, config.activation_bits, config.seed) == (count, count, 3)
+    assert (config.weights.bits, config.activations.bits, config.seed) == (count, count, 3)
     assert QuantConfig.from_json(config.to_json()) == config
 
 
@@ -161,7 +201,7 @@ def test_an_unknown_recipe_is_refused_with_the_known_ones():
 def test_the_ladder_adds_one_thing_at_a_rung():
     rungs = [QuantConfig.recipe(name, 4) for name in ("smoothquant", "pts", "pts+truncation", "ptq4vm", "best")]
     changes = [
-        {"granularity": Granularity.PER_TOKEN},
+        {"activations": ActivationSpec(bits=4)},
         {"range_search": RangeSearch.SQUARED_ERROR},
         {"learning": Learning(epochs=100)},
         {
@@ -188,7 +228,7 @@ def test_a_range_search_may_be_true_or_false(search):
 
 
 def test_linears_named_for_eight_bits_get_them():
-    config = QuantConfig(weight_bits=4, activation_bits=6, eight_bit=("*.x_proj*", "*.dt_proj"))
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 6}, eight_bit=("*.x_proj*", "*.dt_proj"))
     assert [(config.weight(name).bits, config.activation(name).bits) for name in ("a.x_proj_b", "a.in_proj")] == [
         (8, 8),
         (4, 6),
@@ -197,10 +237,43 @@ def test_linears_named_for_eight_bits_get_them():
 
 @given(st.sampled_from(Granularity))
 def test_a_granularity_may_be_its_name(granularity):
-    config = QuantConfig(**fitting(granularity) | {"granularity": str(granularity)})
-    assert config.granularity is granularity
+    values = json.loads(json.dumps(fitting(granularity)))
+    config = QuantConfig(**values)
+    assert config.activations.granularity is granularity
 
 
 def test_epochs_are_those_of_the_paper_and_between_them_those_of_fewer_bits():
     found = {bits: QuantConfig.recipe("ptq4vm", bits).learning.epochs for bits in range(2, 9)}
     assert found == {8: 10, 7: 50, 6: 50, 5: 100, 4: 100, 3: 100, 2: 100}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *(f"{name}{count}" for name in RECIPES for count in (2, 8))])
+def test_a_name_stands_for_a_recipe_and_its_bits(name):
+    recipe, count = parse(name)
+    assert name in (f"{recipe}{count}", f"w{count}a{count}")
+    if name in PRESETS:
+        assert getattr(QuantConfig, name)() == QuantConfig.recipe(recipe, count)
+
+
+@pytest.mark.parametrize("text", ["", "4", "best", "w8a6", "pts4.json", "best44"])
+def test_other_text_names_no_recipe(text):
+    assert parse(text) is None
+
+
+def test_a_recipe_is_described_by_one_line_of_ascii():
+    for name, recipe in RECIPES.items():
+        assert recipe.name == name and recipe.description.isascii() and "\n" not in recipe.description
+
+
+def test_changes_of_a_recipe_change_only_the_keys_they_have():
+    config = QuantConfig.recipe("best", 4, activations={"granularity": "per_tensor"}, learning={"epochs": 3})
+    best = QuantConfig.recipe("best", 4)
+    assert config.activations == dataclasses.replace(best.activations, granularity=Granularity.PER_TENSOR)
+    assert config.learning == dataclasses.replace(best.learning, epochs=3)
+    assert QuantConfig.recipe("best", 4, learning=None).learning is None
+    assert QuantConfig.recipe("best", 4) == best
+
+
+@pytest.mark.parametrize("documented", [module, specs, fields])
+def test_examples_run(documented):
+    assert doctest.testmod(documented).failed == 0

@@ -6,15 +6,15 @@ from helpers.strategies import bits, integers, normal, positive_sizes, powers_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, Scheme
+from ptq4vm.ops import fake_quantization, quantization
 from ptq4vm.quantizers import ActivationFakeQuantize, Mode, WeightFakeQuantize
+from ptq4vm.specs import Granularity, IntegerRange
 
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
 
 
 def activation(count: int, granularity: Granularity, tokens: int, seed: int = 0) -> ActivationFakeQuantize:
-    fake = ActivationFakeQuantize(QuantSpec(bits=count, scheme=Scheme.AFFINE), granularity)
+    fake = ActivationFakeQuantize(IntegerRange(bits=count, narrow_range=False), granularity)
     fake.mode = Mode.QUANTIZE
     if not fake.dynamic:
         size = tokens if granularity is Granularity.PER_TOKEN else 1
@@ -24,7 +24,7 @@ def activation(count: int, granularity: Granularity, tokens: int, seed: int = 0)
 
 
 def weight(count: int, outputs: int, seed: int = 0) -> WeightFakeQuantize:
-    fake = WeightFakeQuantize(QuantSpec(bits=count, scheme=Scheme.SYMMETRIC))
+    fake = WeightFakeQuantize(IntegerRange(bits=count, narrow_range=True))
     fake.mode, fake.scale = Mode.QUANTIZE, normal(outputs, seed=seed).exp() / 4
     return fake
 
@@ -34,23 +34,23 @@ def weight(count: int, outputs: int, seed: int = 0) -> WeightFakeQuantize:
 def test_inputs_are_what_the_reference_gives(granularity, count, tokens, channels, seed):
     x = normal(2, tokens, channels, seed=seed)
     fake = activation(count, granularity, tokens, seed)
-    pair = reference.choose_qparams(x, None, count) if fake.dynamic else fake.calculate_qparams()
-    codes = reference.quantize(x, 1 / pair[0], pair[1], None, count)
-    assert torch.equal(fake(x), reference.dequantize(codes, *pair))
+    pair = quantization.choose_qparams(x, None, count) if fake.dynamic else fake.calculate_qparams()
+    codes = quantization.quantize(x, 1 / pair[0], pair[1], None, count)
+    assert torch.equal(fake(x), quantization.dequantize(codes, *pair))
 
 
 @given(bits, positive_sizes, positive_sizes, seeds)
 def test_weights_are_what_the_reference_gives(count, outputs, channels, seed):
     w, fake = normal(outputs, channels, seed=seed), weight(count, outputs, seed)
-    codes = reference.quantize_weight(w, fake.scale, count)
+    codes = quantization.quantize_weight(w, fake.scale, count)
     assert torch.equal(fake(w), codes * fake.scale.view(-1, 1))
 
 
 def test_until_it_is_calibrated_a_tensor_passes():
     x = normal(2, 3, 4)
-    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN)
+    fake = ActivationFakeQuantize(IntegerRange(bits=4, narrow_range=False), Granularity.PER_TOKEN)
     assert fake(x) is x
-    assert WeightFakeQuantize(QuantSpec(bits=4, scheme=Scheme.SYMMETRIC))(x) is x
+    assert WeightFakeQuantize(IntegerRange(bits=4, narrow_range=True))(x) is x
 
 
 @pytest.mark.parametrize("granularity", STATIC)
@@ -117,7 +117,7 @@ def straight_through(x, scale, zero_point, smooth, count):
 
 
 def fake_bounds(count, zero_point):
-    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC if zero_point is None else Scheme.AFFINE).bounds
+    return IntegerRange(bits=count, narrow_range=zero_point is None).bounds
 
 
 @given(bits, positive_sizes, positive_sizes, st.booleans(), seeds)
@@ -133,14 +133,14 @@ def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channel
     straight_through(leaves[0], leaves[1], leaves[3] if affine else None, leaves[2], count).backward(grad)
     whole = zero.int() if affine else None
     needs = (True, True, affine, True)
-    found = reference.fake_quantize_backward(grad, x, scale, whole, smooth, count, *needs)
+    found = fake_quantization.fake_quantize_backward(grad, x, scale, whole, smooth, count, *needs)
     assert torch.equal(found[0], leaves[0].grad)
     for value, want in ((found[1], leaves[1].grad), (found[3], leaves[2].grad), (found[2], affine and leaves[3].grad)):
         assert want is False or torch.equal(value, want)
 
 
 def test_the_token_that_stays_in_floating_point_is_smoothed_as_the_others_are():
-    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN, kept=1)
+    fake = ActivationFakeQuantize(IntegerRange(bits=4, narrow_range=False), Granularity.PER_TOKEN, kept=1)
     fake.set_qparams(torch.tensor([0.5, 0.25, 1.0]), torch.zeros(3, dtype=torch.int32))
     fake.mode = Mode.QUANTIZE
     x, smooth = normal(2, 3, 4), torch.tensor([0.5, 2.0, 4.0, 1.0])

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from ptq4vm.config import Granularity, QuantSpec, Scheme
 from ptq4vm.quantizers import ActivationFakeQuantize, WeightFakeQuantize
+from ptq4vm.specs import Granularity, IntegerRange
 
 
 def activation():
-    fake = ActivationFakeQuantize(QuantSpec(bits=4, scheme=Scheme.AFFINE), Granularity.PER_TOKEN)
+    fake = ActivationFakeQuantize(IntegerRange(bits=4, narrow_range=False), Granularity.PER_TOKEN)
     fake.set_qparams(torch.ones(3), torch.zeros(3, dtype=torch.int32))
     return fake
 
 
 def weight():
-    fake = WeightFakeQuantize(QuantSpec(bits=4, scheme=Scheme.SYMMETRIC))
+    fake = WeightFakeQuantize(IntegerRange(bits=4, narrow_range=True))
     fake.scale = torch.ones(3)
     return fake
 

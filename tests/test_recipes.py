@@ -4,25 +4,25 @@ import dataclasses
 
 import pytest
 
-from ptq4vm.config import (
-    RECIPES,
+from ptq4vm.config import QuantConfig
+from ptq4vm.recipes import RECIPES
+from ptq4vm.specs import (
     Factors,
     Granularity,
     Learning,
     Loss,
-    Outputs,
-    QuantConfig,
+    OutputQuantization,
     RangeSearch,
-    Scheme,
-    State,
+    StateQuantization,
+    WeightGranularity,
 )
 
 EPOCHS = {2: 100, 3: 100, 4: 100, 5: 100, 6: 50, 7: 50, 8: 10}
 """PTQ4VM table 7 has 8, 6 and 4 bits; a number of bits between two of them learns as long as the lower."""
 
-SECOND_PAPER = {"scheme": Scheme.SYMMETRIC, "per_tensor_weights": True, "smoothing": None}
-NAIVE_STATE = State(bits=8, factors=None, per_token=False, integrate=True)
-STATE = State(bits=8, factors=Factors.MAXIMA, per_token=True, integrate=True)
+SECOND_PAPER = {"weights": {"granularity": WeightGranularity.PER_TENSOR}, "smoothing": None}
+NAIVE_STATE = StateQuantization(bits=8, factors=None, per_token=False, integrate=True)
+STATE = StateQuantization(bits=8, factors=Factors.MAXIMA, per_token=True, integrate=True)
 
 
 def expected(epochs: int) -> dict[str, dict[str, object]]:
@@ -35,9 +35,10 @@ def expected(epochs: int) -> dict[str, dict[str, object]]:
         only=("*.in_proj", "*.out_proj", "*.fc1", "*.fc2"),
     )
     best = dataclasses.replace(learning, epochs=10, loss=Loss.FISHER, scale_rate=0.01, smooth_rate=0.0)
-    minmax, per_tensor = {"range_search": RangeSearch.MINMAX}, {"granularity": Granularity.PER_TENSOR}
-    dynamic = {"granularity": Granularity.PER_TOKEN_DYNAMIC}
-    k_scaled_token = {"granularity": Granularity.K_SCALED_TOKEN}
+    minmax, per_tensor = {"range_search": RangeSearch.MINMAX}, {"activations": {"granularity": Granularity.PER_TENSOR}}
+    dynamic = {"activations": {"granularity": Granularity.PER_TOKEN_DYNAMIC}}
+    symmetric = {"activations": {"granularity": Granularity.PER_TENSOR, "symmetric": True}}
+    k_scaled_token = {"activations": {"granularity": Granularity.K_SCALED_TOKEN, "symmetric": True}}
     return {
         "minmax": {**minmax, **per_tensor, "smoothing": None},
         "smoothquant": {**minmax, **per_tensor},
@@ -50,16 +51,16 @@ def expected(epochs: int) -> dict[str, dict[str, object]]:
         "best": {"rotation": True, "gptq": True, "mirror": True, "learning": best},
         "kscaled": {
             **SECOND_PAPER,
-            **per_tensor,
-            "outputs": Outputs(bits=8, k_scaled=True),
+            **symmetric,
+            "outputs": OutputQuantization(bits=8, k_scaled=True),
             "state": STATE,
             "bias_correction": True,
         },
         "kscaled_naive": {
             **SECOND_PAPER,
-            **per_tensor,
+            **symmetric,
             **minmax,
-            "outputs": Outputs(bits=8, k_scaled=False),
+            "outputs": OutputQuantization(bits=8, k_scaled=False),
             "state": NAIVE_STATE,
         },
         "kscaled_linears": {**SECOND_PAPER, **k_scaled_token, "bias_correction": True},
@@ -73,18 +74,14 @@ def expected(epochs: int) -> dict[str, dict[str, object]]:
 def test_recipes_are_what_they_stand_for(count):
     assert expected(EPOCHS[count]).keys() == RECIPES.keys()
     for name, fields in expected(EPOCHS[count]).items():
-        want = QuantConfig(weight_bits=count, activation_bits=count, **fields)
-        assert QuantConfig.recipe(name, count) == want
+        sections = {key: {"bits": count, **fields.get(key, {})} for key in ("weights", "activations")}
+        assert QuantConfig.recipe(name, count) == QuantConfig(**fields | sections)
 
 
 def test_a_config_without_arguments_is_per_token_with_truncation_at_eight_bits():
     assert QuantConfig() == QuantConfig(
-        weight_bits=8,
-        activation_bits=8,
-        granularity=Granularity.PER_TOKEN,
-        scheme=Scheme.AFFINE,
-        per_tensor_weights=False,
-        clusters=4,
+        weights={"bits": 8, "granularity": "per_channel"},
+        activations={"bits": 8, "granularity": Granularity.PER_TOKEN, "symmetric": False, "clusters": 4},
         power_of_two=True,
         smoothing=0.5,
         range_search=RangeSearch.SQUARED_ERROR,

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ptq4vm
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.metadata import metadata_of
 from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
+from ptq4vm.specs import Granularity
 
 words = st.text("abcxyz", min_size=1, max_size=8)
 rows = st.lists(st.dictionaries(words, st.none() | words | st.integers() | st.floats()), max_size=5)
@@ -88,7 +89,7 @@ def test_the_bytes_of_a_model_are_those_of_its_tensors(inputs, outputs, dtype):
 @pytest.mark.parametrize("smoothing, weight_bits", [(None, 8), (0.5, 4)])
 def test_the_rows_of_a_graph_are_its_linears(small_vim, images, granularity, smoothing, weight_bits):
     rest = {"smoothing": smoothing, "range_search": False} | fitting(granularity)
-    config = QuantConfig(weight_bits=weight_bits, **rest)
+    config = QuantConfig(weights={"bits": weight_bits}, **rest)
     quantized = ptq4vm.quantize(small_vim, [images], config, progress=False)
     found = linear_rows(quantized)
     assert [(row["name"], row["tokens"], row["in"], row["out"]) for row in found] == [

@@ -1,4 +1,4 @@
-// fused.conv1d_quantize, reference.causal_conv1d and reference.causal_conv1d_backward in float32: outputs and gradients
+// ops.conv1d_quantize, ops.causal_conv1d and ops.causal_conv1d_backward in float32: outputs and gradients
 // differ from those in float64 by about 1e-6 of the largest. Channels lie in lanes; all channels of a share of the work
 // take a chunk of tokens before any takes the next, so that memory is read row by row.
 #include <algorithm>

@@ -1,4 +1,4 @@
-// fused.conv2d_quantize in float32: u differs from that in float64 by about 1e-6 of the largest. Channels lie in lanes.
+// ops.conv2d_quantize in float32: u differs from that in float64 by about 1e-6 of the largest. Channels lie in lanes.
 // A column of inputs is loaded once: it adds to the outputs of all columns that the kernel reaches from it, whose sums
 // stay in registers. Sums have one order, whatever the division of work.
 #include <algorithm>

@@ -1,4 +1,4 @@
-// reference.fake_quantize, bit for bit, and its straight-through gradient in one pass over memory.
+// ops.fake_quantize, bit for bit, and its straight-through gradient in one pass over memory.
 // Compiled without contraction: every product is rounded before the next operation.
 #include <algorithm>
 #include <type_traits>

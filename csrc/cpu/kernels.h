@@ -8,7 +8,7 @@ namespace ptq4vm {
 
 constexpr int64_t FEATURES_IN_BLOCK = 64;
 
-// fused.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
+// layouts.pack_weight: tiles [ceil(N / 16)][ceil(D / 64)][16][64] int8, or [16][32] bytes of two 4-bit codes.
 struct PackedWeight {
   const void* tiles;
   bool nibbles;
@@ -27,8 +27,8 @@ struct Pack {
   int64_t channels, features;
 };
 
-// fused.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
-// gelu_codes, fused.linear_gelu_quantize: those are written, and not y.
+// ops.linear_packed: x (K, rows, D), qparams (K, scales), weights and y one direction after the other. With
+// gelu_codes, ops.linear_gelu_quantize: those are written, and not y.
 struct Linear {
   const int8_t* x;
   const float* x_scale;

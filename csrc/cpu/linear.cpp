@@ -1,4 +1,4 @@
-// fused.linear_packed and what is built on it: the accumulators are exact, and every output is rounded as the reference
+// ops.linear_packed and what is built on it: the accumulators are exact, and every output is rounded as the reference
 // rounds it. Compiled without contraction.
 //
 // Weights come in tiles: 64 input channels of 16 output channels, the operand of AMX and of VNNI as it lies in memory.
@@ -285,7 +285,7 @@ struct NormalHalves : Results<uint16_t> {
 };
 #endif
 
-// reference.quantize of the GELU. Clamping before the sum with the zero point gives the same codes, and the sum of a
+// ops.quantize of the GELU. Clamping before the sum with the zero point gives the same codes, and the sum of a
 // small number and MAGIC has the nearest integer in its low bits.
 struct Codes : Results<int8_t> {
   float low, high;

@@ -1,4 +1,4 @@
-// fused.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, row by row in the
+// ops.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, row by row in the
 // first cache. Sums have one order, whatever the division of work; codes may differ from the reference's by one at
 // rounding ties.
 #include <algorithm>

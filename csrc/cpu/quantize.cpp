@@ -1,4 +1,4 @@
-// reference.quantize, reference.choose_qparams and reference.dequantize, bit for bit. Compiled without contraction:
+// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit. Compiled without contraction:
 // every product is rounded before the next operation.
 #include "quantize.h"
 

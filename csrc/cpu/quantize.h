@@ -1,4 +1,4 @@
-// reference.quantize of values in registers, bit for bit. A product is followed by another product, a bound or a
+// ops.quantize of values in registers, bit for bit. A product is followed by another product, a bound or a
 // conversion, never by a sum: so no compiler flag can contract it, and files that allow contraction may include this.
 #pragma once
 

@@ -1,4 +1,4 @@
-// reference.rotate and fused.rotate_quantize. A row's result does not depend on the others.
+// ops.rotate and ops.rotate_quantize. A row's result does not depend on the others.
 #include "rotate.h"
 
 #include "quantize.h"

@@ -1,4 +1,4 @@
-// reference.rotate of a row in the first cache: Hadamard's transform by butterflies between registers, then Hartley's
+// ops.rotate of a row in the first cache: Hadamard's transform by butterflies between registers, then Hartley's
 // small one. Files that include this allow contraction.
 #pragma once
 

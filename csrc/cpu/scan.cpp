@@ -1,4 +1,4 @@
-// reference.selective_scan, its adjoint, selective_scan_quantized, and fused.directional_scan(_quantize), in float32: outputs and gradients
+// ops.selective_scan, its adjoint, selective_scan_quantized, and ops.directional_scan(_quantize), in float32: outputs and gradients
 // differ from those in float64 by about 1e-6 of the largest. Sums over channels and tokens have one order, whatever the
 // division of work.
 // Channels lie in lanes, B and C of a token are broadcast. A chunk of tokens goes through three stages: what needs no

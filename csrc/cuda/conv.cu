@@ -1,4 +1,4 @@
-// fused.conv1d_quantize and reference.causal_conv1d. A thread has V channels and STRIP steps of a direction: it reads
+// ops.conv1d_quantize and ops.causal_conv1d. A thread has V channels and STRIP steps of a direction: it reads
 // all that they need before it writes. Sums have one order, in float32. Rows may lie anywhere; V is 4 where they are
 // aligned.
 #include "device.cuh"

@@ -1,4 +1,4 @@
-// fused.conv2d_quantize. A thread has V channels of STRIP neighbours in a row of a map. Sums have one order, in
+// ops.conv2d_quantize. A thread has V channels of STRIP neighbours in a row of a map. Sums have one order, in
 // float32. Rows of x may lie anywhere; V is 4 where they are aligned.
 #include "device.cuh"
 

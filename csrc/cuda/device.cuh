@@ -7,7 +7,7 @@
 //                                               8 elements or 16 bytes, whichever is less (aligned<8>(pointer) tells)
 //   to_float(x), from_float<T>(v)               one number, rounded half to even
 //   const Grid grid(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
-//   grid.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
+//   grid.code(__fmul_rn(v, inv_smooth[d]))      ops.quantize of one smoothed number, bit for bit
 //   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
 //   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be null
 //   warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them

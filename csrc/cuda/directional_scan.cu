@@ -1,4 +1,4 @@
-// fused.directional_scan and fused.directional_scan_quantize. A thread has a channel and its states; orders are index
+// ops.directional_scan and ops.directional_scan_quantize. A thread has a channel and its states; orders are index
 // arithmetic, and threads with neighbouring channels read neighbouring numbers in any of them. The step's codes, B and
 // C are made once for all channels of a block, in shared memory. No direction names a token twice.
 //

@@ -1,4 +1,4 @@
-// What becomes of the accumulators of a linear, rounded as reference.rescale and reference.quantize do: each product
+// What becomes of the accumulators of a linear, rounded as linears.rescale and ops.quantize do: each product
 // and each sum on its own. A thread takes eight neighbours of a row at a time.
 #pragma once
 

@@ -9,7 +9,7 @@ namespace cuda {
 enum class Layout {
   bytes,    // rows of int8
   nibbles,  // rows of two 4-bit codes a byte, low one first
-  tiles,    // fused.pack_weight's, of int8
+  tiles,    // layouts.pack_weight's, of int8
   nibble_tiles,
 };
 

@@ -1,4 +1,4 @@
-// The integer linears on tensor cores: fused.linear_packed, and fused.linear_gelu_quantize where there are codes.
+// The integer linears on tensor cores: ops.linear_packed, and ops.linear_gelu_quantize where there are codes.
 #pragma once
 
 #include "launch.h"

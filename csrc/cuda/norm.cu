@@ -1,4 +1,4 @@
-// fused.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, in one pass over
+// ops.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, in one pass over
 // memory. A warp has a row of up to 1024 channels and a block one of more; its values stay in registers, or are read again
 // where rows are longer than those or at no alignment. Sums have one order; codes may differ from the reference's by one
 // at rounding ties.

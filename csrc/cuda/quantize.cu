@@ -1,4 +1,4 @@
-// reference.quantize, reference.choose_qparams and reference.dequantize, bit for bit. A team of up to a warp reads a row
+// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit. A team of up to a warp reads a row
 // once, 8 channels a thread where rows are aligned to that, one elsewhere.
 #include <cfloat>
 

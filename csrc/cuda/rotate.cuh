@@ -1,4 +1,4 @@
-// reference.rotate of rows in shared memory: Hadamard's transform by butterflies of 16 numbers in registers, then
+// ops.rotate of rows in shared memory: Hadamard's transform by butterflies of 16 numbers in registers, then
 // Hartley's small one. A team of WARPS warps has a row.
 #pragma once
 

@@ -1,4 +1,4 @@
-// reference.selective_scan: a thread has a channel of an image and all its states; B and C of a chunk of tokens lie in
+// ops.selective_scan: a thread has a channel of an image and all its states; B and C of a chunk of tokens lie in
 // shared memory. Any strides between rows; u, delta, B, C and z in any type.
 #include "scan.cuh"
 

@@ -226,7 +226,7 @@ struct Channel {
     return static_cast<int>(codes);
   }
 
-  // Δ of STRIP steps: the integer linear, exactly, and its scales as reference.rescale rounds them.
+  // Δ of STRIP steps: the integer linear, exactly, and its scales as linears.rescale rounds them.
   template <int STEPS, int N>
   __device__ void steps(const Chunk<STEPS, N>& chunk, int first, float (&step)[STRIP]) const {
     int sums[STRIP];

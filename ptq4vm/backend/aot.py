@@ -11,9 +11,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from ptq4vm.backend import native
-from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.passes.lower.fuse import fuse
-from ptq4vm.passes.lower.pipeline import converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 from ptq4vm.serialization.values import example_inputs
 
 
@@ -29,7 +27,7 @@ def package(quantized: GraphModule, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"{path}: the name of an AOTInductor package ends in .pt2")
-    gm = converted_graph(quantized, Pipeline((fuse,)))
+    gm = converted_graph(quantized, fusing_pipeline())
     examples = example_inputs(quantized, 2)
     shapes = tuple({0: Dim("batch")} if isinstance(value, Tensor) and value.dim() else None for value in examples)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.pt2")

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import set_tensor
-from ptq4vm.graph.pipeline import finish
-from ptq4vm.passes.lower.fuse import fuse
+from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.lower.lower import lower
+from ptq4vm.passes.lower.pipeline import fusing_pipeline
 
 
 def ptq4vm_backend(
@@ -32,13 +32,13 @@ def ptq4vm_backend(
     Parameters and buffers are frozen: they are rearranged for the kernels now, and what is loaded into the model later
     is not seen. `options={"inductor": False}` runs what is left after fusing as it is, which compiles at once;
     `options={"activations": torch.bfloat16}` halves the memory of activations, at the price that
-    `ptq4vm.passes.lower.fuse.fuse` tells. All other options and `mode` are Inductor's.
+    `ptq4vm.passes.lower.pipeline.fusing_pipeline` tells. All other options and `mode` are Inductor's.
     """
     settings = dict(options or {})
     inductor, activations = settings.pop("inductor", True), settings.pop("activations", torch.float32)
     gm, kept = freeze(gm)
     origin = frozenset(value.data_ptr() for value in gm.state_dict().values())
-    gm = _share_constants(fuse(finish(lower(gm)), activations), origin)
+    gm = _share_constants(fusing_pipeline(activations)(clean_up(lower(gm))), origin)
     inputs = [example_inputs[i] for i in kept]
     if inductor:
         from torch._inductor import compile_fx, list_mode_options
@@ -89,7 +89,7 @@ def freeze(gm: GraphModule) -> tuple[GraphModule, list[int]]:
         constant.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(constant)
         gm.graph.erase_node(node)
-    return finish(gm), kept
+    return clean_up(gm), kept
 
 
 def _static_value(placeholder: Node) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How fast a model is, against other ways to run the same network, and where its time goes."""
+"""The time of a model beside other ways to run the same network. Rivals are in `benchmarks/` of the repository."""
 
 from ptq4vm.benchmark.timing import Timing, compare, machine
 

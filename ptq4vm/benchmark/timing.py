@@ -1,4 +1,4 @@
-"""Timing of models side by side in one process: what slows the machine down slows all of them."""
+"""Times models side by side in one process: a slow machine slows all of them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ptq4vm.backend import native
 WARMUP = 3
 """Rounds that are run and not counted."""
 
-BUSY = 200_000
-"""Cycles, about 0.1 ms, for which a GPU waits before it begins: what it is to do is there by then."""
+Seconds = tuple[float, float]
+"""On the wall, and of the CPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How long one model took for one batch; medians over the rounds, and spreads from first to third quartile."""
+    """The time of one model for one batch: medians over the rounds, and spreads from first to third quartile."""
 
     name: str
     batch_size: int
@@ -35,13 +35,20 @@ class Timing:
     cpu_spread: float
     images_per_second: float
     clock: str
-    """What the ratio is of: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
+    """The ratio's: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
     ratio: float
-    """Its time over that of the first model in the same round: how many times as fast the first one is."""
+    """The model's time over that of the first model in the same round."""
     ratio_spread: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def seconds_of(model: Callable[[Tensor], Any], inputs: Tensor) -> Seconds:
+    """Calls once; `benchmarks/speed/graphs.py` times a GPU, which works after the call has returned."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    model(inputs)
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def compare(
@@ -50,58 +57,52 @@ def compare(
     *,
     warmup: int = WARMUP,
     repeats: int = 20,
-    tick: Callable[[], Any] | None = None,
+    tick: Callable[[], Any] = lambda: None,
+    stopwatch: Callable[[Callable[[Tensor], Any], Tensor], Seconds] = seconds_of,
 ) -> list[Timing]:
     """Calls every model once a round, each round another one first; ratios are to the first of `models`.
 
-    `tick` is called after every call of a model.
+    `tick` is called after every call of a model, which `stopwatch` makes.
     """
     if not models:
         raise ValueError("there is nothing to compare: give at least one model")
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     names = list(models)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    seconds: dict[str, list[Seconds]] = {name: [] for name in names}
     with torch.inference_mode():
         for number in range(warmup + repeats):
             first = number % len(names)
             for name in names[first:] + names[:first]:
-                seconds[name].append(_seconds(models[name], inputs))
-                if tick is not None:
-                    tick()
-    one_thread = torch.get_num_threads() == 1 and not inputs.is_cuda
-    timings = []
-    for name in names:
-        wall, cpu = (list(values) for values in zip(*seconds[name][warmup:], strict=True))
-        mine, others = (
-            [pair[one_thread] for pair in seconds[key][warmup:]]  # the wall's time stands first
-            for key in (name, names[0])
-        )
-        median, spread = _summary(wall)
-        cpu_median, cpu_spread = _summary(cpu)
-        # a call can be shorter than a tick of a coarse clock
-        ratio, ratio_spread = _summary([a / max(b, 1e-9) for a, b in zip(mine, others, strict=True)])
-        timings.append(
-            Timing(
-                name=name,
-                batch_size=len(inputs),
-                threads=torch.get_num_threads(),
-                repeats=repeats,
-                median=median,
-                spread=spread,
-                cpu=cpu_median,
-                cpu_spread=cpu_spread,
-                images_per_second=len(inputs) / max(median, 1e-9),
-                clock="cpu" if one_thread else "wall",
-                ratio=ratio,
-                ratio_spread=ratio_spread,
-            )
-        )
-    return timings
+                seconds[name].append(stopwatch(models[name], inputs))
+                tick()
+    base = seconds[names[0]][warmup:]
+    return [_timing(name, seconds[name][warmup:], base, inputs) for name in names]
+
+
+def _timing(name: str, own: list[Seconds], base: list[Seconds], inputs: Tensor) -> Timing:
+    clock = int(torch.get_num_threads() == 1 and not inputs.is_cuda)
+    (median, spread), (cpu, cpu_spread) = (_summary([pair[place] for pair in own]) for place in (0, 1))
+    # a call can be shorter than a tick of a coarse clock
+    ratio, ratio_spread = _summary([a[clock] / max(b[clock], 1e-9) for a, b in zip(own, base, strict=True)])
+    return Timing(
+        name=name,
+        batch_size=len(inputs),
+        threads=torch.get_num_threads(),
+        repeats=len(own),
+        median=median,
+        spread=spread,
+        cpu=cpu,
+        cpu_spread=cpu_spread,
+        images_per_second=len(inputs) / max(median, 1e-9),
+        clock=("wall", "cpu")[clock],
+        ratio=ratio,
+        ratio_spread=ratio_spread,
+    )
 
 
 def machine() -> dict[str, Any]:
-    """What timings depend on and a reader must know."""
+    """Facts of this machine and its software that timings depend on."""
     return {
         "platform": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -113,31 +114,8 @@ def machine() -> dict[str, Any]:
 
 
 def _summary(values: list[float]) -> tuple[float, float]:
-    """Median, and third less first quartile."""
+    """Median and interquartile range."""
     if len(values) == 1:
         return values[0], 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return statistics.median(values), third - first
-
-
-def _seconds(model: Callable[[Tensor], Any], inputs: Tensor) -> tuple[float, float]:
-    """On the wall, and of the CPU. A GPU's wall is its own: it works after the call that started it returns."""
-    if inputs.is_cuda:
-        return _seconds_of_gpu(model, inputs)
-    wall, cpu = time.perf_counter(), time.process_time()
-    model(inputs)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _seconds_of_gpu(model: Callable[[Tensor], Any], inputs: Tensor) -> tuple[float, float]:
-    with torch.cuda.device(inputs.device):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(BUSY)
-        cpu = time.process_time()
-        start.record()
-        model(inputs)
-        end.record()
-        cpu = time.process_time() - cpu
-        end.synchronize()
-        return start.elapsed_time(end) / 1000, cpu

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptq4vm.cli.outputs import check_folder
 from ptq4vm.cli.sources import check_ema, images_for, is_saved, named_model, open_model, stage
+from ptq4vm.extras import require
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -59,6 +60,7 @@ def _check_options(args: argparse.Namespace, saved: bool) -> None:
     if args.graph and args.data_dir is not None:
         raise ValueError("--graph tells what is fused and --data-dir measures layers: give one of them")
     if args.output is not None:
+        require("--output", "plot", "matplotlib")
         check_folder(args.output)
     check_ema(args)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,19 +30,17 @@ from ptq4vm.cli.sources import (
     say,
     stage,
 )
+from ptq4vm.recipes import PRESETS, RECIPES, parse
 from ptq4vm.text import escaped
 
 if TYPE_CHECKING:
     from ptq4vm.config import QuantConfig
 
 KINDS = (
-    "quantized, fused, compiled, compiled-half, eager-fp32, eager-loop, compiled-fp32, compiled-bf16, "
+    "quantized, fused, compiled, compiled-half, eager-fp32; in a checkout eager-loop, compiled-fp32, compiled-bf16, "
     "torchao-int8, onnxruntime-int8, openvino-int8"
 )
-PRESETS = (
-    "w8a8, w6a6, w4a4, or a recipe with its bits: best4, ptq4vm4, ptq4vm_released4, pts+truncation4, pts4, "
-    "per_token_dynamic4, per_tensor4, smoothquant4, minmax4, kscaled8, kscaled_linears8, state8, ptq4vm+state8"
-)
+CONFIGS = f"{', '.join(PRESETS)}, or a recipe with its bits, such as best4"
 LARGEST = 2**31 - 1
 """Of a count on the command line."""
 
@@ -190,13 +187,14 @@ def evaluate(args: argparse.Namespace) -> Outcome:
 
 def benchmark(args: argparse.Namespace) -> Outcome:
     """Time a quantized model against other ways to run the same network, on random images."""
-    from ptq4vm.benchmark.run import Plan, check_picture, run
+    from ptq4vm.benchmark.kinds import from_checkout
+    from ptq4vm.benchmark.run import Plan, run
     from ptq4vm.cli.outputs import check_file
     from ptq4vm.metadata import metadata_of
     from ptq4vm.report import write_csv
 
     if args.picture is not None:
-        check_picture(args.picture)
+        from_checkout("picture", "--picture").check_picture(args.picture)
     for file in (args.csv, args.picture):
         if file is not None:
             check_file(file)
@@ -205,14 +203,14 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     if twice:
         raise ValueError(f"{twice[0]} is given twice; a kind is compared with other ones")
     others: dict[str, Any] = {name: open_model(name, None) for name in args.against if is_saved(name)}
+    sections = {"layers": args.layers or args.picture is not None, "memory": args.memory}
     plan = Plan(
         kinds=kinds,
         others=tuple(others),
         batch_sizes=tuple(args.batch_size),
         threads=tuple(args.threads),
         repeats=args.repeats,
-        layers=args.layers or args.picture is not None,
-        memory=args.memory,
+        sections=tuple(name for name, asked in sections.items() if asked),
     )
     model, quantized = open_both(args.model)
     shapes = {name: metadata_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
@@ -223,7 +221,8 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     if args.csv is not None:
         write_csv(args.csv, findings.rows())
     if args.picture is not None:
-        findings.draw(args.picture)
+        layers: Any = findings.sections["layers"]
+        layers.draw(args.picture, args.model)
     return Outcome(result=findings.to_dict(), text=str(findings))
 
 
@@ -285,16 +284,13 @@ def doctor(args: argparse.Namespace) -> Outcome:
 
 
 def _config(text: str, seed: int) -> QuantConfig:
-    """A preset by name, or a JSON file, which has its own seed."""
-    from ptq4vm.config import RECIPES, QuantConfig
+    """A recipe by name, or a JSON file, which has its own seed."""
+    from ptq4vm.config import QuantConfig
 
-    if text in ("w8a8", "w6a6", "w4a4"):
-        preset: Callable[..., QuantConfig] = getattr(QuantConfig, text)
-        return preset(seed=seed)
-    if (match := re.fullmatch(r"(.+?)(\d)", text)) and match[1] in RECIPES:
-        return QuantConfig.recipe(match[1], int(match[2]), seed=seed)
+    if (found := parse(text)) is not None:
+        return QuantConfig.recipe(*found, seed=seed)
     if not text.endswith(".json"):
-        raise ValueError(f"{text!r} is no config: give {PRESETS}, or a .json file")
+        raise ValueError(f"{text!r} is no config: give {CONFIGS} ({', '.join(RECIPES)}), or a .json file")
     try:
         return QuantConfig.from_json(Path(text).read_text(encoding="utf-8"))
     except (ValueError, TypeError, RecursionError) as error:
@@ -317,6 +313,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or isinstance(action.default, list)
         return action.help if silent else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 def _between(low: int, high: int) -> Callable[[str], int]:
@@ -372,7 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--output", required=True, metavar="DIR", help="folder to save the quantized model in")
     made.add_argument("--checkpoint", metavar="FILE", help=weights)
     made.add_argument("--ema", action="store_true", help=averaged)
-    made.add_argument("--config", default="w8a8", help=f"{PRESETS}, or a .json file")
+    made.add_argument("--config", default="w8a8", help=f"{CONFIGS}, or a .json file")
+    listed = (f"  {recipe.name:18} {recipe.description}" for recipe in RECIPES.values())
+    made.epilog = "\n".join(("recipes (w8a8, w6a6 and w4a4 are ptq4vm's):", *listed))
     made.add_argument("--images", type=_count, default=256, metavar="N", help="images to calibrate with")
     made.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images read at once")
     made.add_argument(

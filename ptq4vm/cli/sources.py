@@ -141,8 +141,8 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
     import torch
 
     import ptq4vm
-    from ptq4vm.config import RangeSearch
     from ptq4vm.metadata import metadata_of
+    from ptq4vm.specs import RangeSearch
 
     with stage("load", {}):
         torch.manual_seed(0)

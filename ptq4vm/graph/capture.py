@@ -14,7 +14,7 @@ from ptq4vm.graph.insert import (
     aten,
 )
 from ptq4vm.graph.model_copy import copied_model
-from ptq4vm.graph.pipeline import finish
+from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.graph.views import scope
 
 
@@ -39,7 +39,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     _clean(gm)
     _reject_hidden_regions(gm)
     _guard_inputs(gm, inputs)
-    return finish(fx.GraphModule(gm, gm.graph, type(model).__name__))
+    return clean_up(fx.GraphModule(gm, gm.graph, type(model).__name__))
 
 
 def _example(value: Any) -> Any:

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.sites import LinearSite
 from ptq4vm.graph.token_order import moves_tokens, token_map
 from ptq4vm.graph.views import parameter_of
 
 
-def class_tokens(gm: GraphModule, linears: Sequence[LinearSite]) -> dict[str, int]:
-    """Position of the class token in the input of each linear, by its name; linears that see none are left out.
+def class_tokens(gm: GraphModule, linears: Sequence[Node]) -> dict[Node, int]:
+    """Returns the position of the class token in the input of each linear; linears that see none are left out.
 
     A parameter that `torch.cat` puts among tokens is one. It keeps its place through operators that compute, and moves
     as views and flips say. Raises ValueError for a model without one.
@@ -34,18 +33,12 @@ def class_tokens(gm: GraphModule, linears: Sequence[LinearSite]) -> dict[str, in
             place = next((places[source] for source in inputs if source.meta["val"].shape[1] == tokens), None)
         if place is not None:
             places[node] = place
-    found = {linear.name: places[node] for linear in linears if (node := _input(linear)) in places}
+    found = {linear: places[x] for linear in linears if (x := linear.all_input_nodes[0]) in places}
     if not found:
         raise ValueError(
             "class_token_in_float is for models with a class token, and no linear of this one sees any: leave it out"
         )
     return found
-
-
-def _input(linear: LinearSite) -> Node:
-    node = linear.node.args[0]
-    assert isinstance(node, Node)
-    return node
 
 
 def _is_tokens(node: Node) -> bool:

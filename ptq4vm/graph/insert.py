@@ -20,6 +20,11 @@ def attribute(gm: nn.Module, name: str) -> Any:
     return value
 
 
+def module_of(gm: nn.Module, node: object) -> nn.Module | None:
+    """Returns the module that a node calls; None for any other node or value."""
+    return gm.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
+
+
 def has_attribute(gm: nn.Module, name: str) -> bool:
     try:
         attribute(gm, name)
@@ -75,7 +80,7 @@ class Insertion:
             node.meta["val"] = value_of(self.gm, target, args)
         return self._tag(node)
 
-    def bring(self, *constants: Any) -> None:
+    def move_before(self, *constants: Any) -> None:
         """Moves constants that come later to where they can be read."""
         for constant in constants:
             if isinstance(constant, Node) and self.before < constant:

@@ -1,4 +1,4 @@
-"""Passes in a row, with cleaning up and verifying after each."""
+"""Pipelines: named passes in order, each followed by cleaning up and verifying."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule
 
-from ptq4vm import ops
+from ptq4vm.graph.verify import GraphStage, verify
+
+Pass = Callable[[GraphModule], GraphModule]
+"""A function, or a frozen dataclass where it has parameters. It neither cleans up nor verifies."""
 
 
-def finish(gm: GraphModule) -> GraphModule:
-    """Clean up and verify: every pass ends here, so passes need not."""
+def clean_up(gm: GraphModule) -> GraphModule:
+    """Drops dead code and unused modules, checks the graph's structure and compiles its code anew."""
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -19,22 +22,32 @@ def finish(gm: GraphModule) -> GraphModule:
     return gm
 
 
-Pass = Callable[[GraphModule], GraphModule]
-
-
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in a row; itself a pass."""
+    """Passes in a row, after each of which a graph is one of `stage`; itself a pass.
 
+    >>> def nothing(gm): return gm
+    >>> print(Pipeline(GraphStage.CAPTURED, (nothing,)))
+    captured
+      nothing
+    """
+
+    stage: GraphStage
     passes: tuple[Pass, ...]
 
     def __call__(self, gm: GraphModule) -> GraphModule:
         for apply in self.passes:
-            gm = finish(apply(gm))
+            gm = apply(gm)
+            if not isinstance(apply, Pipeline):
+                gm = verify(clean_up(gm), self.stage, str(_named(apply)))
         return gm
 
+    def __str__(self) -> str:
+        lines = [str(self.stage)]
+        for apply in self.passes:
+            lines += [f"  {line}" for line in str(_named(apply)).split("\n")]
+        return "\n".join(lines)
 
-def is_lowered(gm: GraphModule) -> bool:
-    """Whether the graph computes with integers."""
-    integer = (ops.linear.default, ops.selective_scan_quantized.default)
-    return any(gm.graph.find_nodes(op="call_function", target=target) for target in integer)
+
+def _named(apply: Pass) -> object:
+    return getattr(apply, "__name__", apply)

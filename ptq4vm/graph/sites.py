@@ -1,33 +1,57 @@
-"""Canonical linears, and the block that each is in.
+"""Sites: what is quantized around a node, as one frozen record in its metadata.
 
 Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.insert import (
-    aten,
-)
+from ptq4vm.graph.insert import aten
 from ptq4vm.graph.views import parameter_of, scope
+from ptq4vm.specs import Granularity
+
+SITE = "ptq4vm.site"
+"""The key of a node's metadata; torchao's passes and copies of graphs keep it."""
 
 CONVOLUTIONS = (ops.causal_conv1d.default, aten.conv2d.default)
 
 
-@dataclass(frozen=True, slots=True)
-class LinearSite:
-    """One canonical linear: x (B, L, D) times a parameter (N, D)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputSite:
+    """Quantization of a value where it is made."""
+
+    granularity: Granularity
+    axis: int = 1
+    """Axis of the tokens or channels that have scales of their own."""
+    power_of_two: bool = False
+    """Whether the ratios of its scales may be powers of two."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """A node where something is quantized: its result, or what a subclass names."""
 
     name: str
-    """Path of the module whose `weight` it is, such as `layers.0.mixer.in_proj`; of a bare parameter `w`, `w_linear`;
-    `name@1` at a second call of one weight."""
-    node: Node
+    output: OutputSite | None = None
+    """None where the result stays in floating point."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearSite(Site):
+    """One canonical linear: x (B, L, D) times a parameter (N, D).
+
+    Its name is the path of the module whose `weight` it is, such as `layers.0.mixer.in_proj`; of a bare parameter `w`,
+    `w_linear`; `name@1` at a second call of one weight.
+    """
+
     weight: str
     """Path of the weight parameter."""
     tokens: int
@@ -35,46 +59,86 @@ class LinearSite:
     out_features: int
     block: str | None
     """Path of the block around it; None in the stem, the head, and between the blocks of a stage."""
+    float_token_index: int | None = None
+    """The class token's position, where its row stays in floating point."""
+    shares_qparams_with: str | None = None
+    """Name of the site whose quantized output is this input too."""
+    log_smooth: str | None = None
+    """Path of log s (D,), which x is divided by; None without smoothing."""
+    rotated: bool = False
+    """Whether x / s and W · s are rotated."""
 
 
-def find_linears(gm: GraphModule) -> list[LinearSite]:
-    """Every `aten.linear` of a parameter on (B, L, D), in graph order."""
-    sites: list[LinearSite] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvolutionSite(Site):
+    """A convolution with a quantized weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScanSite(Site):
+    """A selective scan with a quantized state."""
+
+
+_Site = TypeVar("_Site", bound=Site)
+
+
+def sites_of(gm: GraphModule, kind: type[_Site]) -> dict[Node, _Site]:
+    """Returns the sites of one kind by their node, in graph order."""
+    return {node: site for node in gm.graph.nodes if isinstance(site := node.meta.get(SITE), kind)}
+
+
+def update_site(node: Node, **changes: Any) -> None:
+    """Replaces the record of a node by one with some fields changed."""
+    node.meta[SITE] = dataclasses.replace(node.meta[SITE], **changes)
+
+
+def find_linears(gm: GraphModule) -> dict[Node, LinearSite]:
+    """Returns every `aten.linear` of a parameter on (B, L, D), in graph order."""
+    sites: dict[Node, LinearSite] = {}
     seen: dict[str, int] = {}
-    nodes = [node for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default) if on_tokens(node)]
+    nodes: list[Any] = [n for n in gm.graph.find_nodes(op="call_function", target=aten.linear.default) if on_tokens(n)]
     for node, block in zip(nodes, block_paths(nodes), strict=True):
         weight = str(parameter_of(node.args[1]))
         out_features, in_features = node.args[1].meta["val"].shape
         owner, _, leaf = weight.rpartition(".")
-        label = owner if owner and leaf == "weight" else f"{weight}_linear"
-        count = seen[label] = seen.get(label, -1) + 1
-        name = f"{label}@{count}" if count else label
-        tokens = node.args[0].meta["val"].shape[1]
-        sites.append(LinearSite(name, node, weight, tokens, in_features, out_features, block))
+        sites[node] = LinearSite(
+            name=numbered(owner if owner and leaf == "weight" else f"{weight}_linear", seen),
+            weight=weight,
+            tokens=node.args[0].meta["val"].shape[1],
+            in_features=in_features,
+            out_features=out_features,
+            block=block,
+        )
     return sites
 
 
+def numbered(label: str, seen: dict[str, int]) -> str:
+    """Returns the label, at a second call with the same `seen` `label@1`, and so on."""
+    count = seen[label] = seen.get(label, -1) + 1
+    return f"{label}@{count}" if count else label
+
+
 def on_tokens(linear: Node) -> bool:
-    """Whether a linear multiplies a parameter with x (B, L, D), where only B is dynamic."""
+    """Returns whether a linear multiplies a parameter with x (B, L, D), where only B is dynamic."""
     shape = linear.args[0].meta["val"].shape  # type: ignore[union-attr]
     static = [isinstance(size, int) for size in shape]
     return parameter_of(linear.args[1]) is not None and static == [False, True, True]
 
 
 def block_paths(linears: Sequence[Node]) -> list[str | None]:
-    """The block around each linear: the innermost numbered module (`layers.3`, `layers.0.blocks.1`).
+    """Returns the block around each linear: the innermost numbered module (`layers.3`, `layers.0.blocks.1`).
 
     None where there is none, and in a stage, which is a numbered module around other linears' blocks (`layers.0`
     around `layers.0.blocks.1`).
     """
-    paths = [_numbered(node) for node in linears]
+    paths = [_numbered_module(node) for node in linears]
     blocks = {path for path in paths if path is not None}
     stages = {path for path in blocks if any(other.startswith(f"{path}.") for other in blocks)}
     return [None if path in stages else path for path in paths]
 
 
-def _numbered(node: Node) -> str | None:
+def _numbered_module(node: Node) -> str | None:
     own = scope(node)
     paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    numbered = [path for path in paths if re.search(r"(^|\.)\d+$", path) and path != own]
-    return numbered[-1] if numbered else None
+    inside = [path for path in paths if re.search(r"(^|\.)\d+$", path) and path != own]
+    return inside[-1] if inside else None

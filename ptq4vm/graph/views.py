@@ -58,3 +58,22 @@ _VIEWS = {
     aten.unsqueeze.default,
     aten.view.default,
 }
+
+
+_FACTORS = {aten.dropout.default, aten.mul.Tensor}
+
+
+def writes_stream(node: Node) -> bool:
+    """Whether a value is added to another that depends on the input, as it is or times a factor."""
+    for user in node.users:
+        if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
+            return True
+        if user.target is aten.add.Tensor and all(map(_has_batch, user.args)):
+            return True
+    return False
+
+
+def _has_batch(value: Any) -> bool:
+    """Whether a value differs from image to image: an axis of it is not fixed."""
+    shape = value.meta["val"].shape if isinstance(value, Node) else ()
+    return not all(isinstance(size, int) for size in shape)

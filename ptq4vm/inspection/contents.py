@@ -11,23 +11,22 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.models.checkpoints import bad_values, open_checkpoint
 from ptq4vm.models.identify import Match, identify, listing, registered
-from ptq4vm.passes.lower.fuse import fuse, fusions
-from ptq4vm.passes.lower.pipeline import converted_graph
+from ptq4vm.passes.lower.fuse import fusions
+from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 from ptq4vm.report import mebibytes, table
 from ptq4vm.text import escaped
 
 
 def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
     """Fuses a lowered graph; returns the places that were fused, and those that were left and why."""
-    found = fusions(converted_graph(quantized, Pipeline((fuse,))))
-    done = [fusion for fusion in found if fusion.left is None]
-    left = [fusion for fusion in found if fusion.left is not None]
+    found = fusions(converted_graph(quantized, fusing_pipeline()))
+    done = [fusion for fusion in found if fusion.skip_reason is None]
+    left = [fusion for fusion in found if fusion.skip_reason is not None]
     lines = [table([{"module": fusion.place, "fused": fusion.pattern} for fusion in done])] if done else []
     if left:
-        rows = [{"module": fusion.place, "left": fusion.pattern, "why": fusion.left} for fusion in left]
+        rows = [{"module": fusion.place, "left": fusion.pattern, "why": fusion.skip_reason} for fusion in left]
         lines += ["", table(rows)]
     lines += ["", f"{len(done)} places fused, {len(left)} left"]
     return {"fused": [asdict(fusion) for fusion in done], "left": [asdict(fusion) for fusion in left]}, lines

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptq4vm.extras import pyplot
 from ptq4vm.files import replace_file
 from ptq4vm.inspection.layers import COLUMNS, Layer, Report
 from ptq4vm.inspection.statistics import PERCENTILES, Activation
@@ -39,20 +40,11 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.@-]", "_", name)
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _save(figure: Any, path: Path) -> None:
     try:
         replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png"))
     finally:
-        _pyplot().close(figure)
+        pyplot().close(figure)
 
 
 def _overview(report: Report) -> Any:
@@ -61,7 +53,7 @@ def _overview(report: Report) -> Any:
     names = [layer.name for layer in report.layers]
     quantized = "input_sqnr_db" in report.rows[0]
     width = min(24, 3 + 0.22 * len(names))
-    figure, axis = _pyplot().subplots(figsize=(max(7, width), 5.5), layout="constrained")
+    figure, axis = pyplot().subplots(figsize=(max(7, width), 5.5), layout="constrained")
     for key, color in OVERVIEW if quantized else DIFFICULTY:
         if key in report.rows[0]:
             heights = [float("nan") if rows[name][key] is None else rows[name][key] for name in names]
@@ -87,7 +79,7 @@ def _linear(layer: Layer) -> Any:
     activation = layer.activation
     assert activation is not None
     surfaces, bands = activation.surfaces(), activation.bands()
-    figure = _pyplot().figure(figsize=(4.6 * max(2.6, len(surfaces)), 11.5), layout="constrained")
+    figure = pyplot().figure(figsize=(4.6 * max(2.6, len(surfaces)), 11.5), layout="constrained")
     top, middle, bottom = figure.subfigures(3, 1, height_ratios=(1.5, 1, 1))
     # x before smoothing, if there is any, has its own scale
     alike = [float(values.max()) for values in surfaces.values()][len(surfaces) > 2 :]

@@ -17,16 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ptq4vm import ops, reference
-from ptq4vm.config import QuantConfig, QuantSpec, Scheme
+from ptq4vm import ops
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
 from ptq4vm.metadata import metadata_of
+from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
 from ptq4vm.quantizers import constant
 from ptq4vm.report import linear_rows
+from ptq4vm.specs import IntegerRange
 
 COLUMNS = {
     "output_sqnr_db": "output SQNR dB",
@@ -243,10 +245,10 @@ def _add_batch(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor |
     x, inv_scale, inv_smooth, codes, scale, zero_point, output = values
     _check_finite(layer.name, x)
     smoothed = x.float() if inv_smooth is None else x.float() * inv_smooth
-    dequantized = reference.dequantize(codes, scale, zero_point)
+    dequantized = quantization.dequantize(codes, scale, zero_point)
     layer.input.add(smoothed, dequantized)
-    unclamped = reference.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
-    low, high = QuantSpec(bits=site.bits, scheme=Scheme.AFFINE).bounds
+    unclamped = quantization.unclamped_codes(x, inv_scale, zero_point, inv_smooth)
+    low, high = IntegerRange(bits=site.bits, narrow_range=False).bounds
     layer.clipped += int(((unclamped < low) | (unclamped > high)).sum())
     layer.values += x.numel()
     if layer.output is not None and exact is not None:
@@ -266,7 +268,7 @@ def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fid
     """Compares W · s, rotated if the input is, with the integers times their scales; `weight` is W (N, D)."""
     integers = attribute(quantized, site.weight)
     if integers.dtype == torch.uint8:
-        integers = reference.unpack_int4(integers, weight.shape[1])
+        integers = layouts.unpack_int4(integers, weight.shape[1])
     if site.inv_smooth is not None:
         inverse = attribute(quantized, site.inv_smooth)
         weight = ops.rotate(ops.rotate(weight) / inverse) if site.rotated else weight / inverse
@@ -282,7 +284,7 @@ def _weights(model: GraphModule) -> list[Tensor]:
 
 
 def _linears(model: GraphModule) -> list[QuantizedLinear]:
-    return quantized_linears(model, [linear.name for linear in metadata_of(model).linears])
+    return quantized_linears(model)
 
 
 def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:

@@ -50,7 +50,7 @@ def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Pheno
     metadata = prepared_metadata(prepared)
     if metadata.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
-    linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])
+    linears = quantized_linears(prepared)
     seen = tap_inputs(linears)
     for linear in linears:
         linear.input.mode = Mode.PASS

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.sites import CONVOLUTIONS
+from ptq4vm.graph.insert import module_of
+from ptq4vm.graph.sites import ConvolutionSite, LinearSite, sites_of
 from ptq4vm.quantizers import (
     ActivationFakeQuantize,
     OutputFakeQuantize,
@@ -72,13 +73,13 @@ class QuantizedScan:
 
 def quantized_outputs(prepared: GraphModule) -> list[QuantizedOutput]:
     """The values of a prepared graph that are quantized where they are made, in graph order."""
-    found = [(node, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    found = [(node, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
     return [QuantizedOutput(fake.name, node, fake) for node, fake in found if isinstance(fake, OutputFakeQuantize)]
 
 
 def quantized_scans(prepared: GraphModule) -> list[QuantizedScan]:
     """The scans of a prepared graph with a quantized state, in graph order."""
-    found = [(node, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    found = [(node, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
     return [QuantizedScan(fake.name, node, fake) for node, fake in found if isinstance(fake, ScanFakeQuantize)]
 
 
@@ -90,26 +91,24 @@ def convolution_weight(prepared: GraphModule, convolution: QuantizedConvolution)
 
 def quantized_convolutions(prepared: GraphModule) -> list[QuantizedConvolution]:
     """The convolutions of a prepared graph with a quantized weight, in graph order."""
-    nodes = [node for node in prepared.graph.nodes if node.target in CONVOLUTIONS]
-    found = [(node, _module(prepared, node.args[1])) for node in nodes]
+    found = [(node, module_of(prepared, node.args[1])) for node in sites_of(prepared, ConvolutionSite)]
     return [QuantizedConvolution(fake.name, node, fake) for node, fake in found if isinstance(fake, WeightFakeQuantize)]
 
 
-def quantized_linears(prepared: GraphModule, names: Sequence[str]) -> list[QuantizedLinear]:
-    """The linears of a prepared graph, in graph order, under the names that `prepare` gave them."""
+def quantized_linears(prepared: GraphModule) -> list[QuantizedLinear]:
+    """Returns the quantized linears of a prepared graph, or of a piece of one, in graph order."""
     found: list[QuantizedLinear] = []
-    for node in prepared.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
-        quantizers = [_module(prepared, arg) for arg in node.args[:2]]
-        x, w = quantizers
-        if isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize):
-            found.append(QuantizedLinear(names[len(found)], node, x, w, *_before(prepared, node)))
-    assert len(found) == len(names), f"{len(found)} quantized linears for {len(names)} names"
+    for node, site in sites_of(prepared, LinearSite).items():
+        x, w = (module_of(prepared, argument) for argument in node.args[:2])
+        assert isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize), site.name
+        smooth = None if site.log_smooth is None else prepared.get_parameter(site.log_smooth)
+        found.append(QuantizedLinear(site.name, node, x, w, smooth, site.rotated))
     return found
 
 
 def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
     """What was decided about the fake-quantizers of a prepared graph before calibration, in graph order."""
-    found = [(node.name, _module(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
+    found = [(node.name, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
     return [
         (name, [f"{key}={value}" for key, value in vars(fake).items() if key in _SETTINGS])
         for name, fake in found
@@ -126,23 +125,3 @@ def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantiz
     for quantizer, pieces in seen.items():
         quantizer.tap = pieces.append
     return seen
-
-
-def _module(gm: GraphModule, node: object) -> object:
-    return gm.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
-
-
-def _before(gm: GraphModule, linear: Node) -> tuple[torch.nn.Parameter | None, bool]:
-    """log s and whether x is rotated: x → mul(x, reciprocal(exp(log s))) (→ rotate) → fake-quantizer → linear."""
-    observer: Any = linear.args[0]
-    value: Any = observer.args[0]
-    rotated = isinstance(value, Node) and value.target is ops.rotate.default
-    product = value.args[0] if rotated else value
-    if not (isinstance(product, Node) and product.target is torch.ops.aten.mul.Tensor):
-        return None, rotated
-    inverse = product.args[1]
-    if not (isinstance(inverse, Node) and inverse.target is torch.ops.aten.reciprocal.default):
-        return None, rotated
-    scale = inverse.args[0]
-    assert isinstance(scale, Node) and isinstance(scale.args[0], Node)
-    return gm.get_parameter(str(scale.args[0].target)), rotated

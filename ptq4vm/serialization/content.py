@@ -29,7 +29,8 @@ from ptq4vm.metadata import FUSIONS, LinearMetadata, QuantizationMetadata, Stage
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
 from ptq4vm.serialization.operators import GraphFormatError, operator_name
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""Files of version 2 are read too: their record holds the config's flat keys among its own."""
 METHOD = "ptq4vm"
 KEY = "ptq4vm"
 
@@ -148,7 +149,7 @@ def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
             "format_version": FORMAT_VERSION,
             "ptq4vm_version": __version__,
             "torch_version": torch.__version__,
-            **metadata.config.to_dict(),
+            "config": metadata.config.to_dict(),
             "linears": [dataclasses.asdict(linear) for linear in metadata.linears],
             "blocks": list(metadata.blocks),
         },
@@ -265,7 +266,7 @@ def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
     with _refusing():
         details = model["quantization_config"]
         return QuantizationMetadata(
-            config=QuantConfig.from_dict({key: value for key, value in details.items() if key not in _NOT_CONFIG}),
+            config=QuantConfig.from_dict(details["config"] if "config" in details else _flat_config(details)),
             linears=tuple(LinearMetadata(**linear) for linear in details["linears"]),
             input_shapes=tuple(tuple(shape) for shape in model["input_shapes"]),
             architecture=_architecture(model),
@@ -274,7 +275,10 @@ def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
         )
 
 
-_NOT_CONFIG = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks")
+def _flat_config(details: dict[str, Any]) -> dict[str, Any]:
+    """Returns the keys of the config from a record of format version 1 or 2."""
+    others = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks")
+    return {key: value for key, value in details.items() if key not in others}
 
 
 def _architecture(model: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ptq4vm.config import Granularity, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.metadata import metadata_of
-from ptq4vm.passes.lower.pipeline import LOWERED, converted_graph
+from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import (
     convolution_weight,
@@ -19,13 +19,13 @@ from ptq4vm.passes.quantized import (
     quantized_outputs,
     quantized_scans,
 )
+from ptq4vm.specs import Granularity
 
 
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
     """Returns the lowered graph of a model with scales of one, into which saved tensors are loaded."""
     prepared = prepared_graph(model, example_inputs, config)
-    facts = metadata_of(prepared).linears
-    for linear, fact in zip(quantized_linears(prepared, [f.name for f in facts]), facts, strict=True):
+    for linear, fact in zip(quantized_linears(prepared), metadata_of(prepared).linears, strict=True):
         if not linear.input.dynamic:
             count = fact.tokens if linear.input.per_token else 1
             linear.input.set_qparams(torch.ones(count), torch.zeros(count, dtype=torch.int32))
@@ -38,4 +38,4 @@ def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], con
     for scan in quantized_scans(prepared):
         per_token = config.state is not None and (config.state.per_token or config.state.factors is not None)
         scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)
-    return converted_graph(prepared, LOWERED)
+    return converted_graph(prepared, lowering_pipeline(config))

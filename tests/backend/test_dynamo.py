@@ -23,7 +23,7 @@ FAST = {"inductor": False}
 
 @pytest.fixture(scope="module")
 def quantized(roads):
-    return convert(roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4)))
+    return convert(roads.calibrated(QuantConfig(weights={"bits": 4}, activations={"bits": 4})))
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
     assert set(result["operators"].values()) == {kernels}
 
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
-    monkeypatch.setattr(doctor.reference, "pack_int4", lambda codes: torch.zeros(7, 17, dtype=torch.uint8))
+    monkeypatch.setattr(doctor.layouts, "pack_int4", lambda codes: torch.zeros(7, 17, dtype=torch.uint8))
     code, out, _ = run("doctor")
     assert code == 1 and "no-such-package is missing" in out and "wrong at [4] bits" in out
 
@@ -133,7 +133,10 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
         (("evaluate", MODEL, "--data-dir", "digits", "--checkpoint", "no.pth"), "no.pth: no such checkpoint"),
         (("quantize", "resnet18", "--data-dir", "digits", "--output", "x", *WEIGHTS), "no linear to quantize"),
         (("benchmark", MODEL, "--against", "quantized"), "quantized is given twice"),
-        (("benchmark", MODEL, "--against", "resnet18"), "'resnet18' is no way to run a model; there are eager-fp32"),
+        (
+            ("benchmark", MODEL, "--against", "resnet18"),
+            "'resnet18' is no way to run a model; there are quantized, fused",
+        ),
         (("benchmark", MODEL, "--picture", "a.txt"), "a.txt is no picture"),
         (("benchmark", "resnet18"), "no linear to quantize"),
         (calibration("x", config="w9a9"), "'w9a9' is no config: give w8a8, .* or a .json file"),
@@ -155,7 +158,7 @@ def test_an_expected_error_is_one_line(run, tmp_path, monkeypatch, argv, message
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"weigth_bits": 4}', "config has no key 'weigth_bits'; it knows weight_bits"),
+        ('{"weigth_bits": 4}', "config has no key 'weigth_bits'; it knows weights"),
         ('{"learning": {"epoch": 4}}', "learning has no key 'epoch'; it knows epochs"),
         ("[4]", "a config is a JSON object, got list"),
         ("{", "Expecting property name"),

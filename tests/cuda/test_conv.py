@@ -17,13 +17,12 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import assert_same_codes, directional_qparams, draw, relative, rows_of_more
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import draw, relative
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
 from torch import Tensor
 
-from ptq4vm import fused, reference
+from ptq4vm.ops import convolution_1d, convolution_2d
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 BITS, OPTIONAL, SEEDS = st.integers(2, 8), st.integers(0, 7), st.integers(0, 2**20)
@@ -162,9 +161,9 @@ def test_directional_convolutions_and_codes_are_the_references(
     u, codes = conv1d_quantize(emulated("conv"), *inputs)
     for k in range(directions):
         b = None if bias is None else bias[k].double()
-        exact = reference.causal_conv1d(x[:, order[k]].double(), weight[k].double(), b, True)
+        exact = convolution_1d.causal_conv1d(x[:, order[k]].double(), weight[k].double(), b, True)
         assert relative(u[k][:, order[k]], exact) <= ROUNDING[dtype]
-    assert_same_codes(codes, fused.conv1d_quantize(*inputs)[1])
+    assert_same_codes(codes, convolution_1d.conv1d_quantize(*inputs)[1])
 
 
 @DTYPES
@@ -183,7 +182,9 @@ def test_a_causal_convolution_is_the_references(emulated, dtype, images, tokens,
     x = rows_of_more(torch.randn(images, tokens, channels, generator=random).to(dtype), strided)
     weight, bias = torch.randn(channels, taps, generator=random), torch.randn(channels, generator=random)
     y = causal_conv1d(emulated("conv"), x, weight, bias, silu)
-    assert relative(y, reference.causal_conv1d(x.double(), weight.double(), bias.double(), silu)) <= ROUNDING[dtype]
+    assert (
+        relative(y, convolution_1d.causal_conv1d(x.double(), weight.double(), bias.double(), silu)) <= ROUNDING[dtype]
+    )
     assert torch.equal(y, causal_conv1d(emulated("conv"), x.float(), weight, bias, silu).to(dtype))
 
 
@@ -238,7 +239,7 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     )
     exact = torch.nn.functional.silu(exact).permute(0, 2, 3, 1).flatten(1, 2)
     assert relative(u, exact) <= ROUNDING[dtype]
-    assert_same_codes(codes, fused.conv2d_quantize(*inputs)[1])
+    assert_same_codes(codes, convolution_2d.conv2d_quantize(*inputs)[1])
 
 
 MISTAKES = [
@@ -259,10 +260,10 @@ def test_mistakes_are_seen(emulated, file, text, other):
     library = emulated(file.removesuffix(".cu"), change=text and (file, text, other))
     if file == "conv.cu":
         inputs = conv1d_inputs(torch.float32, 2, 9, 16, 4, 2, 8, 7, False, 0)
-        ours, theirs = conv1d_quantize, fused.conv1d_quantize
+        ours, theirs = conv1d_quantize, convolution_1d.conv1d_quantize
     else:
         inputs = conv2d_inputs(torch.float32, 2, 3, 5, 16, (3, 3), 2, 8, 7, False, 0)
-        ours, theirs = conv2d_quantize, fused.conv2d_quantize
+        ours, theirs = conv2d_quantize, convolution_2d.conv2d_quantize
 
     def check():
         (u, codes), (exact, want) = ours(library, *inputs), theirs(*inputs)

@@ -8,12 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_glue import NAMESPACE, Emulated, on_gpu
+from helpers.draws import directional_inputs, draw, linear_inputs
 from helpers.operator_laws import WITHOUT_CUDA, laws_of, name_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_native import draw
-from test_native_linear import inputs as linear_inputs
-from test_native_scan import directional_inputs
 
 from ptq4vm import ops
 
@@ -147,7 +145,7 @@ def test_what_is_wrong_is_named(gpu):
         "u has 3 directions, the order 2": lambda: gpu.directional_scan(
             torch.zeros(3, 1, 6, 4), *stacked[1:], True, 1.0
         ),
-        "pack it with ptq4vm.fused.pack_weight": lambda: gpu.linear_packed(
+        "pack it with ptq4vm.ops.layouts.pack_weight": lambda: gpu.linear_packed(
             *linear[:3], linear[3][:, :, :8], *linear[4:], torch.float32
         ),
         "a weight of 5 × 4 channels": lambda: gpu.linear_packed(

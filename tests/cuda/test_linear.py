@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ptq4vm import fused, reference
+from ptq4vm.ops import layouts
+from ptq4vm.ops import linears as linear_ops
 
 SM90 = pytest.param("linear_s8_sm90", marks=pytest.mark.slow)
 KERNELS = pytest.mark.parametrize("kernel", ["linear_s8", "linear_s4", SM90])
@@ -87,8 +88,8 @@ class Linear:
         return self.scales(*shape), self.integers(-half, half, *shape)
 
     def arguments(self):
-        """Those of fused.linear_packed."""
-        packed, sums = fused.pack_weight(self.weight, self.bits), self.weight.sum(-1, dtype=torch.int32)
+        """Those of linear_ops.linear_packed."""
+        packed, sums = layouts.pack_weight(self.weight, self.bits), self.weight.sum(-1, dtype=torch.int32)
         return self.x, self.x_scale, self.zero_point, packed, sums, self.weight_scale, self.bias
 
     def run(self, kernel, **outputs):
@@ -96,7 +97,7 @@ class Linear:
         x, weight = pad(self.x, (0, short), value=5), pad(self.weight, (0, short))
         channels = x.shape[-1]
         if self.bits == 4:
-            x, weight = reference.pack_int4(x), reference.pack_int4(weight)
+            x, weight = layouts.pack_int4(x), layouts.pack_int4(weight)
         problem = LinearProblem(
             x=guarded(x),
             x_scale=guarded(self.x_scale, self.offset),
@@ -130,7 +131,7 @@ class Linear:
 
 
 def is_right(linear, kernel, dtype):
-    return torch.equal(linear.y(kernel, dtype), fused.linear_packed(*linear.arguments(), dtype))
+    return torch.equal(linear.y(kernel, dtype), linear_ops.linear_packed(*linear.arguments(), dtype))
 
 
 @KERNELS
@@ -201,7 +202,7 @@ def test_codes_of_the_gelu_are_the_references(linears, kernel, drawn):
     kernel = linears(kernel)
     linear = Linear(kernel.bits, *of)
     new = gelu_qparams(linear, new_bits, smooth)
-    wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
+    wanted = linear_ops.linear_gelu_quantize(*linear.arguments(), False, *new)
     whole = linear.codes(kernel, *new, extra=extra)
     codes, behind = whole.split([linear.features, extra], -1)
     apart = (codes.view(torch.int8).int() - wanted.int()).abs()
@@ -209,9 +210,7 @@ def test_codes_of_the_gelu_are_the_references(linears, kernel, drawn):
     if new_bits <= 4:
         packed = linear.codes(kernel, *new, packed=True, extra=extra)
         pairs, behind = packed.split([packed.shape[-1] - extra, extra], -1)
-        assert torch.equal(pairs, reference.pack_int4(codes.view(torch.int8))) and torch.equal(
-            behind, untouched(behind)
-        )
+        assert torch.equal(pairs, layouts.pack_int4(codes.view(torch.int8))) and torch.equal(behind, untouched(behind))
 
 
 def untouched(bytes_: Tensor) -> Tensor:
@@ -316,10 +315,10 @@ def test_mistakes_are_seen(linears, kernel, change):
             assert is_right(Linear(bits, 2, 50, 96, features, "token", 1, 2), kernel, torch.float32)
             linear = Linear(bits, 2, 50, 96, features + features % 8 // 5, "token", 1)
             new = gelu_qparams(linear, 4, True)
-            wanted = fused.linear_gelu_quantize(*linear.arguments(), False, *new)
+            wanted = linear_ops.linear_gelu_quantize(*linear.arguments(), False, *new)
             for packed in (False, True):
                 codes = linear.codes(kernel, *new, packed=packed, extra=2)[..., :-2]
-                assert torch.equal(codes, reference.pack_int4(wanted) if packed else wanted.view(torch.uint8))
+                assert torch.equal(codes, layouts.pack_int4(wanted) if packed else wanted.view(torch.uint8))
         if kernel.name == "linear_s4":
             assert is_right(Linear(bits, 1, 5, 0, 8, "token", 1), kernel, torch.float32)
 

@@ -19,12 +19,11 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import KINDS, assert_same_codes, draw, qparams
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams
-from test_native_producers import assert_same_codes
 
-from ptq4vm import fused
+from ptq4vm.ops import norms
 
 ROWS = st.sampled_from([0, 1, 2, 5, 9])
 CHANNELS = st.sampled_from([1, 3, 8, 17, 96, 100, 192, 264, 384, 520, 768, 800, 1032, 1536, 2056, 4104])
@@ -73,7 +72,7 @@ def norm_quantize(library, x, residual, weight, bias, eps, rms, rotated, inv_sca
 
 def assert_same(library, *arguments):
     total, codes = norm_quantize(library, *arguments)
-    want, want_codes = fused.norm_quantize(*arguments)
+    want, want_codes = norms.norm_quantize(*arguments)
     assert torch.equal(total, want)
     assert_same_codes(codes, want_codes)
 

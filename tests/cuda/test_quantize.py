@@ -16,11 +16,11 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import KINDS, draw, qparams
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams
 
-from ptq4vm import reference
+from ptq4vm.ops import quantization
 
 ROWS = st.sampled_from([0, 1, 2, 5, 17, 33])
 CHANNELS = st.sampled_from([1, 3, 8, 15, 16, 24, 33, 64, 100, 200, 264, 1100])
@@ -102,7 +102,7 @@ def test_codes_are_the_references(emulated, dtype, images, tokens, channels, bit
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     arguments = (1 / scale, zero_point, inv_smooth, bits)
     codes = quantize(emulated("quantize"), offset_by(offset, x), *arguments)
-    assert torch.equal(codes, reference.quantize(x, *arguments))
+    assert torch.equal(codes, quantization.quantize(x, *arguments))
 
 
 @DTYPES
@@ -114,7 +114,7 @@ def test_numbers_that_are_not_finite_have_the_references_codes(emulated, dtype):
         for bits in (2, 8):
             zero_point = torch.tensor([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))], dtype=torch.int32)
             arguments = (torch.ones(5), zero_point, None, bits)
-            assert torch.equal(quantize(emulated("quantize"), x, *arguments), reference.quantize(x, *arguments))
+            assert torch.equal(quantize(emulated("quantize"), x, *arguments), quantization.quantize(x, *arguments))
 
 
 def same_ranges(ours, theirs):
@@ -134,7 +134,7 @@ def test_the_range_of_a_token_is_the_references(emulated, dtype, images, tokens,
     x = x.abs() if seed % 3 == 0 else x
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     ours = choose_qparams(emulated("quantize"), x, inv_smooth, bits)
-    assert same_ranges(ours, reference.choose_qparams(x, inv_smooth, bits))
+    assert same_ranges(ours, quantization.choose_qparams(x, inv_smooth, bits))
 
 
 def test_a_token_with_nan_has_no_range(emulated):
@@ -162,7 +162,7 @@ def test_dequantized_codes_are_the_references(emulated, images, tokens, channels
             scales=max(1, scale.numel()),
         )
     )
-    assert torch.equal(y, reference.dequantize(codes, scale, zero_point))
+    assert torch.equal(y, quantization.dequantize(codes, scale, zero_point))
 
 
 @pytest.mark.slow
@@ -201,8 +201,8 @@ def test_mistakes_are_seen(emulated, change):
 
     def check():
         arguments = (torch.ones(5), zero_point, inv_smooth, 8)
-        assert torch.equal(quantize(library, x, *arguments), reference.quantize(x, *arguments))
+        assert torch.equal(quantize(library, x, *arguments), quantization.quantize(x, *arguments))
         ours = choose_qparams(library, x, inv_smooth, 8)
-        assert same_ranges(ours, reference.choose_qparams(x, inv_smooth, 8))
+        assert same_ranges(ours, quantization.choose_qparams(x, inv_smooth, 8))
 
     assert is_caught(check) == (change is not None)

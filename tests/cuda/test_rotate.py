@@ -20,12 +20,11 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import KINDS, assert_same_codes, draw, qparams
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams
-from test_native_producers import assert_same_codes
 
-from ptq4vm import fused, reference
+from ptq4vm.ops import quantization, rotation
 
 ROWS = st.sampled_from([0, 1, 2, 5, 9])
 CHANNELS = st.sampled_from([1, 2, 3, 6, 12, 15, 16, 17, 24, 34, 40, 64, 96, 120, 192, 384, 1024, 1536])
@@ -73,16 +72,16 @@ def rotate_quantize(library, x, gelu, inv_scale, zero_point, inv_smooth, bits):
 def assert_rotated(library, x):
     ours = rotate(library, x)
     tolerance = 1e-6 if x.dtype is torch.float32 else 2**-8
-    assert torch.allclose(ours, reference.rotate(x), rtol=tolerance, atol=tolerance * x.shape[-1] ** 0.5)
+    assert torch.allclose(ours, rotation.rotate(x), rtol=tolerance, atol=tolerance * x.shape[-1] ** 0.5)
 
 
 def assert_coded(library, x, gelu, inv_scale, zero_point, inv_smooth, bits):
     arguments = (inv_scale, zero_point, inv_smooth, bits)
     codes = rotate_quantize(library, x, gelu, *arguments)
-    assert_same_codes(codes, fused.rotate_quantize(x, gelu, *arguments))
+    assert_same_codes(codes, rotation.rotate_quantize(x, gelu, *arguments))
     if not gelu:  # one arithmetic, with or without codes
         turned = rotate(library, x.float() if inv_smooth is None else x.float() * inv_smooth)
-        assert torch.equal(codes, reference.quantize(turned, inv_scale, zero_point, None, bits))
+        assert torch.equal(codes, quantization.quantize(turned, inv_scale, zero_point, None, bits))
 
 
 @DTYPES

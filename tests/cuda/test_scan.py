@@ -21,13 +21,12 @@ from cuda_emulator import (
     poisoned,
     qparams_struct,
 )
+from helpers.draws import directional_inputs, draw, exact_directional, part, relative, scan_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import draw, relative, scan_inputs
-from test_native_scan import directional_inputs, exact_directional, part
 from torch import Tensor
 
-from ptq4vm import fused, reference
+from ptq4vm.ops import directional_scans, quantization, scans
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 CHANNELS = st.sampled_from([1, 15, 32, 33, 40, 72])
@@ -138,7 +137,7 @@ def test_the_scan_is_the_references(emulated, dtype, images, tokens, channels, s
     delta = delta if softplus else delta.abs() / 9
     u, delta, B, C, z = (None if x is None else part(x, dtype, random) for x in (u, delta, B, C, z))
     inputs = (u, delta, A, B, C, D, z, bias if softplus else None)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), softplus)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), softplus)
     ours = selective_scan(emulated("scan"), *inputs, softplus)
     assert relative(ours, exact) <= ROUNDING[dtype]
 
@@ -151,7 +150,7 @@ def test_slow_decays_stay_exact_over_many_tokens(emulated, rate, states):
     delta = torch.rand(delta.shape, generator=random)
     A = -rate * torch.rand(A.shape, generator=random)
     inputs = (u.abs(), delta, A, B.abs(), C.abs(), None, None, None)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), False)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), False)
     ours = selective_scan(emulated("scan"), *inputs, False)
     assert float(((ours - exact).abs() / exact.abs().amax(1, keepdim=True)).max()) <= 1e-5
 
@@ -200,17 +199,17 @@ def test_the_codes_of_the_scan_are_those_of_its_outputs(emulated, dtype, sizes, 
     zero_point = torch.randint(-2, 2, inv_scale.shape, generator=random, dtype=torch.int32)
     qparams = (inv_scale, zero_point, torch.rand(channels, generator=random) if smooth else None, bits)
     wide = (inputs[0].float(), *inputs[1:])
-    want = reference.quantize(directional_scan(library, *wide), *qparams)
+    want = quantization.quantize(directional_scan(library, *wide), *qparams)
     assert torch.equal(directional_scan(library, *inputs, codes_of=qparams), want)
 
 
 @pytest.mark.parametrize("states", [1, 16])
 def test_hardly_a_code_differs_from_the_references(emulated, states):
     inputs = directional_inputs(draw(3), 2, False, 1, 49, 96, 12, states, True, 8, 0, torch.float32)
-    y = fused.directional_scan(*inputs, True, 0.5)
+    y = directional_scans.directional_scan(*inputs, True, 0.5)
     qparams = (127 / y.abs().amax((0, 2)), torch.zeros(49, dtype=torch.int32), None, 8)
     ours = directional_scan(emulated("directional_scan"), *inputs, codes_of=qparams).int()
-    off = (ours - fused.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
+    off = (ours - directional_scans.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
     assert off.max() <= 1 and off.bool().float().mean() < 1e-3
 
 
@@ -244,7 +243,7 @@ MISTAKES = [  # and the numbers of states that show them
 def check_scan(library: Library, states: int) -> None:
     inputs = scan_inputs(1, 17, 5, states, True, draw(0))
     ours = selective_scan(library, *inputs, True)
-    assert relative(ours, reference.selective_scan(*(x.double() for x in inputs), True)) <= 1e-5
+    assert relative(ours, scans.selective_scan(*(x.double() for x in inputs), True)) <= 1e-5
 
 
 def check_directional(library: Library, states: int) -> None:

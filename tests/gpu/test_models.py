@@ -9,19 +9,21 @@ from helpers.strategies import normal
 pytest.importorskip("torchao", reason="models are quantized with torchao")
 pytest.importorskip("timm", reason="models are made with timm")
 
+
 import ptq4vm
+from benchmarks.speed.graphs import copied, recorded
 from ptq4vm.backend.dynamo import ptq4vm_backend
-from ptq4vm.benchmark.graphs import copied, recorded
-from ptq4vm.config import Granularity, QuantConfig, RangeSearch
+from ptq4vm.config import QuantConfig
+from ptq4vm.specs import Granularity, RangeSearch
 
 pytestmark = pytest.mark.gpu
 
 CONFIGS = {
     "W8A8": QuantConfig(),
-    "W4A4": QuantConfig(weight_bits=4, activation_bits=4),
-    "W4A4, rotated": QuantConfig(weight_bits=4, activation_bits=4, rotation=True),
-    "per tensor": QuantConfig(granularity=Granularity.PER_TENSOR),
-    "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=RangeSearch.MINMAX),
+    "W4A4": QuantConfig(weights={"bits": 4}, activations={"bits": 4}),
+    "W4A4, rotated": QuantConfig(weights={"bits": 4}, activations={"bits": 4}, rotation=True),
+    "per tensor": QuantConfig(activations={"granularity": Granularity.PER_TENSOR}),
+    "dynamic": QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=RangeSearch.MINMAX),
 }
 
 

@@ -1,22 +1,17 @@
 """Every operator on a GPU: the reference's integers, its floats but for rounding. operator_laws.py has the laws."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers.draws import assert_same_codes, relative
 from helpers.gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
 from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
 from hypothesis import given
 from hypothesis import strategies as st
-from test_native import relative
-from test_native_producers import assert_same_codes
 
-from ptq4vm import doctor, fused, ops, reference
+from benchmarks import gpu_rows
+from ptq4vm import doctor, ops
 from ptq4vm.backend import triton as triton_kernels
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-import gpu_rows
+from ptq4vm.ops import linears, quantization
 
 pytestmark = pytest.mark.gpu
 
@@ -65,7 +60,7 @@ def test_an_operator_has_the_references_results_at_a_models_size(device, name):
     operator, _, make = gpu_rows.operator_cases(3, smoke=device.type == "cpu")[name]
     arguments, called = make(), operator.__name__
     found = getattr(OnDevice(device), called)(*arguments)
-    want = getattr(fused, called, getattr(reference, called, None))(*arguments)
+    want = ops.REFERENCES[called].__wrapped__(*arguments)
     for ours, theirs in zip(*((y,) if isinstance(y, torch.Tensor) else y for y in (found, want)), strict=True):
         assert ours.dtype is theirs.dtype
         if ours.dtype is torch.int8:
@@ -82,7 +77,7 @@ def test_a_linear_has_the_references_results_at_a_models_size(device, name, toke
     weight = gpu_rows.weights(features, channels, bits, device)
     for dtype in (torch.bfloat16, torch.float32):
         arguments = (*codes, *weight, torch.randn(features), dtype)
-        assert torch.equal(OnDevice(device).linear_packed(*arguments), fused.linear_packed(*arguments))
+        assert torch.equal(OnDevice(device).linear_packed(*arguments), linears.linear_packed(*arguments))
 
 
 def test_every_operator_has_a_law(device):
@@ -104,7 +99,7 @@ def test_more_numbers_than_32_bits_count(device):
     assert codes.numel() > 2**31 or device.type == "cpu"
     ends = slice(0, 9), slice(rows - 9, rows)
     for end in ends:
-        assert torch.equal(codes[end], reference.quantize(x[end], scale, zero_point, None, 8))
+        assert torch.equal(codes[end], quantization.quantize(x[end], scale, zero_point, None, 8))
     weight = torch.randint(-127, 128, (features, channels), device=device, dtype=torch.int8)
     few = codes[:, :channels].contiguous()
     del x, codes
@@ -112,4 +107,4 @@ def test_more_numbers_than_32_bits_count(device):
     y = ops.linear(few, *rest)
     assert y.numel() > 2**31 or device.type == "cpu"
     for end in ends:
-        assert torch.equal(y[end], reference.linear(few[end], *rest))
+        assert torch.equal(y[end], linears.linear(few[end], *rest))

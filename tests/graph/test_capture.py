@@ -7,9 +7,8 @@ from torch import nn
 
 from ptq4vm.graph.capture import CaptureError, capture
 from ptq4vm.graph.partition import cut
-from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.sites import find_linears
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
+from ptq4vm.passes.prepare.canonicalize import canonicalize
 
 aten = torch.ops.aten
 
@@ -118,7 +117,7 @@ class Again(nn.Module):
 
 
 def canonical(model: nn.Module, *examples: torch.Tensor) -> torch.fx.GraphModule:
-    return Pipeline(CANONICALIZE)(capture(model, examples))
+    return canonicalize(capture(model, examples))
 
 
 def tokens(images: int = 2, *, channels: int = 6, seed: int = 0) -> torch.Tensor:
@@ -218,7 +217,7 @@ def test_a_region_without_gradients_hides_nothing():
     model = Nested(Region(torch.no_grad))
     gm = capture(model, (tokens(),))
     names = ["layers.0", "layers.1.0", "layers.1.1.inner"]
-    assert [site.name for site in find_linears(gm)] == names
+    assert [site.name for site in find_linears(gm).values()] == names
     assert torch.equal(gm(tokens()), model(tokens()))
 
 
@@ -244,7 +243,7 @@ def test_another_token_count_is_an_error_that_names_both():
 
 
 def test_linears_are_named_by_their_weight_in_the_order_of_the_graph():
-    found = find_linears(canonical(Hierarchical(), tokens()))
+    found = find_linears(canonical(Hierarchical(), tokens())).values()
     blocks = [f"layers.{i}.blocks.{j}" for i in (0, 1) for j in (0, 1)]
     inner = [(f"{block}.{name}", block) for block in blocks for name in ("up", "down")]
     inner.insert(4, ("layers.0.downsample", None))  # its numbered module is a stage: there are blocks inside
@@ -267,7 +266,7 @@ class Shared(nn.Module):
 
 def test_a_shared_weight_is_numbered_by_call():
     gm = canonical(Shared(), tokens())
-    assert [(site.name, site.weight) for site in find_linears(gm)] == [
+    assert [(site.name, site.weight) for site in find_linears(gm).values()] == [
         ("proj", "proj.weight"),
         ("proj@1", "proj.weight"),
     ]
@@ -291,11 +290,11 @@ class Table(nn.Module):
 
 
 def test_a_product_without_images_is_no_linear_on_tokens():
-    assert [site.name for site in find_linears(canonical(Table(), tokens()))] == ["second"]
+    assert [site.name for site in find_linears(canonical(Table(), tokens())).values()] == ["second"]
 
 
 def test_a_product_of_two_inputs_is_no_linear_of_a_weight():
-    assert find_linears(canonical(Product(), tokens(), tokens(seed=1))) == []
+    assert find_linears(canonical(Product(), tokens(), tokens(seed=1))) == {}
 
 
 # --- cut ---
@@ -337,7 +336,7 @@ def parts(request, small_vim, images):
 
     gm = canonical(model, *inputs(3))
     sites = find_linears(gm)
-    blocks = [site.node for site in sites if site.block is not None] or [site.node for site in sites]
+    blocks = [node for node, site in sites.items() if site.block is not None] or list(sites)
     return gm, cut(gm, blocks), inputs, names
 
 
@@ -382,14 +381,17 @@ def test_each_linear_is_in_the_piece_of_its_block(parts):
     where = {
         (str(node.target), piece.name) for piece in pieces for node in piece.module.graph.find_nodes(op="get_attr")
     }
-    for site in find_linears(gm):
+    for site in find_linears(gm).values():
         if site.block is not None:
             assert (site.weight, site.block) in where
 
 
 def pieces_of(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
     gm = canonical(model.eval(), tokens())
-    return {piece.name: piece for piece in cut(gm, [site.node for site in find_linears(gm) if site.block is not None])}
+    return {
+        piece.name: piece
+        for piece in cut(gm, [node for node, site in find_linears(gm).items() if site.block is not None])
+    }
 
 
 def reads(piece, name: str) -> bool:
@@ -428,7 +430,7 @@ def test_a_border_without_a_batch_is_an_error_that_names_the_node():
 
 def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):
     gm = canonical(small_vim, images)
-    pieces = cut(gm, [site.node for site in find_linears(gm)])
+    pieces = cut(gm, list(find_linears(gm)))
     own = {id(parameter) for parameter in gm.parameters()}
     assert all(id(parameter) in own for piece in pieces for parameter in piece.module.parameters())
     before = compose(gm, pieces, (images,))[0]
@@ -440,6 +442,6 @@ def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):
 
 def test_parameters_still_learn_after_the_cut(small_vim, images):
     gm = canonical(small_vim, images)
-    pieces = cut(gm, [site.node for site in find_linears(gm)])
+    pieces = cut(gm, list(find_linears(gm)))
     compose(gm, pieces, (images,))[0].square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in gm.parameters())

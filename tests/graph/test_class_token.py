@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.graphs import canonical
 from helpers.strategies import normal
 from torch import nn
 from torch.fx import Interpreter
@@ -10,9 +11,7 @@ from torch.fx import Interpreter
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.class_token import class_tokens
 from ptq4vm.graph.sites import find_linears
-from ptq4vm.metadata import metadata_of
 from ptq4vm.models import LocalVim, Vim
-from ptq4vm.passes.prepare.pipeline import canonical_graph
 from ptq4vm.passes.quantized import quantized_linears
 
 KEPT = QuantConfig.minmax(8, class_token_in_float=True)
@@ -40,9 +39,10 @@ MODELS = {
 def test_it_is_what_the_parameter_changes_in_the_first_block(name):
     """Nine patches, so that in the reversed branch it is not in the same place."""
     torch.manual_seed(0)
-    gm = canonical_graph(MODELS[name]().eval(), (torch.randn(2, 3, 12, 12),))
-    found = class_tokens(gm, linears := find_linears(gm))
-    assert len(found) == len(linears) - sum(linear.name == "head" for linear in linears)
+    gm = canonical(MODELS[name]().eval(), torch.randn(2, 3, 12, 12))
+    linears = find_linears(gm)
+    found = class_tokens(gm, list(linears))
+    assert len(found) == len(linears) - sum(site.name == "head" for site in linears.values())
     x, runs = torch.randn(2, 3, 12, 12), []
     for shift in (0.0, 1.0):
         with torch.no_grad():
@@ -50,14 +50,15 @@ def test_it_is_what_the_parameter_changes_in_the_first_block(name):
             run = Inputs(gm)
             run.run(x)
             runs.append(run.seen)
-    first = linears[0]
-    before, after = (seen[first.node.args[0].name] for seen in runs)
-    assert (before != after).any(-1).any(0).nonzero().flatten().tolist() == [found[first.name]]
+    first = next(iter(linears))
+    before, after = (seen[first.args[0].name] for seen in runs)
+    assert (before != after).any(-1).any(0).nonzero().flatten().tolist() == [found[first]]
 
 
 def test_the_reversed_branch_has_it_in_another_place():
-    gm = canonical_graph(MODELS["vim"]().eval(), (torch.randn(2, 3, 12, 12),))
-    found = class_tokens(gm, find_linears(gm))
+    gm = canonical(MODELS["vim"]().eval(), torch.randn(2, 3, 12, 12))
+    linears = find_linears(gm)
+    found = {linears[node].name: index for node, index in class_tokens(gm, list(linears)).items()}
     assert {found["layers.1.mixer.x_proj"], found["layers.1.mixer.in_proj"], found["layers.1.mixer.out_proj"]} == {4}
     assert {found["layers.1.mixer.x_proj_b"], found["layers.1.mixer.dt_proj_b"]} == {5}
 
@@ -74,7 +75,7 @@ def test_a_model_without_one_is_refused():
 )
 def test_its_row_stays_as_it_is_and_the_others_are_quantized(roads, images, config):
     gm = roads.calibrated(config)
-    for linear in quantized_linears(gm, [fact.name for fact in metadata_of(gm).linears]):
+    for linear in quantized_linears(gm):
         assert linear.input.kept == 8
         x = torch.randn(
             2, 17, len(linear.smooth) if linear.smooth is not None else linear.node.args[1].meta["val"].shape[1]
@@ -106,6 +107,6 @@ def test_a_large_class_token_does_not_stretch_the_range():
     steps = []
     for config in (KEPT, QuantConfig.minmax(8)):
         gm = calibrate(prepare(Joined(), (x,), config), [x], progress=False)
-        (linear,) = quantized_linears(gm, ["linear"])
+        (linear,) = quantized_linears(gm)
         steps.append(float(linear.input.scale))
     assert steps[0] < steps[1] / 100

@@ -42,8 +42,8 @@ FLOWS = {
 }
 CONFIGS = {
     "minmax": QuantConfig.minmax(8),
-    "ptq4vm": dataclasses.replace(LEARNED, weight_bits=8, activation_bits=8),
-    "best": dataclasses.replace(BEST, weight_bits=8, activation_bits=8),
+    "ptq4vm": dataclasses.replace(LEARNED, weights={"bits": 8}, activations={"bits": 8}),
+    "best": dataclasses.replace(BEST, weights={"bits": 8}, activations={"bits": 8}),
     "kscaled": dataclasses.replace(QuantConfig.kscaled(8), state=None),
 }
 
@@ -94,7 +94,7 @@ def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
 @pytest.mark.parametrize("name", ["minmax", "kscaled"])
 def test_each_block_has_a_quantizer_of_its_own_for_the_tensor_that_they_share(flow, name):
     prepared = prepare(blocks(block=Raw, flow=FLOWS[flow]), (X,), CONFIGS[name])
-    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
+    linears = quantized_linears(prepared)
     inputs = {linear.name: linear.input for linear in linears}
     assert inputs["layers.0.a"] is inputs["layers.0.b"] and inputs["layers.1.a"] is inputs["layers.1.b"]
     assert inputs["layers.0.a"] is not inputs["layers.1.a"]
@@ -105,7 +105,7 @@ def test_the_pieces_compute_the_graph(flow):
     """And hand on what it returns: all images at once, or a few."""
     model = blocks(flow=FLOWS[flow])
     prepared = prepare(model, (X,), LEARNED)
-    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
+    linears = quantized_linears(prepared)
     values, returned = {"x": X}, {}
     for part in cut(prepared, [linear.node for linear in linears]):
         values |= part({name: values[name] for name in part.inputs})

@@ -2,7 +2,7 @@
 
 MODEL = "vim_nano_patch4_32"
 WEIGHTS = ("--checkpoint", "random")
-CONFIG = {"weight_bits": 4, "activation_bits": 8, "range_search": False}
+CONFIG = {"weights": {"bits": 4}, "range_search": False}
 
 
 def calibration(output, data="digits", config="w8a8", *more) -> list[str]:

@@ -302,7 +302,7 @@ def outcome(name: str, names: list[str], arguments: list[Any], changes: dict[str
         return {"kind": "clear error" if named else "unclear error", "said": f"{type(error).__name__}: {said[:300]}"}
     if (
         gradients
-        and name not in ops._DIFFERENTIABLE
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(f"ptq4vm::{name}", "Autograd")
         and any(isinstance(value, torch.Tensor) and value.requires_grad for value in arguments)
     ):
         return {"kind": "silent difference", "said": "a gradient is left out"}

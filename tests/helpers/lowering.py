@@ -8,8 +8,9 @@ B images, L tokens, D channels in, N out.
 import torch
 from torch import fx
 
-from ptq4vm import convert, ops, reference
+from ptq4vm import convert, ops
 from ptq4vm.graph.insert import attribute
+from ptq4vm.ops import layouts, linears
 from ptq4vm.quantizers import quantized_decomposed as qd
 
 aten = torch.ops.aten
@@ -90,12 +91,12 @@ def check(prepared: fx.GraphModule, x: torch.Tensor) -> int:
         weight_q, weight_scale = (recorder.values[theirs.args[1].args[i]] for i in (0, 1))
         acc = (their_codes.long() - their_zero_point.long().unsqueeze(-1)) @ weight_q.long().t()
         weight = constant(lowered, ours.args[3])
-        integers = reference.unpack_int4(weight, codes.shape[-1]) if weight.dtype == torch.uint8 else weight
+        integers = layouts.unpack_int4(weight, codes.shape[-1]) if weight.dtype == torch.uint8 else weight
         assert torch.equal(integers, weight_q)
-        assert torch.equal(reference.accumulate(codes, zero_point, integers).long(), acc)
+        assert torch.equal(linears.accumulate(codes, zero_point, integers).long(), acc)
 
         bias = recorder.values[theirs.args[2]] if len(theirs.args) > 2 else None
-        assert torch.equal(y, reference.rescale(acc, scale, weight_scale, bias, torch.float32))
+        assert torch.equal(y, linears.rescale(acc, scale, weight_scale, bias, torch.float32))
         product = acc.double() * scale.double().unsqueeze(-1) * weight_scale.double()
         want = product if bias is None else product + bias.double()
         # two multiplications and, with a bias, a sum: half a unit of its result each

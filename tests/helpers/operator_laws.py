@@ -9,12 +9,24 @@ from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
-from test_native import draw, qparams, relative, scan_inputs
-from test_native_linear import inputs as linear_inputs
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
-from test_native_scan import HALF, directional_inputs, exact_directional, part
 
-from ptq4vm import fused, reference
+from helpers.draws import (
+    HALF,
+    assert_same_codes,
+    directional_inputs,
+    directional_qparams,
+    draw,
+    exact_directional,
+    linear_inputs,
+    part,
+    qparams,
+    relative,
+    rows_of_more,
+    scan_inputs,
+)
+from ptq4vm.ops import convolution_1d, convolution_2d, fake_quantization, layouts, linears, quantization, rotation
+from ptq4vm.ops import norms as norm_ops
+from ptq4vm.ops import scans as scan_ops
 
 
 @dataclass(frozen=True)
@@ -64,10 +76,10 @@ def codes_and_what_they_stand_for(gpu, dtype, images, tokens, channels, bits, ki
     scale, zero_point = qparams(kind, images, tokens, bits, random)
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     ours = gpu.quantize(rows_of_more(x, strided), 1 / scale, zero_point, inv_smooth, bits)
-    assert torch.equal(ours, reference.quantize(x, 1 / scale, zero_point, inv_smooth, bits))
-    assert torch.equal(gpu.dequantize(ours, scale, zero_point), reference.dequantize(ours, scale, zero_point))
+    assert torch.equal(ours, quantization.quantize(x, 1 / scale, zero_point, inv_smooth, bits))
+    assert torch.equal(gpu.dequantize(ours, scale, zero_point), quantization.dequantize(ours, scale, zero_point))
     chosen = gpu.choose_qparams(rows_of_more(x, strided), inv_smooth, bits)
-    assert all(map(torch.equal, chosen, reference.choose_qparams(x, inv_smooth, bits)))
+    assert all(map(torch.equal, chosen, quantization.choose_qparams(x, inv_smooth, bits)))
 
 
 @law(
@@ -80,10 +92,12 @@ def rotations(gpu, dtype, images, tokens, channels, gelu, strided, seed):
     y = gpu.rotate(rows_of_more(x, strided))
     assert y.dtype is dtype
     limit = tolerance(dtype)
-    assert torch.allclose(y, reference.rotate(x), rtol=limit, atol=limit * channels**0.5)
+    assert torch.allclose(y, rotation.rotate(x), rtol=limit, atol=limit * channels**0.5)
     scale, zero_point = qparams("token", images, tokens, 8, random)
     arguments = (gelu, 20 / scale, zero_point, None, 8)
-    assert_same_codes(gpu.rotate_quantize(rows_of_more(x, strided), *arguments), fused.rotate_quantize(x, *arguments))
+    assert_same_codes(
+        gpu.rotate_quantize(rows_of_more(x, strided), *arguments), rotation.rotate_quantize(x, *arguments)
+    )
 
 
 @law(
@@ -106,7 +120,7 @@ def norms(gpu, dtype, images, tokens, channels, bits, kind, rms, add, rotated, o
     inv_smooth = torch.rand(channels, generator=random) if optional & 4 else None
     arguments = (x, residual, weight, bias, 1e-5, rms, rotated, 1 / scale, zero_point, inv_smooth, bits)
     total, codes = gpu.norm_quantize(*arguments)
-    want, want_codes = fused.norm_quantize(*arguments)
+    want, want_codes = norm_ops.norm_quantize(*arguments)
     assert torch.equal(total, want) and total.dtype is torch.float32
     assert_same_codes(codes, want_codes)
 
@@ -127,13 +141,15 @@ def causal_convolutions(gpu, dtype, K, images, tokens, channels, taps, bias, per
     rest = (weight, bias, order, 100 / scale, zero_point, inv_smooth, bits)
     (u, codes), (want, want_codes) = (
         gpu.conv1d_quantize(rows_of_more(x, strided), *rest),
-        fused.conv1d_quantize(x, *rest),
+        convolution_1d.conv1d_quantize(x, *rest),
     )
     assert u.dtype is dtype and relative(u.float(), want.double()) <= tolerance(dtype)
     assert_same_codes(codes, want_codes)
     plain = (weight[0], None if bias is None else bias[0], strided)
     y = gpu.causal_conv1d(rows_of_more(x, strided), *plain)
-    assert y.dtype is dtype and relative(y.float(), reference.causal_conv1d(x.double(), *plain)) <= tolerance(dtype)
+    assert y.dtype is dtype and relative(y.float(), convolution_1d.causal_conv1d(x.double(), *plain)) <= tolerance(
+        dtype
+    )
 
 
 @law(
@@ -149,7 +165,7 @@ def convolutions_of_maps(gpu, dtype, K, images, height, width, channels, rows, c
     rest = (weight, bias, height, width, 100 / scale, zero_point, None, 8)
     (u, codes), (want, want_codes) = (
         gpu.conv2d_quantize(rows_of_more(x, strided), *rest),
-        fused.conv2d_quantize(x, *rest),
+        convolution_2d.conv2d_quantize(x, *rest),
     )
     assert u.dtype is dtype and relative(u.float(), want.double()) <= tolerance(dtype)
     assert_same_codes(codes, want_codes)
@@ -168,7 +184,7 @@ def scans(gpu, dtype, images, tokens, channels, states, optional, seed):
     u, delta, A, B, C, D, z, bias = scan_inputs(images, tokens, channels, states, optional, random)
     u, delta, B, C, z = (None if x is None else part(x, dtype, random) for x in (u, delta, B, C, z))
     inputs = (u, delta, A, B, C, D, z, bias)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), True)
+    exact = scan_ops.selective_scan(*(None if x is None else x.double() for x in inputs), True)
     ours = gpu.selective_scan(*inputs, True)
     assert ours.dtype is dtype and ours.is_contiguous() and relative(ours.float(), exact) <= tolerance(dtype)
 
@@ -188,7 +204,7 @@ def quantized_scans(gpu, images, tokens, channels, states, per_token, seed):
     B, C, D = quarters(images, tokens, states), quarters(images, tokens, states), quarters(channels)
     scale = 2.0 ** torch.randint(-2, 3, (tokens if per_token else 1,), generator=random)
     inputs = (u, delta, torch.zeros(channels, states), B, C, D, None, None, False, scale, 1 / scale, 8)
-    assert torch.equal(gpu.selective_scan_quantized(*inputs), reference.selective_scan_quantized(*inputs))
+    assert torch.equal(gpu.selective_scan_quantized(*inputs), scan_ops.selective_scan_quantized(*inputs))
 
 
 @law(
@@ -207,7 +223,7 @@ def directional_scans(gpu, dtype, merge, seed, **sizes):
     smooth = torch.rand(channels, generator=random) if merge else None
     codes_of = (torch.rand(tokens, generator=random) * 30, zero_point, smooth, 8)
     y = gpu.directional_scan(inputs[0].float(), *inputs[1:], True, 0.5)
-    assert torch.equal(gpu.directional_scan_quantize(*inputs, 0.5, *codes_of), reference.quantize(y, *codes_of))
+    assert torch.equal(gpu.directional_scan_quantize(*inputs, 0.5, *codes_of), quantization.quantize(y, *codes_of))
 
 
 # --- linears ---
@@ -216,8 +232,8 @@ def directional_scans(gpu, dtype, merge, seed, **sizes):
 def in_rows(arguments, bits):
     """The weight as a model that was fused on a GPU has it."""
     x, scale, zero_point, packed, *rest = arguments
-    codes = fused.unpack_weight(packed, rest[1].shape[-1], x.shape[-1])
-    return x, scale, zero_point, fused.pad_weight(codes, bits), *rest
+    codes = layouts.unpack_weight(packed, rest[1].shape[-1], x.shape[-1])
+    return x, scale, zero_point, layouts.pad_weight(codes, bits), *rest
 
 
 @law(
@@ -227,7 +243,7 @@ def in_rows(arguments, bits):
 )  # fmt: skip
 def linears_in_every_layout(gpu, stack, images, tokens, channels, features, bits, kind, bias, dtype, seed):
     arguments = linear_inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
-    want = fused.linear_packed(*arguments, dtype)
+    want = linears.linear_packed(*arguments, dtype)
     for layout in (arguments, in_rows(arguments, bits), in_rows(arguments, 8)):
         assert torch.equal(gpu.linear_packed(*layout, dtype), want)
         x, *rest = layout
@@ -241,7 +257,7 @@ def weights_of_four_bits_take_inputs_of_eight(gpu, bias, seed):
     random = draw(seed)
     _, *rest = arguments = linear_inputs(None, 2, 17, 33, 44, 4, "token", bias, random)
     x = torch.randint(-128, 128, (2, 17, 33), generator=random, dtype=torch.int8)
-    want = fused.linear_packed(x, *rest, torch.float32)
+    want = linears.linear_packed(x, *rest, torch.float32)
     for _, *layout in (arguments, in_rows(arguments, 8)):
         assert torch.equal(gpu.linear_packed(x, *layout, torch.float32), want)
 
@@ -255,10 +271,10 @@ def plain_weights(gpu, images, tokens, channels, features, bits, kind, bias, dty
     x, scale, zero_point, packed, _, *rest = linear_inputs(
         None, images, tokens, channels, features, bits, kind, bias, draw(seed)
     )
-    codes = fused.unpack_weight(packed, features, channels)
-    weight = reference.pack_int4(codes) if bits == 4 else codes.t().contiguous().t()
+    codes = layouts.unpack_weight(packed, features, channels)
+    weight = layouts.pack_int4(codes) if bits == 4 else codes.t().contiguous().t()
     arguments = (x, scale, zero_point, weight, *rest, dtype)
-    assert torch.equal(gpu.linear(*arguments), reference.linear(*arguments))
+    assert torch.equal(gpu.linear(*arguments), linears.linear(*arguments))
 
 
 @law("linear", "linear_packed", codes=st.sampled_from([(-128, -127, 127), (127, 127, -128), (127, -127, -128)]))
@@ -270,7 +286,7 @@ def the_largest_accumulators_are_exact(gpu, codes):
     sums = weight.sum(-1, dtype=torch.int32)
     for y in (
         gpu.linear(x, one, zero_point, weight, scale, None, torch.float32),
-        gpu.linear_packed(x, one, zero_point, fused.pad_weight(weight, 8), sums, scale, None, torch.float32),
+        gpu.linear_packed(x, one, zero_point, layouts.pad_weight(weight, 8), sums, scale, None, torch.float32),
     ):
         assert torch.equal(y, torch.full_like(y, 3072.0 * (code - z) * w))
 
@@ -288,7 +304,7 @@ def codes_of_gelus(gpu, images, tokens, channels, features, bits, kind, smooth, 
     new_scale, zero_point = qparams(kind, images, tokens, new_bits, random)
     inv_smooth = torch.rand(features, generator=random) if smooth else None
     new = (rotated, 1 / new_scale, zero_point, inv_smooth, new_bits)
-    want = fused.linear_gelu_quantize(*arguments, *new)
+    want = linears.linear_gelu_quantize(*arguments, *new)
     for layout in (arguments, in_rows(arguments, bits)):
         assert_same_codes(gpu.linear_gelu_quantize(*layout, *new), want)
 
@@ -306,11 +322,11 @@ def gradients(gpu, images, tokens, channels, states, optional, seed):
     grad = torch.randn(images, tokens, channels, generator=random)
     exact = tuple(None if value is None else value.double() for value in inputs)
     ours = gpu.selective_scan_backward(grad, *inputs, True)
-    theirs = reference.selective_scan_backward(grad.double(), *exact, True)
+    theirs = scan_ops.selective_scan_backward(grad.double(), *exact, True)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 2e-5
     weight, bias = torch.randn(channels, 4, generator=random), inputs[5]
     ours = gpu.causal_conv1d_backward(grad, inputs[0], weight, bias, True)
-    theirs = reference.causal_conv1d_backward(grad.double(), exact[0], weight.double(), exact[5], True)
+    theirs = convolution_1d.causal_conv1d_backward(grad.double(), exact[0], weight.double(), exact[5], True)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 2e-5
 
 
@@ -324,10 +340,10 @@ def simulated_codes_and_their_gradients(gpu, images, tokens, channels, bits, per
     scale, zero_point = qparams("token" if per_token else "tensor", images, tokens, bits, random)
     smoothing = torch.rand(channels, generator=random) + 0.5 if smooth else None
     arguments = (x, scale, zero_point.float() if affine else None, smoothing, bits)
-    assert torch.equal(gpu.fake_quantize(*arguments), reference.fake_quantize(*arguments))
+    assert torch.equal(gpu.fake_quantize(*arguments), fake_quantization.fake_quantize(*arguments))
     needs = (True, True, affine, smooth)
     ours = gpu.fake_quantize_backward(grad, *arguments, *needs)
-    theirs = reference.fake_quantize_backward(grad, *arguments, *needs)
+    theirs = fake_quantization.fake_quantize_backward(grad, *arguments, *needs)
     assert all(a.shape == b.shape and relative(a, b.double()) <= 2e-5 for a, b in zip(ours, theirs, strict=True))
 
 

@@ -154,7 +154,7 @@ def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
         return make().eval(), inputs()
 
 
-CONFIG = {"weight_bits": 4, "smoothing": None, "range_search": False}
+CONFIG = {"weights": {"bits": 4}, "smoothing": None, "range_search": False}
 
 
 def quantized_model(name, config=None):

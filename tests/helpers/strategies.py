@@ -6,11 +6,21 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm.config import Factors, Granularity, Learning, Loss, Outputs, QuantConfig, RangeSearch, Scheme, State
+from ptq4vm.config import QuantConfig
+from ptq4vm.specs import (
+    Factors,
+    Granularity,
+    Learning,
+    Loss,
+    OutputQuantization,
+    RangeSearch,
+    StateQuantization,
+    WeightGranularity,
+)
 
 EVERYTHING = QuantConfig(
-    weight_bits=4,
-    activation_bits=4,
+    weights={"bits": 4},
+    activations={"bits": 4},
     rotation=True,
     gptq=True,
     mirror=True,
@@ -56,13 +66,13 @@ def powers_of_two(*shape: int, seed: int = 0, low: int = -6, high: int = 3) -> T
     return 2.0 ** integers(low, high, *shape, seed=seed).float()
 
 
-def fitting(granularity: Granularity) -> dict[str, Any]:
-    """What else a config must say with a granularity."""
-    found: dict[str, Any] = {"granularity": granularity}
+def fitting(granularity: Granularity, **activations: Any) -> dict[str, Any]:
+    """What else a config must say with a granularity; more of the activations."""
+    found: dict[str, Any] = {"activations": {"granularity": granularity, **activations}}
     if granularity is Granularity.PER_TOKEN_DYNAMIC:
         found["range_search"] = False
     if granularity.k_scaled:
-        found["scheme"] = Scheme.SYMMETRIC
+        found["activations"]["symmetric"] = True
     if granularity is Granularity.K_SCALED_CHANNEL:
         found["smoothing"] = None
     return found
@@ -81,21 +91,21 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         batch_size=st.integers(1, 512),
         only=st.lists(st.text(max_size=9), max_size=2).map(tuple),
     )
-    scheme = Scheme.SYMMETRIC if granularity.k_scaled else Scheme.AFFINE
-    outputs = draw(st.none() | st.builds(Outputs, bits=bits, k_scaled=st.booleans()))
+    outputs = draw(st.none() | st.builds(OutputQuantization, bits=bits, k_scaled=st.booleans()))
     several = granularity is Granularity.K_SCALED_CHANNEL
     searches = {
         granularity is Granularity.PER_TOKEN_DYNAMIC: [RangeSearch.MINMAX],
-        scheme is Scheme.SYMMETRIC: [RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR],
+        granularity.k_scaled: [RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR],
     }.get(True, list(RangeSearch))
     gptq = draw(st.booleans())
     return QuantConfig(
-        weight_bits=draw(bits),
-        activation_bits=draw(bits),
-        granularity=granularity,
-        scheme=scheme,
-        per_tensor_weights=draw(st.booleans()),
-        clusters=draw(st.integers(1, 256)),
+        weights={"bits": draw(bits), "granularity": draw(st.sampled_from(WeightGranularity))},
+        activations={
+            "bits": draw(bits),
+            "granularity": granularity,
+            "symmetric": granularity.k_scaled,
+            "clusters": draw(st.integers(1, 256)),
+        },
         power_of_two=draw(st.booleans()),
         smoothing=None if several else draw(st.none() | st.floats(0, 1)),
         range_search=draw(st.sampled_from(searches)),
@@ -108,7 +118,7 @@ def configs(draw: st.DrawFn) -> QuantConfig:
         state=draw(
             st.none()
             | st.builds(
-                State,
+                StateQuantization,
                 bits=bits,
                 factors=st.sampled_from([*Factors, None]),
                 per_token=st.booleans(),

@@ -10,12 +10,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_native import KINDS, draw, qparams, relative
-from test_native_linear import inputs as linear_inputs
-from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
 
-from ptq4vm import fused, reference
+from helpers.draws import (
+    KINDS,
+    assert_same_codes,
+    directional_qparams,
+    draw,
+    linear_inputs,
+    qparams,
+    relative,
+    rows_of_more,
+)
 from ptq4vm.backend import triton as triton_kernels
+from ptq4vm.ops import convolution_1d, convolution_2d, layouts, linears, norms, quantization
 
 DRAWN = int(os.environ["PTQ4VM_TEST_EXAMPLES"])
 """Examples of each law beside those that are written here."""
@@ -62,7 +69,7 @@ def test_codes_are_the_references(images, tokens, channels, bits, kind, dtype, s
     x = torch.where(torch.rand(x.shape, generator=random) < 0.3, torch.round(x) + 0.5, x).to(dtype)
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     arguments = (x, 1 / scale, zero_point, inv_smooth, bits)
-    assert torch.equal(run("quantize", *arguments), reference.quantize(*arguments))
+    assert torch.equal(run("quantize", *arguments), quantization.quantize(*arguments))
 
 
 @pytest.mark.parametrize("bits", [2, 8])
@@ -71,7 +78,7 @@ def test_numbers_that_are_not_finite_and_ties_have_the_references_codes(bits):
     x = torch.tensor([torch.nan, inf, -inf, largest, -largest, 1e-45, -0.0, 127.5, -127.5, 0.5, 1.5, -0.5]).repeat(5, 3)
     zero_point = torch.tensor([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))], dtype=torch.int32)
     arguments = (x, torch.ones(5), zero_point, None, bits)
-    assert torch.equal(run("quantize", *arguments), reference.quantize(*arguments))
+    assert torch.equal(run("quantize", *arguments), quantization.quantize(*arguments))
 
 
 @FEW
@@ -98,7 +105,7 @@ def test_sums_and_codes_of_norms_are_the_references(
     qparams_of = (20 / 2 ** (8 - bits) / scale, zero_point, inv_smooth, bits)
     arguments = (x, residual, weight, bias, 1e-5, rms, rotated, *qparams_of)
     total, codes = run("norm_quantize", *arguments)
-    want, want_codes = fused.norm_quantize(*arguments)
+    want, want_codes = norms.norm_quantize(*arguments)
     assert torch.equal(total, want) and total.dtype == torch.float32
     assert_same_codes(codes, want_codes)
 
@@ -106,7 +113,7 @@ def test_sums_and_codes_of_norms_are_the_references(
 def test_a_row_too_long_for_registers_takes_the_reference():
     x, one = torch.randn(1, 2, 8193, generator=draw(0)), torch.ones(1)
     arguments = (x, None, None, None, 1e-5, True, False, 20 * one, one.int(), None, 8)
-    assert torch.equal(run("norm_quantize", *arguments)[1], fused.norm_quantize(*arguments)[1])
+    assert torch.equal(run("norm_quantize", *arguments)[1], norms.norm_quantize(*arguments)[1])
 
 
 @FEW
@@ -119,13 +126,13 @@ def test_a_causal_convolution_is_the_references(images, tokens, channels, taps, 
     weight = torch.randn(channels, taps, generator=random)
     bias = torch.randn(channels, generator=random) if bias else None
     y = run("causal_conv1d", x, weight, bias, silu)
-    exact = reference.causal_conv1d(x.double(), weight.double(), None if bias is None else bias.double(), silu)
+    exact = convolution_1d.causal_conv1d(x.double(), weight.double(), None if bias is None else bias.double(), silu)
     assert y.dtype == dtype and relative(y, exact) <= ROUNDING[dtype]
 
 
 def test_a_float64_convolution_is_exact():
     x, weight, bias = (torch.randn(*shape, generator=draw(0)).double() for shape in ((2, 5, 3), (3, 4), (3,)))
-    assert torch.equal(run("causal_conv1d", x, weight, bias, True), reference.causal_conv1d(x, weight, bias, True))
+    assert torch.equal(run("causal_conv1d", x, weight, bias, True), convolution_1d.causal_conv1d(x, weight, bias, True))
 
 
 @FEW
@@ -146,7 +153,7 @@ def test_directional_convolutions_and_codes_are_the_references(
     inv_smooth = torch.rand(directions, channels, generator=random) if optional & 4 else None
     arguments = (x, weight, bias, order, *scales, inv_smooth, bits)
     u, codes = run("conv1d_quantize", *arguments)
-    exact, want = fused.conv1d_quantize(x.double(), *arguments[1:])
+    exact, want = convolution_1d.conv1d_quantize(x.double(), *arguments[1:])
     assert u.dtype == dtype and u.shape == exact.shape and relative(u, exact) <= 2 * ROUNDING[dtype]
     assert_same_codes(codes, want)
 
@@ -183,7 +190,7 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     u, codes = run("conv2d_quantize", x, *arguments)
     assert u.dtype == dtype and u.shape == x.shape and codes.shape == (directions, *x.shape)
     if u.numel():
-        exact, want = fused.conv2d_quantize(x.float(), *arguments)
+        exact, want = convolution_2d.conv2d_quantize(x.float(), *arguments)
         assert relative(u, exact) <= 2 * ROUNDING[dtype]
         assert_same_codes(codes, want)
 
@@ -212,7 +219,7 @@ def test_packed_linears_are_the_references_to_the_last_bit(
     stack, images, tokens, channels, features, bits, kind, dtype, bias, seed
 ):
     arguments = linear_inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
-    assert_cast(run("linear_packed", *arguments, dtype), fused.linear_packed(*arguments, torch.float32), dtype)
+    assert_cast(run("linear_packed", *arguments, dtype), linears.linear_packed(*arguments, torch.float32), dtype)
 
 
 @FEW
@@ -224,10 +231,10 @@ def test_weights_may_lie_in_rows(stack, images, tokens, channels, features, bits
     x, *qparams_of, tiles, weight_sum, scale, bias = linear_inputs(
         stack, images, tokens, channels, features, bits, kind, True, draw(seed)
     )
-    codes = F.pad(fused.unpack_weight(tiles, features, channels), (0, -channels % 16 + more))
-    rows = reference.pack_int4(codes) if bits == 4 else codes
+    codes = F.pad(layouts.unpack_weight(tiles, features, channels), (0, -channels % 16 + more))
+    rows = layouts.pack_int4(codes) if bits == 4 else codes
     y = run("linear_packed", x, *qparams_of, rows, weight_sum, scale, bias, torch.float32)
-    assert torch.equal(y, fused.linear_packed(x, *qparams_of, tiles, weight_sum, scale, bias, torch.float32))
+    assert torch.equal(y, linears.linear_packed(x, *qparams_of, tiles, weight_sum, scale, bias, torch.float32))
 
 
 @FEW
@@ -242,9 +249,9 @@ def test_linears_are_the_references_to_the_last_bit(images, tokens, channels, fe
     )
     half = 2 ** (bits - 1)
     weight = torch.randint(1 - half, half, (features, channels), generator=random, dtype=torch.int8)
-    stored = reference.pack_int4(weight) if bits == 4 else weight
+    stored = layouts.pack_int4(weight) if bits == 4 else weight
     arguments = (x, scale, zero_point, stored, weight_scale, bias)
-    assert_cast(run("linear", *arguments, dtype), reference.linear(*arguments, torch.float32), dtype)
+    assert_cast(run("linear", *arguments, dtype), linears.linear(*arguments, torch.float32), dtype)
 
 
 def test_the_largest_accumulators_are_exact():
@@ -270,7 +277,7 @@ def test_codes_after_a_gelu_are_the_references_but_for_ties(
     arguments = (*linear, rotated, 1 / (scale * channels**0.5), zero_point, inv_smooth, bits)
     codes = run("linear_gelu_quantize", *arguments)
     assert codes.dtype == torch.int8
-    assert_same_codes(codes, fused.linear_gelu_quantize(*arguments))
+    assert_same_codes(codes, linears.linear_gelu_quantize(*arguments))
 
 
 @pytest.mark.slow
@@ -278,7 +285,7 @@ def test_every_tile_of_a_linear_gives_the_same_numbers(monkeypatch):
     from ptq4vm.backend.triton import linear
 
     arguments = (*linear_inputs(2, 1, 300, 130, 200, 8, "token", True, draw(0)), torch.float32)
-    want = fused.linear_packed(*arguments)
+    want = linears.linear_packed(*arguments)
     for rows, features in ((1, 300), (300, 16), (300, 64), (5000, 300)):
         tile = linear.tile_of(rows, features)
         monkeypatch.setattr(linear, "tile_of", lambda *sizes, tile=tile: tile)

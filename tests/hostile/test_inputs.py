@@ -38,6 +38,11 @@ CONFIGS = {
     "seed": f'{{"seed": {2**80}}}',
     "long": f'{{"weight_bits": {"9" * 5000}}}',
     "granularity": '{"granularity": "per_planet"}',
+    "section": '{"weights": [4]}',
+    "bits of a section": '{"weights": {"bits": 99}}',
+    "both layouts": '{"weight_bits": 4, "weights": {"bits": 4}}',
+    "version": '{"format_version": 9}',
+    "scheme": '{"scheme": ["affine"]}',
     "learning": '{"learning": {"epochs": -1}}',
 }
 

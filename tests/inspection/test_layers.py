@@ -108,8 +108,8 @@ def test_minimum_and_maximum_clip_nothing_they_have_seen(roads, images):
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_token", "per_token_dynamic"])
 @pytest.mark.parametrize("smoothing", [None, 0.5])
 def test_every_granularity_has_figures(quantized, images, granularity, smoothing):
-    ranges = {"granularity": granularity, "range_search": False}
-    config = QuantConfig(weight_bits=8, activation_bits=4, smoothing=smoothing, **ranges)
+    activations = {"bits": 4, "granularity": granularity}
+    config = QuantConfig(activations=activations, smoothing=smoothing, range_search=False)
     for layer in measure(quantized(config), images.split(7), figures=True):
         activation, percent = layer.activation, layer.row()["clipped_percent"]
         assert 0 <= percent < 100 and (percent == 0 or granularity != "per_token_dynamic")

@@ -9,7 +9,6 @@ from hypothesis import given
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.inspection.phenomena import Phenomena, observe, phenomena
-from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.quantized import quantized_linears
 
 
@@ -44,7 +43,7 @@ def test_a_model_is_observed_in_floating_point_over_all_batches(roads, images):
     before = gm(images)
     found = observe(gm, images.split(5))
     assert torch.equal(gm(images), before)
-    linears = quantized_linears(gm, [linear.name for linear in metadata_of(gm).linears])
+    linears = quantized_linears(gm)
     assert list(found) == [linear.name for linear in linears] and len(found) == 12
     assert all(linear.input.tap is None for linear in linears)
     assert found == observe(gm, [images])

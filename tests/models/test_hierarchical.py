@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from golden.fill import make_input
 from helpers.public_models import create, facts, filled, order
 
-from ptq4vm import reference
 from ptq4vm.models import local_vmamba
 from ptq4vm.models.checkpoints import load_checkpoint
 from ptq4vm.models.hierarchical import released_weights
 from ptq4vm.models.local_vmamba import LocalSS2D, PatchMerging
 from ptq4vm.models.scan_order import Direction
 from ptq4vm.models.vmamba import CROSS_SCAN
+from ptq4vm.ops import scans
 
 
 def test_the_cross_scan_is_rows_columns_and_their_reverses():
@@ -72,7 +72,7 @@ def test_local_blocks_follow_the_official_code_word_by_word(size):
         A, D = -op.A_logs[32 * k : 32 * (k + 1)].exp(), op.Ds[32 * k : 32 * (k + 1)]
         inputs = (value.transpose(1, 2) for value in (sequence, delta, projected[:, 1:5], projected[:, 5:]))
         one, two, three, four = inputs
-        scanned = reference.selective_scan(one, two, A, three, four, D, None, op.dt_projs_bias[k], True)
+        scanned = scans.selective_scan(one, two, A, three, four, D, None, op.dt_projs_bias[k], True)
         scanned = scanned.transpose(1, 2)[:, :, : len(tokens)]
         if names[k].startswith("v"):
             scanned = scanned.flip(2) if names[k] == "v_flip" else scanned

@@ -7,8 +7,8 @@ from helpers.public_models import order
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import reference
 from ptq4vm.models.scan_order import ChannelGate, Direction, initial_dt_, initial_states, scan_tokens
+from ptq4vm.ops import scans
 
 names = st.builds(
     "{}{}".format, st.sampled_from(["h", "v"]) | st.integers(1, 9).map("w{}".format), st.sampled_from(["", "_flip"])
@@ -52,7 +52,7 @@ def test_a_scan_projects_its_steps_and_its_matrices_from_its_input():
     A_log, D = torch.randn(E, S), torch.randn(E)
     projected = u @ x_proj.T
     delta, B, C = projected[..., :R] @ dt_proj.T, projected[..., R : R + S], projected[..., R + S :]
-    want = reference.selective_scan(u, delta, -A_log.exp(), B, C, D, z, bias, True)
+    want = scans.selective_scan(u, delta, -A_log.exp(), B, C, D, z, bias, True)
     assert torch.allclose(scan_tokens(u, z, x_proj, dt_proj, bias, A_log, D), want, atol=1e-6)
 
 

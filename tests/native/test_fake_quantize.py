@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.draws import CHANNELS, KINDS, ROWS, SUPPRESSED, available, draw, needs_library, qparams
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, available, draw, needs_library, qparams
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.backend import native
+from ptq4vm.ops import fake_quantization
 
 
 @pytest.fixture(params=available() or ["reference"])
@@ -59,7 +60,7 @@ WAYS = st.sampled_from(["weight", "tensor", "token", "image"])
 def test_values_are_to_the_last_bit_those_of_the_formulas(isa, kind, images, tokens, channels, bits, smooth, seed):
     arguments = inputs(kind, images, tokens, channels, bits, smooth, seed)
     assert torch.equal(ops.fake_quantize(*arguments), composed(*arguments))
-    assert torch.equal(reference.fake_quantize(*arguments), composed(*arguments))
+    assert torch.equal(fake_quantization.fake_quantize(*arguments), composed(*arguments))
 
 
 @given(WAYS, st.integers(0, 3), ROWS, CHANNELS, st.integers(2, 8), st.booleans(), st.integers(0, 2**20))

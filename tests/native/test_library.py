@@ -9,53 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from helpers.draws import (
+    CHANNELS,
+    FEATURES,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    available,
+    draw,
+    needs_library,
+    qparams,
+    relative,
+    scan_inputs,
+)
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq4vm import doctor, ops, reference
+from ptq4vm import doctor, ops
 from ptq4vm.backend import native
 from ptq4vm.backend import triton as triton_kernels
-
-ALL = ("portable", "avx2", "vnni", "amx")
-needs_library = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
-
-
-def available() -> list[str]:
-    if native.problem() is not None:
-        return []
-    best = native.isa()
-    return list(ALL[: ALL.index(best) + 1])
-
-
-@pytest.fixture(params=available() or [None])
-def isa(request):
-    """Runs the test on one instruction set."""
-    if request.param is None:
-        pytest.skip(str(native.problem()))
-    before = native.isa()
-    assert torch.ops.ptq4vm._use_isa(request.param) == request.param
-    yield request.param
-    torch.ops.ptq4vm._use_isa(before)
-
-
-def draw(seed: int):
-    return torch.Generator().manual_seed(seed)
-
-
-SUPPRESSED = [HealthCheck.function_scoped_fixture]  # one instruction set for all examples is what is meant
-
-ROWS = st.sampled_from([0, 1, 2, 15, 16, 17, 31, 33, 65, 197])
-CHANNELS = st.sampled_from([1, 2, 3, 15, 31, 32, 33, 63, 64, 65, 128, 200, 1100])
-FEATURES = st.sampled_from([0, 1, 7, 15, 16, 17, 31, 33, 63, 64, 65, 100])
-KINDS = st.sampled_from(["tensor", "token", "image"])
-
-
-def qparams(kind, images, tokens, bits, random):
-    shape = {"tensor": (1,), "token": (tokens,), "image": (images, tokens)}[kind]
-    half = 2 ** (bits - 1)
-    return torch.rand(shape, generator=random) + 0.01, torch.randint(
-        -half, half, shape, generator=random, dtype=torch.int32
-    )
+from ptq4vm.ops import _define, convolution_1d, layouts, linears, quantization, scans
 
 
 @needs_library
@@ -70,7 +43,7 @@ def test_codes_are_the_references(isa, dtype, images, tokens, channels, bits, ki
     x = torch.where(torch.rand(x.shape, generator=random) < 0.3, torch.round(x) + 0.5, x).to(dtype)
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     arguments = (x, 1 / scale, zero_point, inv_smooth, bits)
-    assert torch.equal(ops.quantize(*arguments), reference.quantize(*arguments))
+    assert torch.equal(ops.quantize(*arguments), quantization.quantize(*arguments))
 
 
 @needs_library
@@ -86,7 +59,7 @@ def test_the_linear_is_the_references_to_the_last_bit(
     scale, zero_point = qparams(kind, images, tokens, bits, random)
     x = torch.randint(-half, half, (images, tokens, channels), generator=random, dtype=torch.int8)
     weight = torch.randint(1 - half, half, (features, channels), generator=random, dtype=torch.int8)
-    stored = reference.pack_int4(weight) if bits == 4 else weight
+    stored = layouts.pack_int4(weight) if bits == 4 else weight
     arguments = (
         x,
         scale,
@@ -96,7 +69,7 @@ def test_the_linear_is_the_references_to_the_last_bit(
         torch.randn(features, generator=random) if bias else None,
         dtype,
     )
-    assert torch.equal(ops.linear(*arguments), reference.linear(*arguments))
+    assert torch.equal(ops.linear(*arguments), linears.linear(*arguments))
 
 
 @needs_library
@@ -107,23 +80,6 @@ def test_the_largest_accumulators_are_exact(isa):
         one, zero = torch.ones(1), torch.full((1,), -128, dtype=torch.int32)
         y = ops.linear(codes, one, zero, weight, torch.ones(40), None, torch.float32)
         assert torch.equal(y, torch.full_like(y, 2048.0 * (x + 128) * w))
-
-
-def scan_inputs(images, tokens, channels, states, optional, random):
-    def normal(*shape):
-        return torch.randn(shape, generator=random)
-
-    u, delta, z = (normal(images, tokens, channels) for _ in range(3))
-    B, C = (normal(images, tokens, states) for _ in range(2))
-    A = -torch.rand(channels, states, generator=random) * 2
-    D, bias = normal(channels), normal(channels)
-    return u, 3 * delta, A, B, C, *(value if optional else None for value in (D, z, bias))
-
-
-def relative(ours, exact):
-    if not exact.numel():
-        return 0.0
-    return float((ours.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 @needs_library
@@ -144,9 +100,9 @@ def test_the_scan_and_its_gradients_are_the_references(isa, images, tokens, chan
         inputs = (inputs[0], inputs[1].abs(), *inputs[2:7], None)
     grad = torch.randn(images, tokens, channels, generator=random)
     exact = tuple(None if value is None else value.double() for value in inputs)
-    assert relative(ops.selective_scan(*inputs, softplus), reference.selective_scan(*exact, softplus)) <= 1e-5
+    assert relative(ops.selective_scan(*inputs, softplus), scans.selective_scan(*exact, softplus)) <= 1e-5
     ours = torch.ops.ptq4vm.selective_scan_backward(grad, *inputs, softplus)
-    theirs = reference.selective_scan_backward(grad.double(), *exact, softplus)
+    theirs = scans.selective_scan_backward(grad.double(), *exact, softplus)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
 
 
@@ -167,9 +123,9 @@ def test_the_convolution_and_its_gradients_are_the_references(isa, images, token
     weight = torch.randn(channels, taps, generator=random)
     inputs = (x, weight, torch.randn(channels, generator=random) if bias else None)
     exact = tuple(None if value is None else value.double() for value in inputs)
-    assert relative(ops.causal_conv1d(*inputs, silu), reference.causal_conv1d(*exact, silu)) <= 1e-5
+    assert relative(ops.causal_conv1d(*inputs, silu), convolution_1d.causal_conv1d(*exact, silu)) <= 1e-5
     ours = torch.ops.ptq4vm.causal_conv1d_backward(grad, *inputs, silu)
-    theirs = reference.causal_conv1d_backward(grad.double(), *exact, silu)
+    theirs = convolution_1d.causal_conv1d_backward(grad.double(), *exact, silu)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
 
 
@@ -223,7 +179,8 @@ def run(code: str, **environment: str) -> str:
 
 
 USE = (
-    "import torch; from ptq4vm import native, ops; one = torch.ones(1); zero = torch.zeros(1, dtype=torch.int32)\n"
+    "import torch; from ptq4vm import ops; from ptq4vm.backend import native\n"
+    "one = torch.ones(1); zero = torch.zeros(1, dtype=torch.int32)\n"
     "q = torch.ones(1, 2, 3, dtype=torch.int8)\n"
     "for _ in range(3): y = ops.linear(q, one, zero, q[0], torch.ones(2), None, torch.float32)\n"
     "assert y.tolist() == [[[3.0, 3.0], [3.0, 3.0]]]; print(native.isa())"
@@ -235,7 +192,10 @@ def test_the_reference_runs_where_it_is_asked_for_and_says_nothing():
 
 
 def test_without_a_library_one_warning_names_the_way_out():
-    code = "from pathlib import Path; import ptq4vm.native; ptq4vm.native.LIBRARY = Path('none.so')\n" + USE
+    code = (
+        "from pathlib import Path; import ptq4vm.backend.native; ptq4vm.backend.native.LIBRARY = Path('none.so')\n"
+        + USE
+    )
     said = run(code)
     assert said.count("RuntimeWarning") == 1 and "Install a C++ compiler" in said and "reference" in said
 
@@ -308,7 +268,7 @@ class On:
 def test_each_gpu_is_served_by_what_has_code_for_it(built_for):
     """Two GPUs, of which the library knows one."""
     built_for("9.0a", (8, 6), (9, 0))
-    operator = ops._by_gpu(Kernel(), lambda *arguments: ("Triton", *arguments))
+    operator = _define.by_gpu(Kernel(), lambda *arguments: ("Triton", *arguments))
     known, other = On(1), On(0)
     assert operator("keys", known, 3) == ("native", "keys", known, 3)
     with pytest.warns(RuntimeWarning, match=r"built for compute capability 9\.0a, .* has 8\.6.* TORCH_CUDA_ARCH_LIST"):
@@ -321,20 +281,22 @@ def test_each_gpu_is_served_by_what_has_code_for_it(built_for):
 SERVED = """
 import warnings
 import torch
-from ptq4vm import native, ops
+from ptq4vm import ops
+from ptq4vm.backend import native
+from ptq4vm.ops import _define
 CALLS = []
 library = torch.library.Library("ptq4vm", "IMPL")  # as the library for GPUs does
 with warnings.catch_warnings(action="ignore"):  # torch 2.11 says that a kernel is replaced, though it is allowed
     for name in ("quantize", "rotate"):
         library.impl(name, lambda x, *rest: CALLS.append("native") or x.to(torch.int8), "CUDA", allow_override=True)
-ops._on_gpus["quantize"] = lambda x, *rest: CALLS.append("Triton") or x.to(torch.int8)
+_define.on_gpus["quantize"] = lambda x, *rest: CALLS.append("Triton") or x.to(torch.int8)
 native.cuda_problem = lambda: None
 native.cuda_architectures = lambda: ("9.0a",)
 torch.cuda.device_count = lambda: len(CAPABILITIES)
 torch.cuda.get_device_capability = lambda device: CAPABILITIES[device if isinstance(device, int) else -1]
 keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-ops._serve_other_gpus()
+_define.serve_other_gpus()
 y = ops.quantize.default.redispatch(keys, torch.ones(2, 4), one, zero, None, 8)
 z = ops.rotate.default.redispatch(keys, torch.ones(2, 4))
 assert y.dtype is torch.int8 and not torch._C._dispatch_has_kernel_for_dispatch_key("ptq4vm::fake_quantize", "CUDA")

@@ -2,32 +2,26 @@
 
 import pytest
 import torch
+from helpers.draws import (
+    CHANNELS,
+    FEATURES,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    draw,
+    linear_inputs,
+    needs_library,
+    packed,
+    qparams,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, FEATURES, KINDS, ROWS, SUPPRESSED, draw, isa, needs_library, qparams
 
-from ptq4vm import fused, ops
-
-__all__ = ["isa"]  # a fixture
+from ptq4vm import ops
+from ptq4vm.ops import layouts, linears
 
 BITS = st.sampled_from([4, 8])
 SEEDS = st.integers(0, 2**20)
-
-
-def packed(weight, bits):
-    return fused.pack_weight(weight, bits), weight.sum(-1, dtype=torch.int32)
-
-
-def inputs(stack, images, tokens, channels, features, bits, kind, bias, random):
-    """Arguments of linear_packed but for the dtype; `stack` linears, or one."""
-    half, lead = 2 ** (bits - 1), () if stack is None else (stack,)
-    each = [qparams(kind, images, tokens, bits, random) for _ in range(stack or 1)]
-    scale, zero_point = (torch.stack(parts) if lead else parts[0] for parts in zip(*each, strict=True))
-    x = torch.randint(-half, half, (*lead, images, tokens, channels), generator=random, dtype=torch.int8)
-    weight = torch.randint(1 - half, half, (*lead, features, channels), generator=random, dtype=torch.int8)
-    weight_scale = torch.rand(*lead, features, generator=random)
-    bias = torch.randn(*lead, features, generator=random) if bias else None
-    return x, scale, zero_point, *packed(weight, bits), weight_scale, bias
 
 
 @needs_library
@@ -47,8 +41,8 @@ def inputs(stack, images, tokens, channels, features, bits, kind, bias, random):
 def test_packed_linears_are_the_references_to_the_last_bit(
     isa, dtype, stack, images, tokens, channels, features, bits, kind, bias, seed
 ):
-    arguments = inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
-    assert torch.equal(ops.linear_packed(*arguments, dtype), fused.linear_packed(*arguments, dtype))
+    arguments = linear_inputs(stack, images, tokens, channels, features, bits, kind, bias, draw(seed))
+    assert torch.equal(ops.linear_packed(*arguments, dtype), linears.linear_packed(*arguments, dtype))
 
 
 @needs_library
@@ -57,13 +51,15 @@ def test_packed_linears_are_the_references_to_the_last_bit(
 def test_rows_of_a_model_that_was_fused_for_a_gpu_are_taken_too(
     isa, stack, tokens, channels, features, bits, gelu, seed
 ):
-    x, scale, zero_point, tiles, *rest = inputs(stack, 1, tokens, channels, features, bits, "token", True, draw(seed))
-    rows = fused.pad_weight(fused.unpack_weight(tiles, features, channels), bits)
+    x, scale, zero_point, tiles, *rest = linear_inputs(
+        stack, 1, tokens, channels, features, bits, "token", True, draw(seed)
+    )
+    rows = layouts.pad_weight(layouts.unpack_weight(tiles, features, channels), bits)
     assert rows.shape[-1] * (2 if bits == 4 else 1) % (32 if bits == 4 else 16) == 0
-    operator, reader, last = ops.linear_packed, fused.linear_packed, (torch.float32,)
+    operator, reader, last = ops.linear_packed, linears.linear_packed, (torch.float32,)
     if gelu and stack is None:
         one = (seed % 2 == 1, torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 8)
-        operator, reader, last = ops.linear_gelu_quantize, fused.linear_gelu_quantize, one
+        operator, reader, last = ops.linear_gelu_quantize, linears.linear_gelu_quantize, one
     want = operator(x, scale, zero_point, tiles, *rest, *last)
     assert torch.equal(operator(x, scale, zero_point, rows, *rest, *last), want)
     assert torch.equal(
@@ -86,12 +82,12 @@ def test_the_largest_accumulators_are_exact(isa, tokens):
 @pytest.mark.parametrize("size", [1e-10, 1e-20, 1e-22])
 def test_denormal_results_are_kept(isa, size):
     """Where float32 has results denormal, and bfloat16 with them."""
-    x, scale, zero_point, weight, weight_sum, weight_scale, bias = inputs(
+    x, scale, zero_point, weight, weight_sum, weight_scale, bias = linear_inputs(
         None, 1, 40, 64, 48, 8, "token", True, draw(0)
     )
     arguments = (x, scale * size, zero_point, weight, weight_sum, weight_scale * size, bias * size * size)
     for dtype in (torch.float32, torch.bfloat16):
-        y = fused.linear_packed(*arguments, dtype)
+        y = linears.linear_packed(*arguments, dtype)
         assert (y != 0).any()
         assert torch.equal(ops.linear_packed(*arguments, dtype), y)
 
@@ -105,12 +101,12 @@ def test_codes_after_a_gelu_are_the_references_but_for_ties(
     isa, images, tokens, channels, features, bits, kind, new_kind, bias, smooth, rotated, seed
 ):
     random = draw(seed)
-    linear = inputs(None, images, tokens, channels, features, bits, kind, bias, random)
+    linear = linear_inputs(None, images, tokens, channels, features, bits, kind, bias, random)
     new_scale, new_zero_point = qparams(new_kind, images, tokens, bits, random)
     inv_smooth = torch.rand(features, generator=random) if smooth else None
     linear = (linear[0], linear[1] / 40, *linear[2:])
     arguments = (*linear, rotated, 1 / (new_scale * channels**0.5), new_zero_point, inv_smooth, bits)
-    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert ours.shape == theirs.shape
     different = (ours - theirs).abs()
     assert (different <= 1).all() and different.sum() <= 1 + 0.001 * different.numel()
@@ -120,10 +116,10 @@ def test_codes_after_a_gelu_are_the_references_but_for_ties(
 def test_blocks_of_rotated_rows_have_their_own_tokens_scales(isa):
     """Rows this long are rotated 32 at a time, and tokens begin anew within a block."""
     random = draw(2)
-    linear = inputs(None, 3, 25, 64, 6144, 4, "token", True, random)
+    linear = linear_inputs(None, 3, 25, 64, 6144, 4, "token", True, random)
     new_scale, new_zero_point = qparams("token", 3, 25, 4, random)
     arguments = (linear[0], linear[1] / 40, *linear[2:], True, 1 / (8 * new_scale), new_zero_point, None, 4)
-    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*arguments).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert theirs.unique().numel() == 16
     different = (ours - theirs).abs()
     assert different.max() <= 1 and different.float().mean() < 0.001
@@ -132,10 +128,10 @@ def test_blocks_of_rotated_rows_have_their_own_tokens_scales(isa):
 @needs_library
 def test_few_codes_after_a_gelu_differ(isa):
     random = draw(1)
-    linear = inputs(None, 1, 400, 64, 200, 8, "tensor", False, random)
+    linear = linear_inputs(None, 1, 400, 64, 200, 8, "tensor", False, random)
     linear = (linear[0], torch.full((1,), 1e-4), *linear[2:])  # outputs within about ±5
     new = (torch.full((1,), 40.0), torch.full((1,), -100, dtype=torch.int32), None, 8)
-    ours, theirs = (op(*linear, False, *new).int() for op in (ops.linear_gelu_quantize, fused.linear_gelu_quantize))
+    ours, theirs = (op(*linear, False, *new).int() for op in (ops.linear_gelu_quantize, linears.linear_gelu_quantize))
     assert theirs.unique().numel() > 100
     different = (ours - theirs).abs()
     assert different.max() <= 1 and different.float().mean() < 0.001
@@ -144,8 +140,8 @@ def test_few_codes_after_a_gelu_differ(isa):
 @needs_library
 def test_the_number_of_threads_changes_no_bit(isa):
     random = draw(0)
-    wide = inputs(None, 3, 197, 96, 200, 8, "token", True, random)
-    narrow = inputs(4, 1, 197, 192, 14, 4, "token", False, random)
+    wide = linear_inputs(None, 3, 197, 96, 200, 8, "token", True, random)
+    narrow = linear_inputs(4, 1, 197, 192, 14, 4, "token", False, random)
     new_scale, new_zero_point = qparams("token", 3, 197, 8, random)
 
     def everything():
@@ -169,7 +165,9 @@ def test_the_number_of_threads_changes_no_bit(isa):
 
 @needs_library
 def test_what_does_not_fit_is_named():
-    x, scale, zero_point, weight, weight_sum, weight_scale, _ = inputs(None, 2, 5, 70, 20, 8, "token", False, draw(0))
+    x, scale, zero_point, weight, weight_sum, weight_scale, _ = linear_inputs(
+        None, 2, 5, 70, 20, 8, "token", False, draw(0)
+    )
     rest = (weight_sum, weight_scale, None, torch.float32)
     with pytest.raises(RuntimeError, match=r"calibrated for 4 tokens, the input has 5"):
         ops.linear_packed(x, scale[:4], zero_point[:4], weight, *rest)

@@ -3,40 +3,29 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.draws import (
+    CHANNELS,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    assert_same_codes,
+    directional_qparams,
+    draw,
+    needs_library,
+    qparams,
+    relative,
+    rows_of_more,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import CHANNELS, KINDS, ROWS, SUPPRESSED, draw, needs_library, qparams, relative
-from test_native import isa as isa  # a fixture
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
+from ptq4vm.ops import convolution_1d, convolution_2d, norms, quantization, rotation
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SEEDS = st.integers(0, 2**20)
 STRIDED = st.booleans()
 ROTATED = CHANNELS | st.sampled_from([16, 64, 96, 128, 192, 256, 384, 1024])
-
-
-def rows_of_more(x, strided):
-    """x, or its values as the first half of rows twice as long, after one number: at no alignment, and no copy."""
-    if not strided:
-        return x
-    more = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), torch.nan, dtype=x.dtype)
-    more[..., 1 : x.shape[-1] + 1] = x
-    return more[..., 1 : x.shape[-1] + 1]
-
-
-def directional_qparams(directions, tokens, per_token, bits, random):
-    shape = (directions, tokens if per_token else 1)
-    half = 2 ** (bits - 1)
-    zero_point = torch.randint(-half, half, shape, generator=random, dtype=torch.int32)
-    return torch.rand(shape, generator=random) * 100 / 2 ** (8 - bits), zero_point
-
-
-def assert_same_codes(ours, theirs):
-    """But for one code in a thousand that a rounding moves by one."""
-    difference = (ours.int() - theirs.int()).abs()
-    assert not difference.numel() or difference.max() <= 1
-    assert difference.sum() <= max(1, difference.numel() / 1000)
 
 
 @needs_library
@@ -48,7 +37,7 @@ def test_numbers_that_are_not_finite_have_the_references_codes(isa, dtype):
     for bits in (2, 8):
         zero_point = torch.tensor([0, 1, -1, 2 ** (bits - 1) - 1, -(2 ** (bits - 1))], dtype=torch.int32)
         arguments = (x, torch.ones(5), zero_point, None, bits)
-        assert torch.equal(ops.quantize(*arguments), reference.quantize(*arguments))
+        assert torch.equal(ops.quantize(*arguments), quantization.quantize(*arguments))
 
 
 @needs_library
@@ -60,7 +49,7 @@ def test_the_range_of_a_token_is_the_references(isa, dtype, images, tokens, chan
     x = (torch.randn(images, tokens, channels, generator=random) * 10.0 ** (seed % 80 - 40)).to(dtype)
     x = x.abs() if seed % 3 == 0 else x
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
-    ours, theirs = ops.choose_qparams(x, inv_smooth, bits), reference.choose_qparams(x, inv_smooth, bits)
+    ours, theirs = ops.choose_qparams(x, inv_smooth, bits), quantization.choose_qparams(x, inv_smooth, bits)
     assert all(map(torch.equal, ours, theirs))
 
 
@@ -72,7 +61,7 @@ def test_rotated_rows_and_their_gradients_are_the_references_and_do_not_know_eac
     isa, dtype, images, tokens, channels, strided, seed
 ):
     x = torch.randn(images, tokens, channels, generator=draw(seed)).to(dtype)
-    ours, theirs = ops.rotate(rows_of_more(x, strided)), reference.rotate(x)
+    ours, theirs = ops.rotate(rows_of_more(x, strided)), rotation.rotate(x)
     assert ours.dtype is dtype and ours.shape == x.shape
     tolerance = 1e-6 if dtype is torch.float32 else 2**-8
     assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance * channels**0.5)
@@ -89,7 +78,7 @@ def test_dequantized_codes_are_the_references(isa, images, tokens, channels, kin
     random = draw(seed)
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)
     arguments = (codes, *qparams(kind, images, tokens, 8, random))
-    assert torch.equal(ops.dequantize(*arguments), reference.dequantize(*arguments))
+    assert torch.equal(ops.dequantize(*arguments), quantization.dequantize(*arguments))
 
 
 @needs_library
@@ -113,7 +102,7 @@ def test_norm_and_codes_are_the_references(
     inv_smooth = torch.rand(channels, generator=random) if optional & 4 else None
     arguments = (x, residual, weight, bias, 1e-5, rms, rotated, 1 / scale, zero_point, inv_smooth, bits)
     total, codes = ops.norm_quantize(*arguments)
-    want, want_codes = fused.norm_quantize(*arguments)
+    want, want_codes = norms.norm_quantize(*arguments)
     assert torch.equal(total, want) and total.dtype == torch.float32
     assert_same_codes(codes, want_codes)
 
@@ -129,7 +118,7 @@ def test_rotated_codes_are_the_references(isa, dtype, images, tokens, channels, 
     inv_smooth = torch.rand(channels, generator=random) if smooth else None
     arguments = (1 / (scale * 2 ** (8 - bits) / 20), zero_point, inv_smooth, bits)
     codes = ops.rotate_quantize(x, gelu, *arguments)
-    assert_same_codes(codes, fused.rotate_quantize(x, gelu, *arguments))
+    assert_same_codes(codes, rotation.rotate_quantize(x, gelu, *arguments))
     if not gelu:
         inv_scale, zero_point, _, bits = arguments
         turned = ops.rotate(x.float() * inv_smooth if smooth else x.float())
@@ -173,10 +162,10 @@ def test_directional_convolutions_and_codes_are_the_references(
     inv_smooth = torch.rand(directions, channels, generator=random) if optional & 4 else None
     codes_of = (inv_scale, zero_point, inv_smooth, bits)
     u, codes = ops.conv1d_quantize(x, weight, bias, order, *codes_of)
-    want, want_codes = fused.conv1d_quantize(x, weight, bias, order, *codes_of)
+    want, want_codes = convolution_1d.conv1d_quantize(x, weight, bias, order, *codes_of)
     double = None if bias is None else bias.double()
     for k, tokens_of in enumerate(order.long()):
-        exact = reference.causal_conv1d(
+        exact = convolution_1d.causal_conv1d(
             x[:, tokens_of].double(), weight[k].double(), None if bias is None else double[k], True
         )
         assert relative(u[k][:, tokens_of], exact) <= (1e-6 if dtype == torch.float32 else 2**-8)
@@ -232,7 +221,7 @@ def test_convolutions_of_maps_and_codes_are_the_references(
     )
     exact = F.silu(exact).permute(0, 2, 3, 1).flatten(1, 2)
     assert relative(u, exact) <= (1e-6 if dtype == torch.float32 else 2**-8)
-    assert_same_codes(codes, fused.conv2d_quantize(x, *arguments)[1])
+    assert_same_codes(codes, convolution_2d.conv2d_quantize(x, *arguments)[1])
 
 
 @needs_library

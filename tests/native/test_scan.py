@@ -2,37 +2,39 @@
 
 import pytest
 import torch
+from helpers.draws import (
+    HALF,
+    SCAN_CHANNELS,
+    STATES,
+    SUPPRESSED,
+    directional_inputs,
+    draw,
+    exact_directional,
+    needs_library,
+    part,
+    relative,
+    scan_inputs,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import SUPPRESSED, draw, isa, needs_library, relative, scan_inputs
 
-from ptq4vm import fused, ops, reference
-
-__all__ = ["isa"]  # a fixture
+from ptq4vm import ops
+from ptq4vm.ops import directional_scans, quantization, scans
 
 TOKENS = st.sampled_from([0, 1, 2, 15, 16, 17, 49, 65])
-CHANNELS = st.sampled_from([1, 15, 16, 17, 33, 72, 130])
-STATES = st.sampled_from([1, 2, 3, 8, 16, 17])
-HALF = 2**-8
 """The largest relative error of rounding to bfloat16, twice over."""
-
-
-def part(x, dtype, random):
-    """The same values as a slice of the channels of a larger tensor."""
-    before, after = (torch.randn(*x.shape[:-1], n, generator=random) for n in (3, 5))
-    return torch.cat((before, x, after), -1).to(dtype)[..., 3:-5]
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.booleans(), st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, STATES, st.booleans(), st.integers(0, 2**20))
 @settings(max_examples=30, suppress_health_check=SUPPRESSED)
 def test_the_scan_reads_parts_of_rows_in_both_types(isa, dtype, images, tokens, channels, states, optional, seed):
     random = draw(seed)
     u, delta, A, B, C, D, z, bias = scan_inputs(images, tokens, channels, states, optional, random)
     u, delta, B, C, z = (None if x is None else part(x, dtype, random) for x in (u, delta, B, C, z))
     inputs = (u, delta, A, B, C, D, z, bias)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), True)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), True)
     ours = ops.selective_scan(*inputs, True)
     assert ours.dtype == dtype and ours.is_contiguous()
     assert relative(ours, exact) <= (1e-5 if dtype == torch.float32 else HALF)
@@ -53,7 +55,7 @@ def test_slow_decays_stay_exact_over_many_tokens(isa, rate):
     A = -rate * torch.rand(A.shape, generator=random)
     A[16:] *= torch.where(torch.rand(32, 4, generator=random) < 0.5, 1.0, 200 / rate)
     inputs = (u.abs(), delta, A, B.abs(), C.abs(), None, None, None)
-    exact = reference.selective_scan(*(None if x is None else x.double() for x in inputs), False)
+    exact = scans.selective_scan(*(None if x is None else x.double() for x in inputs), False)
     ours = ops.selective_scan(*inputs, False)
     assert float(((ours - exact).abs() / exact.abs().amax(1, keepdim=True)).max()) <= 1e-5
 
@@ -65,67 +67,7 @@ def test_decays_that_no_float_holds_are_zero(isa):
     inputs = list(scan_inputs(2, 40, 33, 5, True, random))
     inputs[1][:, 20:, ::3] += 300
     exact = [None if x is None else x.double() for x in inputs]
-    assert relative(ops.selective_scan(*inputs, True), reference.selective_scan(*exact, True)) <= 1e-5
-
-
-def orders(directions, tokens, padding, random):
-    """Random permutations, and between their tokens as many -1 as `padding` says."""
-    rows = []
-    for _ in range(directions):
-        row = torch.full((tokens + padding,), -1, dtype=torch.int32)
-        places = torch.randperm(tokens + padding, generator=random)[:tokens]
-        row[places] = torch.randperm(tokens, generator=random, dtype=torch.int32)
-        rows.append(row)
-    return torch.stack(rows)
-
-
-def directional_inputs(random, K, shared, images, tokens, channels, rank, states, optional, bits, padding, dtype):
-    def normal(*shape):
-        return torch.randn(shape, generator=random)
-
-    def integers(low, high, *shape, kind=torch.int32):
-        return torch.randint(low, high, shape, generator=random, dtype=kind)
-
-    half, scales = 2 ** (bits - 1), 1 if padding % 2 else tokens
-    scale = 4 * (torch.rand(K, scales, generator=random) + 0.5) / half
-    weight = integers(1 - half, half, K, channels, rank, kind=torch.int8)
-    return (
-        part(normal(1 if shared else K, images, tokens, channels), dtype, random),
-        normal(K, images, tokens, rank + 2 * states),
-        1 / scale,
-        scale,
-        integers(-half // 4, half // 4 + 1, K, scales),
-        torch.rand(K, rank, generator=random) + 0.5 if optional else None,
-        bits,
-        fused.pack_weight(weight, bits),
-        weight.sum(-1, dtype=torch.int32),
-        (torch.rand(K, channels, generator=random) + 0.5) / (half * rank**0.5),
-        normal(K, channels) - 1,
-        -2 * torch.rand(K, channels, states, generator=random),
-        normal(K, channels) if optional else None,
-        part(normal(images, tokens, channels), dtype, random) if optional else None,
-        orders(K, tokens, padding, random),
-    )
-
-
-def exact_directional(inputs, merge, factor):
-    """`fused.directional_scan` in float64 from the step's float32 on."""
-    u, projected, inv_scale, scale, zero, smooth, bits, weight, _, weight_scale, bias, A, D, z, order = inputs
-    states, results = A.shape[-1], []
-    low_rank, B, C = projected.split((projected.shape[-1] - 2 * states, states, states), -1)
-    w_q = fused.unpack_weight(weight, A.shape[1], low_rank.shape[-1])
-    for k, tokens in enumerate(order.long()):
-        codes = reference.quantize(low_rank[k], inv_scale[k], zero[k], None if smooth is None else smooth[k], bits)
-        delta = reference.linear(codes, scale[k], zero[k], w_q[k], weight_scale[k], None, torch.float32)
-        x = u[k if len(u) > 1 else 0]
-        read = [
-            torch.where((tokens >= 0)[:, None], v[:, tokens.clamp(min=0)], 0).double() for v in (x, delta, B[k], C[k])
-        ]
-        skip = None if D is None else D[k].double()
-        y = reference.selective_scan(read[0], read[1], A[k].double(), *read[2:], skip, None, bias[k].double(), True)
-        results.append(torch.zeros(x.shape, dtype=torch.double).index_copy_(1, tokens[tokens >= 0], y[:, tokens >= 0]))
-    gate = factor if z is None else torch.nn.functional.silu(z.double()) * factor
-    return (sum(results) if merge else torch.stack(results)) * gate
+    assert relative(ops.selective_scan(*inputs, True), scans.selective_scan(*exact, True)) <= 1e-5
 
 
 DIRECTIONAL = (
@@ -133,7 +75,7 @@ DIRECTIONAL = (
     st.booleans(),
     st.integers(0, 2),
     st.sampled_from([1, 2, 15, 16, 17, 49]),
-    CHANNELS,
+    SCAN_CHANNELS,
     st.sampled_from([1, 3, 6, 16, 24, 48, 70]),
     STATES,
     st.booleans(),
@@ -169,7 +111,7 @@ def test_the_codes_of_the_scan_are_those_of_its_outputs(isa, dtype, sizes, per_t
     wide = (inputs[0].float(), *inputs[1:])
     assert torch.equal(
         ops.directional_scan_quantize(*inputs, 0.5, *qparams),
-        reference.quantize(ops.directional_scan(*wide, True, 0.5), *qparams),
+        quantization.quantize(ops.directional_scan(*wide, True, 0.5), *qparams),
     )
 
 
@@ -177,11 +119,11 @@ def test_the_codes_of_the_scan_are_those_of_its_outputs(isa, dtype, sizes, per_t
 def test_hardly_a_code_differs_from_the_references(isa):
     random = draw(3)
     inputs = directional_inputs(random, 2, False, 2, 49, 192, 12, 16, True, 8, 0, torch.float32)
-    y = fused.directional_scan(*inputs, True, 0.5)
+    y = directional_scans.directional_scan(*inputs, True, 0.5)
     scale = y.abs().amax((0, 2)) / 127
     qparams = (1 / scale, torch.zeros(49, dtype=torch.int32), None, 8)
     ours = ops.directional_scan_quantize(*inputs, 0.5, *qparams).int()
-    off = (ours - fused.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
+    off = (ours - directional_scans.directional_scan_quantize(*inputs, 0.5, *qparams).int()).abs()
     assert off.max() <= 1 and off.bool().float().mean() < 1e-3
 
 
@@ -222,7 +164,7 @@ def test_gradients_of_many_channels_are_the_references(sizes, seed):
     grad = torch.randn(inputs[0].shape, generator=random)
     exact = tuple(None if value is None else value.double() for value in inputs)
     ours = torch.ops.ptq4vm.selective_scan_backward(grad, *inputs, True)
-    theirs = reference.selective_scan_backward(grad.double(), *exact, True)
+    theirs = scans.selective_scan_backward(grad.double(), *exact, True)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-5
 
 

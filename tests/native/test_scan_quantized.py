@@ -4,16 +4,24 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.draws import (
+    SCAN_CHANNELS,
+    STATES,
+    SUPPRESSED,
+    counting,
+    draw,
+    largest_states,
+    needs_library,
+    part,
+    relative,
+    scan_inputs,
+)
 from helpers.strategies import bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import SUPPRESSED, draw, isa, needs_library, relative, scan_inputs
-from test_native_scan import CHANNELS, STATES, part
-from test_scan_quantized import counting, largest_states
 
-from ptq4vm import ops, reference
-
-__all__ = ["isa"]  # a fixture
+from ptq4vm import ops
+from ptq4vm.ops import scans
 
 TOKENS = st.sampled_from([0, 1, 15, 16, 17, 33])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +60,7 @@ def as_parts(inputs, dtype, random):
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, STATES, st.booleans(), st.booleans(), bits, st.integers(0, 2**20))
 @settings(max_examples=12, suppress_health_check=SUPPRESSED)
 def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
     isa, dtype, images, tokens, channels, states, per_token, optional, bits, seed
@@ -61,7 +69,7 @@ def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
     inputs = exact_inputs(images, tokens, channels, states, per_token, optional, random)
     ours = ops.selective_scan_quantized(*as_parts(inputs, dtype, random), bits)
     assert ours.dtype == dtype and ours.is_contiguous()
-    assert torch.equal(ours, reference.selective_scan_quantized(*inputs, bits).to(dtype))
+    assert torch.equal(ours, scans.selective_scan_quantized(*inputs, bits).to(dtype))
 
 
 @needs_library
@@ -69,14 +77,14 @@ def test_what_no_sum_rounds_is_the_references_to_the_last_bit(
 def test_a_sum_grows_by_the_rounded_value_until_the_last_code(isa, bits):
     for u in (0.75, -0.75):
         inputs = counting(u, 140)
-        want = reference.selective_scan_quantized(*inputs, bits)
+        want = scans.selective_scan_quantized(*inputs, bits)
         assert torch.equal(ops.selective_scan_quantized(*inputs, bits), want)
         assert torch.equal(want[0, -5:, 0], torch.full((5,), (2 ** (bits - 1) - (u > 0)) * (u / 0.75) + u))
 
 
 @needs_library
 @DTYPES
-@given(st.integers(0, 2), TOKENS, CHANNELS, STATES, st.integers(-3, 3), bits, st.integers(0, 2**20))
+@given(st.integers(0, 2), TOKENS, SCAN_CHANNELS, STATES, st.integers(-3, 3), bits, st.integers(0, 2**20))
 @settings(max_examples=10, suppress_health_check=SUPPRESSED)
 def test_neither_layout_nor_the_unit_of_the_input_changes_a_bit(
     isa, dtype, images, tokens, channels, states, power, bits, seed
@@ -101,7 +109,7 @@ def test_hardly_an_output_differs_from_the_references(isa, rate, states):
     are slow.
     """
     inputs = real_inputs(2, 197, 72, states, draw(states), rate=rate)
-    theirs = reference.selective_scan_quantized(*inputs)
+    theirs = scans.selective_scan_quantized(*inputs)
     off = (ops.selective_scan_quantized(*inputs) - theirs).abs() / theirs.abs().max()
     assert (off > 1e-5).float().mean() <= 5e-3 and off.max() <= 1e-2
 
@@ -109,7 +117,7 @@ def test_hardly_an_output_differs_from_the_references(isa, rate, states):
 @needs_library
 def test_the_error_falls_with_the_bits(isa):
     inputs = real_inputs(2, 65, 40, 16, draw(0))
-    exact, errors = reference.selective_scan(*inputs[:9]), []
+    exact, errors = scans.selective_scan(*inputs[:9]), []
     for b in range(3, 9):
         scale = 127 * inputs[9] / 2 ** (b - 1)
         off = ops.selective_scan_quantized(*inputs[:9], scale, 1 / scale, b) - exact
@@ -152,7 +160,7 @@ def test_infinite_states_have_the_last_codes(isa):
     u[:, 7, ::2], u[:, 16, 1::3] = torch.inf, -torch.inf
     delta, B = delta + 0.5, torch.where(B == 0, 1.0, B)
     inputs = u, delta, A, B, C, *rest, 6
-    ours, theirs = ops.selective_scan_quantized(*inputs), reference.selective_scan_quantized(*inputs)
+    ours, theirs = ops.selective_scan_quantized(*inputs), scans.selective_scan_quantized(*inputs)
     assert theirs[:, 17:].isfinite().all()
     assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(), theirs.nan_to_num())
 
@@ -168,7 +176,7 @@ def test_float64_is_computed_in_float64(images, tokens, states, softplus, bits, 
         inputs[1], inputs[7] = inputs[1].abs(), None
     ours = ops.selective_scan_quantized(*inputs)
     assert ours.dtype == torch.float64
-    assert relative(ours, reference.selective_scan_quantized(*inputs)) <= 1e-12
+    assert relative(ours, scans.selective_scan_quantized(*inputs)) <= 1e-12
 
 
 @needs_library
@@ -176,7 +184,7 @@ def test_other_types_are_computed_in_float32_and_given_back():
     inputs = exact_inputs(2, 17, 5, 3, True, True, draw(0))
     halves = [x.half() if isinstance(x, torch.Tensor) else x for x in inputs[:9]]
     ours = ops.selective_scan_quantized(*halves, *inputs[9:], 8)
-    assert ours.dtype == torch.half and torch.equal(ours, reference.selective_scan_quantized(*inputs, 8).half())
+    assert ours.dtype == torch.half and torch.equal(ours, scans.selective_scan_quantized(*inputs, 8).half())
 
 
 @needs_library

@@ -174,12 +174,12 @@ REFUSED = {
         "scales are float32",
     ),
     "an unknown key of the config": (
-        lambda c, t: c["model"]["quantization_config"].update(weight_bit=4),
-        "has no key 'weight_bit'",
+        lambda c, t: c["model"]["quantization_config"]["config"].update(weight=4),
+        "has no key 'weight'",
     ),
     "no linears": (lambda c, t: c["model"]["quantization_config"].pop("linears"), "corrupt"),
     "a newer version": (
-        lambda c, t: c.update(format_version=3, ptq4vm_version="9.9"),
+        lambda c, t: c.update(format_version=4, ptq4vm_version="9.9"),
         "written by ptq4vm '9.9'.*upgrade",
     ),
     "no version": (lambda c, t: c.update(format_version="new"), "upgrade ptq4vm"),

@@ -41,7 +41,7 @@ def test_an_old_folder_is_saved_anew_in_the_new_format(folder, expected):
     assert is_saved(folder)
     old = load(folder)
     save(old, folder)
-    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 3
     assert torch.equal(load(folder)(expected["images"]), old(expected["images"]))
 
 

@@ -35,7 +35,7 @@ def own_rows(at, rows, ROWS: tl.constexpr):
 
 @triton.jit
 def code(value, inv_scale, zero_point, BITS: tl.constexpr):
-    """reference.quantize of smoothed values, as int8. NaN has the code 0, as in torch."""
+    """`quantize` of smoothed values, as int8. NaN has the code 0, as in torch."""
     zero = zero_point.to(tl.float32)
     scaled = value * inv_scale
     bounded = tl.maximum(scaled, -(2.0 ** (BITS - 1)) - zero)

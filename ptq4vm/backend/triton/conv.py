@@ -1,4 +1,4 @@
-"""reference.causal_conv1d, fused.conv1d_quantize and conv2d_quantize: convolution, SiLU and codes in one pass.
+"""causal_conv1d, conv1d_quantize and conv2d_quantize: convolution, SiLU and codes in one pass.
 
 Computed in float32. Rows of x may lie anywhere, as long as their channels are neighbours.
 """
@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm import reference
 from ptq4vm.backend.triton.common import (
     check_bits,
     check_shape,
@@ -22,6 +21,7 @@ from ptq4vm.backend.triton.common import (
     silu,
     tile,
 )
+from ptq4vm.ops import convolution_1d
 
 NUMBERS = 1024
 """Results of a program."""
@@ -87,7 +87,7 @@ def conv1d_kernel(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """float64 takes the reference, for the sake of gradient checks."""
     if x.dtype == torch.float64:
-        return reference.causal_conv1d(x, weight, bias, silu)
+        return convolution_1d.causal_conv1d(x, weight, bias, silu)
     channels, taps = x.shape[-1], weight.shape[-1]
     check_shape("weight", weight, channels, taps)
     check_shape("bias", bias, channels)

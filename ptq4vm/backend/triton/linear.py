@@ -1,7 +1,7 @@
 """The integer linears on int8 tensor cores, with the reference's accumulators and its floats to the last bit.
 
 Weights are read in every layout that they have: rows of int8, rows of two 4-bit codes a byte, and the tiles of
-`fused.pack_weight`. Those are 16 output by 64 input channels, where 64 bytes hold four input channels of each output
+`layouts.pack_weight`. Those are 16 output by 64 input channels, where 64 bytes hold four input channels of each output
 channel; or 32 bytes, whose low and high nibbles are the two halves of them.
 """
 
@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm import fused, reference
 from ptq4vm.backend.triton.common import (
     check_bits,
     check_shape,
@@ -25,7 +24,7 @@ from ptq4vm.backend.triton.common import (
     own_rows,
     read_qparams,
 )
-from ptq4vm.fused import GROUP, STEP
+from ptq4vm.ops import layouts, rotation
 
 ALIGNMENT = 16
 """Bytes of an access to rows of codes, which are padded to a multiple of them."""
@@ -179,7 +178,7 @@ def linear(
             f"this one {weight.shape[-1]}"
         )
     check_shape("weight_scale", weight_scale, features)
-    codes = (reference.unpack_int4(weight, channels) if packed else weight).contiguous()
+    codes = (layouts.unpack_int4(weight, channels) if packed else weight).contiguous()
     weight_sum = codes.sum(-1, dtype=torch.int32)
     return linear_packed(x, x_scale, x_zero_point, codes, weight_sum, weight_scale, bias, dtype)
 
@@ -204,7 +203,7 @@ def linear_gelu_quantize(
     check_shape("inv_smooth", inv_smooth, len(weight_scale))
     if rotated:
         y = linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32)
-        return fused.rotate_quantize(y, True, inv_scale, zero_point, inv_smooth, bits)
+        return rotation.rotate_quantize(y, True, inv_scale, zero_point, inv_smooth, bits)
     qparams = (*read_qparams(x, inv_scale, zero_point, None), optional_float32(inv_smooth), bits)
     return linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.int8, qparams)
 
@@ -213,12 +212,12 @@ def _check_weight(weight: Tensor, weight_scale: Tensor, channels: int) -> bool:
     """Whether it lies in tiles."""
     *lead, features = weight_scale.shape
     nibbles = weight.dtype == torch.uint8
-    tiles = (*lead, triton.cdiv(features, GROUP), triton.cdiv(channels, STEP), GROUP, STEP // 2 if nibbles else STEP)
+    tiles = (*lead, *layouts.tiles_shape(features, channels, nibbles))
     rows = (*lead, features)
     if weight.shape != tiles and (weight.shape[:-1] != rows or weight.shape[-1] * (2 if nibbles else 1) < channels):
         raise ValueError(
             f"a weight of {features} × {channels} channels of dtype {weight.dtype} has rows {rows} of so many channels "
-            f"or more, or is {tiles} as of ptq4vm.fused.pack_weight; this one is {tuple(weight.shape)}"
+            f"or more, or is {tiles} as of ptq4vm.ops.layouts.pack_weight; this one is {tuple(weight.shape)}"
         )
     return weight.shape == tiles
 
@@ -279,7 +278,7 @@ def linear_packed(
         TILED=tiled,
         NIBBLES=weight.dtype == torch.uint8,
         BITS=bits,
-        CHANNELS=STEP,
+        CHANNELS=layouts.K_TILE,
         BAND=8,
         **sizes,
     )

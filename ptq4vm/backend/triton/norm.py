@@ -1,4 +1,4 @@
-"""fused.norm_quantize: the sum with the residual, its norm and the codes in one pass over memory."""
+"""norms.norm_quantize: the sum with the residual, its norm and the codes in one pass over memory."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm import fused
 from ptq4vm.backend.triton.common import check_bits, check_shape, code, launch, optional_float32, own_rows, read_qparams
+from ptq4vm.ops import norms
 
 LONGEST = 8192
 """Channels of a row that stays in registers."""
@@ -75,7 +75,7 @@ def norm_quantize(
     channels = x.shape[-1]
     if rotated or channels > LONGEST:
         qparams = (inv_scale, zero_point, inv_smooth, bits)
-        total, codes = fused.norm_quantize(x, residual, weight, bias, eps, rms, rotated, *qparams)
+        total, codes = norms.norm_quantize(x, residual, weight, bias, eps, rms, rotated, *qparams)
         return total.contiguous(), codes.contiguous()
     check_bits(bits)
     for name, vector in (("weight", weight), ("bias", bias), ("inv_smooth", inv_smooth)):

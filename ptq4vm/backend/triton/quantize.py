@@ -1,4 +1,4 @@
-"""reference.quantize, bit for bit."""
+"""Quantizes as the reference does, bit for bit."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule
 from tqdm import tqdm
 
-from ptq4vm.config import Loss, QuantConfig
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import Part, cut
 from ptq4vm.passes.calibrate.fisher import importance
 from ptq4vm.passes.calibrate.gptq import Moments, best_ridge, compensated_weight, gptq_codes
@@ -24,6 +24,7 @@ from ptq4vm.passes.calibrate.ranges import correct_biases, set_ranges, set_state
 from ptq4vm.passes.calibrate.resume import Finished, finished_blocks
 from ptq4vm.passes.quantized import QuantizedLinear
 from ptq4vm.quantizers import Mode
+from ptq4vm.specs import Loss
 
 
 def mirrored(images: Values) -> Values:

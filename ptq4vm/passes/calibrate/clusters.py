@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ptq4vm import reference
-from ptq4vm.config import QuantSpec, RangeSearch
+from ptq4vm.ops import quantization
+from ptq4vm.specs import IntegerRange, RangeSearch
 
 ROUNDS = 100
 """Of Lloyd's algorithm, at most; in one dimension it stops after a few."""
@@ -37,12 +37,12 @@ class Statistics:
         if sum(sample.numel() for sample in self.samples) < KEPT:
             self.samples.append(rows)
 
-    def step_size(self, spec: QuantSpec, search: RangeSearch) -> Tensor:
+    def step_size(self, spec: IntegerRange, search: RangeSearch) -> Tensor:
         """(1,) for all of it."""
         values = torch.cat([sample.flatten() for sample in self.samples])
         return symmetric_scale(values.unsqueeze(0), self.largest.amax(0, keepdim=True), spec, search)
 
-    def step_sizes(self, clusters: int, spec: QuantSpec, search: RangeSearch, power_of_two: bool) -> Tensor:
+    def step_sizes(self, clusters: int, spec: IntegerRange, search: RangeSearch, power_of_two: bool) -> Tensor:
         """(J,), of which at most `clusters` differ.
 
         Tokens or channels are clustered by mean|x|. A cluster's step is max|x| / 127.5, or the truncation of it with
@@ -91,19 +91,19 @@ SAMPLES, LARGEST_SAMPLE = 2**19, 2**15
 """Values that are scored, of all rows and of one; of more, some are drawn. The full range is that of all."""
 
 
-def symmetric_scale(values: Tensor, largest: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
+def symmetric_scale(values: Tensor, largest: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
     """Step size (rows,) of rows of values (rows, n): max|x| / (2^(b-1) - 1/2), or less where that errs less.
 
     `largest` (rows,) are the maxima, which may be those of more values.
     """
     low, high = spec.bounds
-    full = (largest / ((high - low) / 2)).clamp(min=reference.EPSILON)
+    full = (largest / ((high - low) / 2)).clamp(min=quantization.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
-    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=reference.EPSILON), spec)
+    return least_error(values, (full.unsqueeze(1) * FRACTIONS.to(full.device)).clamp(min=quantization.EPSILON), spec)
 
 
-def least_error(values: Tensor, candidates: Tensor, spec: QuantSpec) -> Tensor:
+def least_error(values: Tensor, candidates: Tensor, spec: IntegerRange) -> Tensor:
     """Of candidate steps (rows, m) those (rows,) with the least squared error on values (rows, n)."""
     wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
     if values.shape[1] > wanted:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ptq4vm.config import QuantSpec
+from ptq4vm.specs import IntegerRange
 
 DAMPING = 0.1
 """Added to the diagonal of x̂ᵀx̂ when codes are chosen, as a share of its mean."""
@@ -94,7 +94,7 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
-def gptq_codes(weight: Tensor, scale: Tensor, spec: QuantSpec, moments: Moments) -> Tensor:
+def gptq_codes(weight: Tensor, scale: Tensor, spec: IntegerRange, moments: Moments) -> Tensor:
     """int8 codes (N, D) of W: channels one after another, the rounding error of each moved onto those that follow.
 
     Channels with the largest inputs come first (GPTQ section 3.3 and its "act order"). Raises ValueError where no

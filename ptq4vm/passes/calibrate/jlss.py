@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ptq4vm.config import Learning, Loss, matches
+from ptq4vm.config import matches
 from ptq4vm.graph.partition import Part
-from ptq4vm.graph.pipeline import finish as finish_graph
+from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.prepare.smooth import merge_smoothing
 from ptq4vm.passes.quantized import QuantizedLinear
 from ptq4vm.quantizers import constant
+from ptq4vm.specs import Learning, Loss
 
 Values = dict[str, Tensor]
 
@@ -188,4 +189,4 @@ def _merged(part: Part) -> Part:
     """The same piece, whose fake-quantizers do the smoothing."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(part.module.graph, {}))
-    return dataclasses.replace(part, module=finish_graph(merge_smoothing(fx.GraphModule(part.module, graph))))
+    return dataclasses.replace(part, module=clean_up(merge_smoothing(fx.GraphModule(part.module, graph))))

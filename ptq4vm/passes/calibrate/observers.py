@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm import reference
 from ptq4vm.graph.partition import Part
+from ptq4vm.ops import scans as scan_ops
 from ptq4vm.passes.calibrate.clusters import Statistics
 from ptq4vm.passes.calibrate.jlss import Values
 from ptq4vm.passes.prepare.bias_correction import correction_of
@@ -42,7 +42,7 @@ class States:
     def add(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, *rest: Any) -> None:
         """Of the arguments of `ops.selective_scan`."""
         _, _, _, bias, softplus = rest
-        sizes = torch.cat([states.abs() for states in reference.scan_states(u, delta, A, B, bias, softplus)])
+        sizes = torch.cat([states.abs() for states in scan_ops.scan_states(u, delta, A, B, bias, softplus)])
         self.total = self.total + sizes.sum(1)
         self.count += sizes.shape[1]
         self.largest = torch.maximum(self.largest, sizes.amax(1))

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch
+from ptq4vm.ops import quantization
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 FRACTIONS = torch.arange(32, 1, -1) / 32
 """Candidate ends of a range, as fractions of the minimum or the maximum."""
@@ -30,28 +30,30 @@ SAMPLES = 8192
 """Values of one token that are scored; of more, evenly spaced images are taken. The full range is that of all."""
 
 
-def input_qparams(x: Tensor, spec: QuantSpec, granularity: Granularity, search: RangeSearch) -> tuple[Tensor, Tensor]:
+def input_qparams(
+    x: Tensor, spec: IntegerRange, granularity: Granularity, search: RangeSearch
+) -> tuple[Tensor, Tensor]:
     """Static scale and zero point of x: (L,) per token, (1,) per tensor."""
     per_token = granularity is Granularity.PER_TOKEN
     low, high = x.amin((0, 2)), x.amax((0, 2))
     if not per_token:
         low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
     if search is RangeSearch.MINMAX:
-        return reference.affine_qparams(low, high, spec.bits)
+        return quantization.affine_qparams(low, high, spec.bits)
     images = x[:: max(1, x.shape[0] * x.shape[2] // SAMPLES)]
     values = images.transpose(0, 1).flatten(1) if per_token else images.reshape(1, -1)
     find = _released_affine if search is RangeSearch.RELEASED else _search_affine
     return find(values, low, high, spec)
 
 
-def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange) -> tuple[Tensor, Tensor]:
     """Shrinks both ends together, then each by itself, twice; every row of `values` keeps its own best."""
     error = _SquaredError(values, spec)
     lows, highs = low.unsqueeze(-1) * FRACTIONS, high.unsqueeze(-1) * FRACTIONS
 
     def best(candidate_lows: Tensor, candidate_highs: Tensor) -> tuple[Tensor, Tensor]:
         candidate_lows, candidate_highs = torch.broadcast_tensors(candidate_lows, candidate_highs)
-        pairs = reference.affine_qparams(candidate_lows, candidate_highs, spec.bits)
+        pairs = quantization.affine_qparams(candidate_lows, candidate_highs, spec.bits)
         found = error(*pairs).argmin(-1, keepdim=True)
         return candidate_lows.gather(-1, found), candidate_highs.gather(-1, found)
 
@@ -59,7 +61,7 @@ def _search_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -
     for _ in range(2):
         best_low, best_high = best(best_low, highs)
         best_low, best_high = best(lows, best_high)
-    return reference.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
+    return quantization.affine_qparams(best_low.squeeze(-1), best_high.squeeze(-1), spec.bits)
 
 
 class _SquaredError:
@@ -69,7 +71,7 @@ class _SquaredError:
     Σ x² - 2 v Σ x + v² · number: differences of running sums. A pair costs one search a code, whatever n is.
     """
 
-    def __init__(self, values: Tensor, spec: QuantSpec) -> None:
+    def __init__(self, values: Tensor, spec: IntegerRange) -> None:
         first, last = spec.bounds
         self.codes = torch.arange(first, last + 1, device=values.device)
         self.sorted = values.float().contiguous().sort(-1).values
@@ -94,7 +96,7 @@ class _SquaredError:
         return (squares - 2 * levels * sums + levels.square() * ends.diff(dim=-1)).sum(-1)
 
 
-def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRange) -> tuple[Tensor, Tensor]:
     """Both ends move past each other through the centre, so the full range is never tried and half of the candidates
     are inverted; the best of them is then widened until it holds zero, which nothing has scored."""
     best_low, best_high, best = low.clone(), high.clone(), torch.full_like(low, 1e10)
@@ -113,17 +115,17 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: QuantSpec)
     return scale, (-(best_low / scale).round()).clamp(0, levels).to(torch.int32) - center
 
 
-def weight_scale(weight: Tensor, spec: QuantSpec, search: RangeSearch) -> Tensor:
+def weight_scale(weight: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
     """Step size (N,) of each output channel."""
-    full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=reference.EPSILON)
+    full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=quantization.EPSILON)
     if search is RangeSearch.MINMAX:
         return full
     power = RELEASED_POWER if search is RangeSearch.RELEASED else 2.0
-    scales = (full.unsqueeze(-1) * WEIGHT_FRACTIONS).clamp(min=reference.EPSILON)
+    scales = (full.unsqueeze(-1) * WEIGHT_FRACTIONS).clamp(min=quantization.EPSILON)
     error = torch.stack([_weight_error(weight, scale, spec.bits, power) for scale in scales.unbind(-1)], -1)
     return scales.gather(-1, error.argmin(-1, keepdim=True)).squeeze(-1)
 
 
 def _weight_error(weight: Tensor, scale: Tensor, bits: int, power: float) -> Tensor:
-    codes = reference.quantize_weight(weight, scale, bits)
+    codes = quantization.quantize_weight(weight, scale, bits)
     return (codes * scale.unsqueeze(-1) - weight).abs().pow(power).sum(-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ptq4vm import ops
-from ptq4vm.config import Granularity, QuantConfig, QuantSpec, Scheme
+from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import Part
 from ptq4vm.passes.calibrate.clusters import Statistics, symmetric_scale
 from ptq4vm.passes.calibrate.jlss import Values, weight_of
@@ -19,6 +19,7 @@ from ptq4vm.passes.prepare.reparameterize import determine_factors, set_factors
 from ptq4vm.passes.prepare.smooth import smoothing_scale
 from ptq4vm.passes.quantized import QuantizedConvolution, QuantizedLinear, convolution_weight
 from ptq4vm.quantizers import Mode, ScanFakeQuantize
+from ptq4vm.specs import Granularity, IntegerRange, WeightGranularity
 
 CORRECTED_IMAGES = 64
 """Images over which the errors of convolutions are averaged."""
@@ -62,7 +63,7 @@ def set_ranges(whole: Members, members: Members, seen: Seen, config: QuantConfig
         fake.scale = (
             statistics.step_size(fake.spec, search)
             if single
-            else statistics.step_sizes(config.clusters, fake.spec, search, fake.power_of_two)
+            else statistics.step_sizes(config.activations.clusters, fake.spec, search, fake.power_of_two)
         )
     for convolution in members.convolutions:
         weight = convolution.weight
@@ -100,11 +101,11 @@ def _check_finite(linear: QuantizedLinear, x: Tensor) -> None:
 
 
 def _set_input(linear: QuantizedLinear, x: Tensor, config: QuantConfig) -> None:
-    granularity, spec, search = config.granularity, linear.input.spec, config.range_search
+    granularity, spec, search = config.activations.granularity, linear.input.spec, config.range_search
     if granularity is Granularity.K_SCALED_CHANNEL:
         # where smoothing's vector is; x is rounded to whole numbers
         assert linear.smooth is not None
-        steps = _statistics(x, 2).step_sizes(config.clusters, spec, search, config.power_of_two)
+        steps = _statistics(x, 2).step_sizes(config.activations.clusters, spec, search, config.power_of_two)
         linear.smooth.copy_(steps.log())
         linear.input.set_qparams(torch.ones(1), torch.zeros(1, dtype=torch.int32))
         return
@@ -117,11 +118,11 @@ def _set_input(linear: QuantizedLinear, x: Tensor, config: QuantConfig) -> None:
         return
     if linear.input.kept is not None and granularity is Granularity.PER_TENSOR:
         x = torch.cat((x[:, : linear.input.kept], x[:, linear.input.kept + 1 :]), 1)
-    if config.scheme is Scheme.AFFINE:
+    if not config.activations.symmetric:
         linear.input.set_qparams(*input_qparams(x, spec, granularity, search))
         return
     if granularity is Granularity.K_SCALED_TOKEN:
-        scale = _statistics(x, 1).step_sizes(config.clusters, spec, search, config.power_of_two)
+        scale = _statistics(x, 1).step_sizes(config.activations.clusters, spec, search, config.power_of_two)
     else:
         rows = x.transpose(0, 1).flatten(1) if granularity is Granularity.PER_TOKEN else x.reshape(1, -1)
         scale = symmetric_scale(rows, rows.abs().amax(1), spec, search)
@@ -134,9 +135,9 @@ def _statistics(x: Tensor, axis: int) -> Statistics:
     return statistics
 
 
-def _weight_scale(weight: Tensor, spec: QuantSpec, config: QuantConfig) -> Tensor:
-    """Step size (N,) of the rows of W (N, D), all of them equal with `per_tensor_weights`."""
-    if config.per_tensor_weights:
+def _weight_scale(weight: Tensor, spec: IntegerRange, config: QuantConfig) -> Tensor:
+    """Step size (N,) of the rows of W (N, D), all of them equal with one scale per tensor."""
+    if config.weights.granularity is WeightGranularity.PER_TENSOR:
         return weight_scale(weight.reshape(1, -1), spec, config.range_search).repeat(len(weight))
     return weight_scale(weight, spec, config.range_search)
 

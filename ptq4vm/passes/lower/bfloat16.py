@@ -25,7 +25,7 @@ _READS = {
 }
 
 
-def halve(gm: GraphModule) -> GraphModule:
+def use_bfloat16_activations(gm: GraphModule) -> GraphModule:
     """Linears whose readers all take bfloat16 write it; so do the convolutions and scans that read them.
 
     The convolutions between stages and before the first block are computed in bfloat16, and give float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +12,35 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.insert import attribute, set_tensor
 
 
-def fold_constants(gm: GraphModule, buffers: tuple[str, ...] = ("",)) -> GraphModule:
+@dataclass(frozen=True)
+class FoldConstants:
     """Replaces every tensor that is computed from parameters and buffers alone by a buffer with its value.
 
-    `buffers` limits that to what depends on parameters or buffers whose names end so.
+    `buffers` limits that to tensors that depend on parameters or buffers whose names end so.
     """
-    constants = dict.fromkeys(gm.graph.find_nodes(op="get_attr"))
-    for node in gm.graph.nodes:
-        sources = node.all_input_nodes
-        if node.op == "call_function" and sources and all(source in constants for source in sources):
-            constants[node] = None
-    values: dict[Node, Any] = {}
-    names = {name for name, _ in gm.named_buffers()} | {name for name, _ in gm.named_parameters()}
-    for node in constants:
-        origins = _origins(node)
-        roots = [str(source.target) for source in origins if source.op == "get_attr"]
-        read = any(user not in constants for user in node.users)
-        if not (read and any(root.endswith(buffers) for root in roots)):
-            continue
-        for source in (*origins, node):
-            if source not in values:
-                values[source] = _value(gm, source, values)
-        if isinstance(values[node], Tensor):
-            _replace(gm, node, values[node].detach().clone().contiguous(), _free(f"{roots[0]}_folded", names))
-    return gm
+
+    buffers: tuple[str, ...] = ("",)
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        constants = dict.fromkeys(gm.graph.find_nodes(op="get_attr"))
+        for node in gm.graph.nodes:
+            sources = node.all_input_nodes
+            if node.op == "call_function" and sources and all(source in constants for source in sources):
+                constants[node] = None
+        values: dict[Node, Any] = {}
+        names = {name for name, _ in gm.named_buffers()} | {name for name, _ in gm.named_parameters()}
+        for node in constants:
+            origins = _origins(node)
+            roots = [str(source.target) for source in origins if source.op == "get_attr"]
+            read = any(user not in constants for user in node.users)
+            if not (read and any(root.endswith(self.buffers) for root in roots)):
+                continue
+            for source in (*origins, node):
+                if source not in values:
+                    values[source] = _value(gm, source, values)
+            if isinstance(values[node], Tensor):
+                _replace(gm, node, values[node].detach().clone().contiguous(), _free(f"{roots[0]}_folded", names))
+        return gm
 
 
 @torch.no_grad()

@@ -22,24 +22,23 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, aten, follow_device, replace_node
-from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.graph.pipeline import Pass
 from ptq4vm.metadata import FUSIONS
-from ptq4vm.passes.lower.bfloat16 import halve
-from ptq4vm.passes.lower.fold import drop_unused_tensors, fold_constants
+from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
 from ptq4vm.passes.lower.fuse_scans import fuse_scans
 from ptq4vm.passes.lower.patterns import (
     Fusion,
-    Left,
+    NotFused,
     Source,
     args,
     arguments,
     as_tokens,
     is_call,
-    note,
     only_user,
     pack_weights,
     read_constant,
     read_quantizer,
+    record_fusion,
     same_tokens,
     shaped_as,
     source_of,
@@ -52,21 +51,13 @@ def fusions(gm: GraphModule) -> tuple[Fusion, ...]:
     return tuple(gm.meta.get(FUSIONS, ()))
 
 
-def fuse(gm: GraphModule, activations: torch.dtype = torch.float32) -> GraphModule:
-    """Fuses a lowered graph, in place. Values that depend on parameters alone are folded first.
-
-    With `activations=torch.bfloat16` the activations between fused operators take half the memory and lose precision:
-    then codes differ from the unfused graph's wherever a rounding to bfloat16 crosses their border. Raises ValueError
-    for any other type than these two.
-    """
-    if activations not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"activations are torch.float32 or torch.bfloat16, got {activations}")
+def start_fusions(gm: GraphModule) -> GraphModule:
+    """Forgets what was fused before."""
     gm.meta[FUSIONS] = []
-    gm = _FUSE(gm)
-    return Pipeline((halve, drop_unused_tensors))(gm) if activations is torch.bfloat16 else gm
+    return gm
 
 
-def _drop_identities(gm: GraphModule) -> GraphModule:
+def drop_identities(gm: GraphModule) -> GraphModule:
     """Dropout in evaluation mode, and casts to the type a value has."""
     for node in gm.graph.nodes:
         cast = node.target is aten.to.dtype and args(node)[0].meta["val"].dtype is args(node)[1]
@@ -78,24 +69,24 @@ def _drop_identities(gm: GraphModule) -> GraphModule:
 # --- linears ---
 
 
-def _pack_linears(gm: GraphModule) -> GraphModule:
+def pack_linears(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
         x, scale, zero_point, weight, weight_scale, bias, dtype = args(node)
         try:
             value = read_constant(gm, weight, "its weight")
-        except Left as reason:
-            note(gm, node, "linear", str(reason))
+        except NotFused as reason:
+            record_fusion(gm, node, "linear", str(reason))
             continue
         insert = Insertion(gm, node)
         packed = pack_weights(insert, str(weight.target), [value], x)
         replace_node(
             node, insert.call(ops.linear_packed.default, x, scale, zero_point, *packed, weight_scale, bias, dtype)
         )
-        note(gm, node, "linear")
+        record_fusion(gm, node, "linear")
     return gm
 
 
-def _fuse_gelus(gm: GraphModule) -> GraphModule:
+def fuse_gelus(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
         source = source_of(node)
         gelu = same_tokens(source.x)
@@ -107,26 +98,26 @@ def _fuse_gelus(gm: GraphModule) -> GraphModule:
             linear = same_tokens(args(gelu)[0])
             values = (linear, gelu, *source.between)
             if not is_call(linear, ops.linear.default) or any(only_user(value) is None for value in values):
-                raise Left("GELU's input is not an integer linear's, or what lies between has other readers")
+                raise NotFused("GELU's input is not an integer linear's, or what lies between has other readers")
             if arguments(gelu)[1] != "none":
-                raise Left("the tanh approximation of GELU has no kernel")
+                raise NotFused("the tanh approximation of GELU has no kernel")
             x, scale, zero_point, weight, weight_scale, bias, _ = args(linear)
             value = read_constant(gm, weight, "the weight")
-        except Left as reason:
-            note(gm, gelu, pattern, str(reason))
+        except NotFused as reason:
+            record_fusion(gm, gelu, pattern, str(reason))
             continue
         insert = Insertion(gm, node)
         packed = pack_weights(insert, str(weight.target), [value], x)
         inputs = (x, scale, zero_point, *packed, weight_scale, bias, *_coding(node, source))
         replace_node(node, insert.call(ops.linear_gelu_quantize.default, *inputs))
-        note(gm, linear, pattern)
+        record_fusion(gm, linear, pattern)
     return gm
 
 
 # --- norms ---
 
 
-def _fuse_norms(gm: GraphModule) -> GraphModule:
+def fuse_norms(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
         source = source_of(node)
         norm = same_tokens(source.x)
@@ -139,30 +130,30 @@ def _fuse_norms(gm: GraphModule) -> GraphModule:
             x, sizes, weight, *rest = arguments(norm)
             bias, eps = (None, rest[0]) if rms else rest[:2]
             if len(sizes) != 1 or x.meta["val"].dim() < 3:
-                raise Left("it does not normalize the channels of tokens")
+                raise NotFused("it does not normalize the channels of tokens")
             if eps is None:
                 eps = torch.finfo(x.meta["val"].dtype).eps
             terms = _residual(x)
-        except Left as reason:
-            note(gm, norm, pattern, str(reason))
+        except NotFused as reason:
+            record_fusion(gm, norm, pattern, str(reason))
             continue
         # where the sum is, so that all who read it come later
         insert = Insertion(gm, norm if terms is None else x.next)
         value, residual = (x, None) if terms is None else terms
         inputs = (as_tokens(insert, value), None if residual is None else as_tokens(insert, residual))
         coding = _coding(node, source)
-        insert.bring(weight, bias, *coding)
+        insert.move_before(weight, bias, *coding)
         pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *coding)
         if terms is not None:
             pattern = f"residual + {pattern}"
             total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
             x.replace_all_uses_with(total)
         replace_node(quantize.node, shaped_as(insert, insert.call(operator.getitem, pair, 1), quantize.node))
-        note(gm, norm, pattern)
+        record_fusion(gm, norm, pattern)
     return gm
 
 
-def _fuse_rotations(gm: GraphModule) -> GraphModule:
+def fuse_rotations(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
         source = source_of(node)
         if source.rotate is None:
@@ -170,8 +161,8 @@ def _fuse_rotations(gm: GraphModule) -> GraphModule:
         pattern = "rotate + quantize"
         try:
             read_quantizer(gm, node)
-        except Left as reason:
-            note(gm, source.rotate, pattern, str(reason))
+        except NotFused as reason:
+            record_fusion(gm, source.rotate, pattern, str(reason))
             continue
         gelu = same_tokens(source.x)
         exact = is_call(gelu, aten.gelu.default) and arguments(gelu)[1] == "none" and only_user(gelu) is not None
@@ -179,7 +170,7 @@ def _fuse_rotations(gm: GraphModule) -> GraphModule:
         x = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else source.x
         _, *qparams = _coding(node, source)
         replace_node(node, insert.call(ops.rotate_quantize.default, x, exact, *qparams))
-        note(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
+        record_fusion(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
     return gm
 
 
@@ -198,24 +189,24 @@ def _residual(x: Node) -> tuple[Node, Node] | None:
     return (branch, stream) if shapes[0] == shapes[1] else None
 
 
-def _note_left(gm: GraphModule) -> GraphModule:
+def record_unfused(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.quantize.default):
-        note(gm, node, "quantize", f"its input comes from {same_tokens(args(node)[0]).target}")
+        record_fusion(gm, node, "quantize", f"its input comes from {same_tokens(args(node)[0]).target}")
     return gm
 
 
-_FUSE = Pipeline(
-    (
-        with_values,
-        follow_device,
-        _drop_identities,
-        fold_constants,
-        fuse_scans,
-        _fuse_gelus,
-        _fuse_norms,
-        _fuse_rotations,
-        _pack_linears,
-        _note_left,
-        drop_unused_tensors,
-    )
+FUSE: tuple[Pass, ...] = (
+    start_fusions,
+    with_values,
+    follow_device,
+    drop_identities,
+    FoldConstants(),
+    fuse_scans,
+    fuse_gelus,
+    fuse_norms,
+    fuse_rotations,
+    pack_linears,
+    record_unfused,
+    drop_unused_tensors,
 )
+"""In this order: scans take the most operators, and what remains is packed."""

@@ -18,18 +18,18 @@ from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, aten, replace_node
 from ptq4vm.graph.token_order import TokenMap, moves_tokens, token_map
 from ptq4vm.passes.lower.patterns import (
-    Left,
+    NotFused,
     Quantizer,
     args,
     arguments,
     as_tokens,
     is_call,
-    note,
     only_user,
     pack_weights,
     read_constant,
     read_optional,
     read_quantizer,
+    record_fusion,
 )
 
 SCAN = "projection + step + scan"
@@ -58,18 +58,18 @@ class _Branch:
 def _map(node: Any, what: str) -> TokenMap:
     found = token_map(node) if isinstance(node, Node) else None
     if found is None:
-        raise Left(f"{what} is not a selection of tokens and channels of one value")
+        raise NotFused(f"{what} is not a selection of tokens and channels of one value")
     return found
 
 
 def _branch(gm: GraphModule, scan: Node) -> _Branch:
     u, delta, A, B, C, D, z, bias, softplus = args(scan)
     if not softplus or bias is None:
-        raise Left("its steps have no bias and softplus")
+        raise NotFused("its steps have no bias and softplus")
     for constant, what in ((A, "A"), (D, "D"), (bias, "the bias of its steps")):
         read_optional(gm, constant, what)
     if not is_call(delta, ops.linear.default) or args(delta)[5] is not None:
-        raise Left("its steps do not come from an integer linear")
+        raise NotFused("its steps do not come from an integer linear")
     step = read_quantizer(gm, args(delta)[0])
     low_rank = _map(step.x, "the low-rank step")
     projection, states, rank = low_rank.source, A.meta["val"].shape[-1], step.x.meta["val"].shape[-1]
@@ -79,21 +79,21 @@ def _branch(gm: GraphModule, scan: Node) -> _Branch:
         found = _map(value, "a projection")
         here = (found.source, found.first, found.last) == (projection, first, last)
         if not here or not found.is_natural(tokens):
-            raise Left("step, B and C are not one projection, cut in this order")
+            raise NotFused("step, B and C are not one projection, cut in this order")
     if not is_call(projection, ops.linear.default) or projection.meta["val"].shape[-1] != rank + 2 * states:
-        raise Left("its projection is not an integer linear")
+        raise NotFused("its projection is not an integer linear")
     quantize = read_quantizer(gm, args(projection)[0])
     if quantize.x is not u:
-        raise Left("its projection reads something else")
+        raise NotFused("its projection reads something else")
     read_constant(gm, args(projection)[3], "the projection's weight")
     read_constant(gm, args(delta)[3], "the step's weight")
     conv = u if is_call(u, ops.causal_conv1d.default) else None
     if conv is not None and (not args(conv)[3] or len(conv.users) != 2):
-        raise Left("its convolution has no SiLU, or other readers")
+        raise NotFused("its convolution has no SiLU, or other readers")
     x = _map(u if conv is None else args(conv)[0], "its input")
     gate = None if z is None else _map(z, "its gate")
     if gate is not None and not torch.equal(gate.tokens, x.tokens):
-        raise Left("its gate comes in another order than its input")
+        raise NotFused("its gate comes in another order than its input")
     return _Branch(scan, x, conv, quantize, projection, step, delta, gate, _restored(scan, x))
 
 
@@ -105,9 +105,9 @@ def _restored(scan: Node, x: TokenMap) -> Node:
     places = torch.arange(len(x.tokens)) if node is scan else _map(node, "its result").tokens
     count = int(x.tokens.max()) + 1
     if node.meta["val"].dim() != 3 or len(places) != count:
-        raise Left("its result has other tokens than its input")
+        raise NotFused("its result has other tokens than its input")
     if not torch.equal(x.tokens[places], torch.arange(count)):
-        raise Left("its result is put back in another order than the natural one")
+        raise NotFused("its result is put back in another order than the natural one")
     return node
 
 
@@ -116,15 +116,15 @@ def fuse_scans(gm: GraphModule) -> GraphModule:
     for scan in gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default):
         try:
             branch = _branch(gm, scan)
-        except Left as reason:
-            note(gm, scan, SCAN, str(reason))
+        except NotFused as reason:
+            record_fusion(gm, scan, SCAN, str(reason))
             continue
         groups.setdefault((branch.x.source, branch.x.first), []).append(branch)
     for branches in groups.values():
         try:
             _fuse_directions(gm, branches)
-        except Left as reason:
-            note(gm, branches[0].scan, SCAN, str(reason))
+        except NotFused as reason:
+            record_fusion(gm, branches[0].scan, SCAN, str(reason))
     return gm
 
 
@@ -141,19 +141,19 @@ def _fuse_directions(gm: GraphModule, branches: list[_Branch]) -> None:
             and _weight_types(other) == _weight_types(first)
         )
         if not same:
-            raise Left("its directions differ in more than their order and weights")
+            raise NotFused("its directions differ in more than their order and weights")
     tokens = int(first.x.tokens.max()) + 1
     stack = _Stack(gm, branches, tokens)
     producer = _conv2d(gm, branches, tokens) if first.conv is None else None
     if first.conv is not None and (first.x.source.meta["val"].dim() != 3 or len(first.x.tokens) != tokens):
-        raise Left("its convolution reads padding, or maps")
+        raise NotFused("its convolution reads padding, or maps")
     merged, factor = _merged([branch.restored for branch in branches])
     result = None
     if merged is not None:
         user = only_user(merged)
         try:
             result = read_quantizer(gm, user)
-        except Left:
+        except NotFused:
             result = None
 
     insert = Insertion(gm, min((branch.scan for branch in branches), key=_position(gm)))
@@ -164,7 +164,7 @@ def _fuse_directions(gm: GraphModule, branches: list[_Branch]) -> None:
         weight, bias = stack.convolutions(insert)
         pair = insert.call(ops.conv1d_quantize.default, x, weight, bias, order, *qparams)
         u = insert.call(operator.getitem, pair, 0)
-        note(gm, first.conv or first.scan, f"convolution + SiLU + quantize, {len(branches)} directions")
+        record_fusion(gm, first.conv or first.scan, f"convolution + SiLU + quantize, {len(branches)} directions")
     else:
         pair = producer(insert, qparams)
         u = insert.call(aten.unsqueeze.default, insert.call(operator.getitem, pair, 0), 0)
@@ -182,12 +182,12 @@ def _fuse_directions(gm: GraphModule, branches: list[_Branch]) -> None:
         merged.replace_all_uses_with(insert.call(ops.directional_scan.default, *inputs, True, factor))
         name += ", summed"
     else:
-        insert.bring(*args(result.node)[1:4])
+        insert.move_before(*args(result.node)[1:4])
         scanned = insert.call(ops.directional_scan_quantize.default, *inputs, factor, *args(result.node)[1:])
         replace_node(result.node, scanned)
         name += ", summed + quantize"
     gm.graph.eliminate_dead_code()
-    note(gm, where, name)
+    record_fusion(gm, where, name)
 
 
 def _gate_of(branch: _Branch) -> Any:
@@ -229,23 +229,23 @@ def _conv2d(gm: GraphModule, branches: list[_Branch], tokens: int) -> Callable[[
     silu = branches[0].x.source
     conv = args(silu)[0] if is_call(silu, aten.silu.default) else None
     if not isinstance(conv, Node) or conv.target is not aten.conv2d.default or only_user(conv) is not silu:
-        raise Left("its input is not a depth-wise convolution and SiLU")
+        raise NotFused("its input is not a depth-wise convolution and SiLU")
     image, weight, bias, stride, padding, dilation, groups = arguments(conv)
     kernel = read_constant(gm, weight, "the convolution's weight")
     channels, height, width = silu.meta["val"].shape[1:]
     sizes = [size // 2 for size in kernel.shape[2:]]
     same = list(padding) == sizes and all(size % 2 for size in kernel.shape[2:])
     if groups != channels or kernel.shape[1] != 1 or not same or {*stride, *dilation} != {1}:
-        raise Left("its convolution is not depth-wise with stride 1 and zeros around the map")
+        raise NotFused("its convolution is not depth-wise with stride 1 and zeros around the map")
     x = _map(_channels_last(image), "the convolution's input")
     if not x.is_natural(tokens):
-        raise Left("its convolution reads tokens in another order")
+        raise NotFused("its convolution reads tokens in another order")
 
     def emit(insert: Insertion, qparams: tuple[Any, ...]) -> Node:
         source = as_tokens(insert, _slice(insert, x.source, x.first, x.last))
         taps = insert.tensor(f"{weight.target}_taps", kernel.squeeze(1).contiguous())
         call = (source, taps, bias, height, width, *qparams)
-        note(gm, conv, f"depth-wise convolution + SiLU + quantize, {len(branches)} directions")
+        record_fusion(gm, conv, f"depth-wise convolution + SiLU + quantize, {len(branches)} directions")
         return insert.call(ops.conv2d_quantize.default, *call)
 
     return emit
@@ -254,7 +254,7 @@ def _conv2d(gm: GraphModule, branches: list[_Branch], tokens: int) -> Callable[[
 def _channels_last(image: Node) -> Node:
     """What a permute to channels first reads."""
     if not is_call(image, aten.permute.default) or list(args(image)[1]) != [0, 3, 1, 2]:
-        raise Left("its convolution's input is not a channels-last map")
+        raise NotFused("its convolution's input is not a channels-last map")
     return args(image)[0]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vm import ops, reference
+from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, aten, attribute
+from ptq4vm.ops import layouts
 from ptq4vm.quantizers import OUTPUT
 from ptq4vm.quantizers import quantized_decomposed as qdq
 
@@ -30,7 +31,7 @@ def lower(gm: GraphModule) -> GraphModule:
         insert = Insertion(gm, node)
         codes, scale, zero_point = _INPUTS[_target(x)](insert, name, x)
         integers, bits = attribute(gm, f"{name}.weight_q"), _bits(weight.args[5])
-        weight_q = insert.tensor(f"{name}.weight_q", reference.pack_int4(integers) if bits <= 4 else integers)
+        weight_q = insert.tensor(f"{name}.weight_q", layouts.pack_int4(integers) if bits <= 4 else integers)
         arguments = (weight_q, weight.args[1], bias[0] if bias else None)
         dtype = node.meta["val"].dtype if "val" in node.meta else torch.float32
         product = insert.call(ops.linear.default, codes, scale, zero_point, *arguments, dtype)

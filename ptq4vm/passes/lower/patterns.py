@@ -1,4 +1,4 @@
-"""What fusing passes share: reading a lowered graph, rewriting it, and noting what was fused or left."""
+"""Helpers of the fusing passes: read a lowered graph, rewrite it, record what was fused or left."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import fused, ops, reference
+from ptq4vm import ops
 from ptq4vm.backend import native
 from ptq4vm.graph.insert import Insertion, aten, attribute
 from ptq4vm.graph.token_order import channels_first, moves_tokens, token_map
 from ptq4vm.graph.views import scope
 from ptq4vm.metadata import FUSIONS
+from ptq4vm.ops import layouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,25 +28,26 @@ class Fusion:
     place: str
     """Path of the module around it."""
     pattern: str
-    left: str | None = None
-    """Why it was left; None where it was fused."""
+    skip_reason: str | None = None
+    """None where it was fused."""
 
 
-class Left(Exception):
+class NotFused(Exception):
     """A pattern does not apply; its message is the reason."""
 
 
-def note(gm: GraphModule, node: Node, pattern: str, left: str | None = None) -> None:
-    gm.meta[FUSIONS].append(Fusion(place=scope(node) or "the model", pattern=pattern, left=left))
+def record_fusion(gm: GraphModule, node: Node, pattern: str, skip_reason: str | None = None) -> None:
+    """Adds a place to the list that `fusions` returns."""
+    gm.meta[FUSIONS].append(Fusion(place=scope(node) or "the model", pattern=pattern, skip_reason=skip_reason))
 
 
 # --- reading a graph ---
 
 
 def read_constant(gm: GraphModule, node: Any, what: str) -> Tensor:
-    """Value of a parameter or a buffer; raises `Left` for anything else."""
+    """Value of a parameter or a buffer; raises `NotFused` for anything else."""
     if not isinstance(node, Node) or node.op != "get_attr":
-        raise Left(f"{what} is computed when the model runs")
+        raise NotFused(f"{what} is computed when the model runs")
     return attribute(gm, str(node.target)).detach()
 
 
@@ -132,13 +134,13 @@ class Quantizer:
 
 
 def read_quantizer(gm: GraphModule, node: Any) -> Quantizer:
-    """Raises `Left` for anything but a static quantize node."""
+    """Raises `NotFused` for anything but a static quantize node."""
     if not is_call(node, ops.quantize.default):
-        raise Left("its result is not quantized")
+        raise NotFused("its result is not quantized")
     x, inv_scale, zero_point, inv_smooth, bits = args(node)
     scale = read_constant(gm, inv_scale, "the scale (per-token dynamic)")
     if scale.dim() != 1:
-        raise Left("its scales are per image")
+        raise NotFused("its scales are per image")
     zero = read_constant(gm, zero_point, "the zero point")
     return Quantizer(node, x, scale, zero, read_optional(gm, inv_smooth, "the smoothing vector"), bits)
 
@@ -167,14 +169,14 @@ def pack_weights(
     moved before it is fused. `scanned` weights, of a scan's steps, have one layout.
     """
     four = weights[0].dtype == torch.uint8
-    codes = [reference.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
+    codes = [layouts.unpack_int4(weight, x.meta["val"].shape[-1]) if four else weight for weight in weights]
     whole = torch.stack(codes) if stack else codes[0]
     capability = None if scanned else capability_of(whole.device)
     if capability is None:
-        packed = fused.pack_weight(whole, 4 if four else 8)
+        packed = layouts.pack_weight(whole, 4 if four else 8)
     else:
         nibbles = four and _bits(x) <= 4 and multiplies_nibbles(capability, whole.shape[-2])
-        packed = fused.pad_weight(whole, 4 if nibbles else 8)
+        packed = layouts.pad_weight(whole, 4 if nibbles else 8)
     return insert.tensor(f"{name}_packed", packed), insert.tensor(f"{name}_sum", whole.sum(-1, dtype=torch.int32))
 
 

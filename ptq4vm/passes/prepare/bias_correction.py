@@ -14,23 +14,22 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
 from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
-from ptq4vm.passes.prepare.select import Sites
+from ptq4vm.graph.sites import ConvolutionSite, LinearSite, sites_of
 
 CORRECTION = "bias_correction"
 """The buffer beside a linear or a convolution that is added to its bias."""
 
 
-def insert_corrections(gm: GraphModule, sites: Sites) -> GraphModule:
+def insert_corrections(gm: GraphModule) -> GraphModule:
     """bias → bias + a buffer of zeros, for every linear and convolution to be quantized that has one."""
-    weighted = {linear.name: linear.node for linear in sites.linears} | dict(sites.convolutions)
-    for name, node in weighted.items():
+    for node, site in (sites_of(gm, LinearSite) | sites_of(gm, ConvolutionSite)).items():
         found = _bias(node)
         if found is None:
             continue
         user, place = found
         bias: Any = user.args[place]
         insert = Insertion(gm, user)
-        zeros = insert.tensor(f"{name}.{CORRECTION}", torch.zeros(bias.meta["val"].shape))
+        zeros = insert.tensor(f"{site.name}.{CORRECTION}", torch.zeros(bias.meta["val"].shape))
         corrected = insert.call(aten.add.Tensor, bias, zeros)
         user.args = (*user.args[:place], corrected, *user.args[place + 1 :])
     return gm

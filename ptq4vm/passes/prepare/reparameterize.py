@@ -8,19 +8,19 @@ whose rows take r_D for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm import reference
-from ptq4vm.config import Factors
 from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
-from ptq4vm.graph.sites import LinearSite
+from ptq4vm.graph.sites import LinearSite, ScanSite, find_linears, sites_of
 from ptq4vm.graph.token_order import token_map
-from ptq4vm.passes.prepare.select import ScanSite
+from ptq4vm.ops import quantization
+from ptq4vm.specs import Factors
 
 CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
 """Buffers beside a scan: r_C and 1 / r_C (E,), 1 / r_D and r_D (S,), which B and C are multiplied by."""
@@ -29,44 +29,47 @@ SMALLEST = 1e-4
 """The least factor, as a part of the largest. (The paper adds 1e-15 to each, and what u is divided by may be that.)"""
 
 
-def insert_factors(
-    gm: GraphModule, scans: Sequence[ScanSite], linears: Sequence[LinearSite], integrate: bool
-) -> GraphModule:
+@dataclass(frozen=True)
+class InsertFactors:
     """Multiplications by factors of one around each scan; with `integrate` those of B and C are of rows of weights.
 
-    What cannot be integrated, because B does not come from a linear as it is, is multiplied when the model runs.
+    A factor that cannot be integrated, because B does not come from a linear as it is, is multiplied when the model
+    runs.
     """
-    owners = {linear.node: linear for linear in linears}
-    for scan in scans:
-        insert = Insertion(gm, scan.node)
-        u, delta, A, B, C, *rest = scan.node.args
-        channels, states = (int(size) for size in A.meta["val"].shape)  # type: ignore[union-attr]
-        inverse = insert.tensor(f"{scan.name}.{INVERSE_CHANNELS}", torch.ones(channels))
-        mixing = [
-            _multiplied(insert, value, f"{scan.name}.{leaf}", states, owners if integrate else {})
-            for value, leaf in ((B, B_FACTOR), (C, C_FACTOR))
-        ]
-        scan.node.args = (insert.call(aten.mul.Tensor, u, inverse), delta, A, *mixing, *rest)
-        after = Insertion(gm, scan.node.next)
-        factor = after.tensor(f"{scan.name}.{CHANNELS}", torch.ones(channels))
-        product = after.call(aten.mul.Tensor, scan.node, factor)
-        for user in [user for user in scan.node.users if user is not product]:
-            user.replace_input_with(scan.node, product)
-    return gm
+
+    integrate: bool
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        owners = find_linears(gm) if self.integrate else {}
+        for node, site in sites_of(gm, ScanSite).items():
+            insert = Insertion(gm, node)
+            u, delta, A, B, C, *rest = node.args
+            channels, states = (int(size) for size in A.meta["val"].shape)  # type: ignore[union-attr]
+            inverse = insert.tensor(f"{site.name}.{INVERSE_CHANNELS}", torch.ones(channels))
+            mixing = [
+                _multiplied(insert, value, f"{site.name}.{leaf}", states, owners)
+                for value, leaf in ((B, B_FACTOR), (C, C_FACTOR))
+            ]
+            node.args = (insert.call(aten.mul.Tensor, u, inverse), delta, A, *mixing, *rest)
+            after = Insertion(gm, node.next)
+            product = after.call(aten.mul.Tensor, node, after.tensor(f"{site.name}.{CHANNELS}", torch.ones(channels)))
+            for user in [user for user in node.users if user is not product]:
+                user.replace_input_with(node, product)
+        return gm
 
 
 def _multiplied(insert: Insertion, value: Any, name: str, states: int, owners: Mapping[Node, LinearSite]) -> Any:
     """B or C (B, L, S) times a buffer (S,), or made by a weight whose rows are multiplied by it."""
     found = token_map(value)
-    linear = owners.get(found.source) if found is not None else None
-    if found is None or linear is None or len(linear.node.args) > 2:
+    if found is None or found.source not in owners or len(found.source.args) > 2:
         return insert.call(aten.mul.Tensor, value, insert.tensor(name, torch.ones(states)))
-    before = Insertion(insert.gm, linear.node)
-    x, weight = linear.node.args
-    around = [found.first, linear.out_features - found.last]
+    linear = found.source
+    before = Insertion(insert.gm, linear)
+    x, weight = linear.args
+    around = [found.first, owners[linear].out_features - found.last]
     rows = before.call(aten.constant_pad_nd.default, before.tensor(name, torch.ones(states)), around, 1.0)
     factor = before.call(aten.unsqueeze.default, rows, 1)
-    linear.node.args = (x, before.call(aten.mul.Tensor, weight, factor))
+    linear.args = (x, before.call(aten.mul.Tensor, weight, factor))
     return value
 
 
@@ -97,7 +100,7 @@ def determine_factors(factors: Factors, mean: Tensor, largest: Tensor) -> tuple[
         return channels, _bounded((left / states.unsqueeze(1)).amax((1, 2))), states
     means = mean.mean((0, 1)), mean.mean((1, 2)), mean.mean((0, 2))
     spread = torch.stack([value.std(correction=0) for value in means])
-    shares = spread / spread.sum().clamp(min=reference.EPSILON)
+    shares = spread / spread.sum().clamp(min=quantization.EPSILON)
     channels, tokens, states = (_bounded(value.pow(share)) for value, share in zip(means, shares, strict=True))
     return channels, tokens, states
 

@@ -8,40 +8,20 @@ spread over all of them too. Shapes: x (B, L, D), W (N, D).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ptq4vm import ops
-from ptq4vm.graph.insert import Insertion, aten
-from ptq4vm.graph.sites import LinearSite
-from ptq4vm.graph.views import is_view
-
-_FACTORS = {aten.dropout.default, aten.mul.Tensor}
+from ptq4vm.graph.insert import Insertion
+from ptq4vm.graph.sites import LinearSite, sites_of, update_site
+from ptq4vm.graph.views import writes_stream
 
 
-def insert_rotation(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule:
+def insert_rotation(gm: GraphModule) -> GraphModule:
     """`linear(x, W)` → `linear(x R, W R)` where the linear writes to the residual stream; R is orthogonal and its own
     inverse."""
-    for site in sites:
-        if writes_stream(site.node):
-            insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
-            site.node.args = (*(insert.call(ops.rotate.default, value) for value in (x, weight)), *bias)
+    for node in sites_of(gm, LinearSite):
+        if writes_stream(node):
+            insert, (x, weight, *bias) = Insertion(gm, node), node.args
+            node.args = (*(insert.call(ops.rotate.default, value) for value in (x, weight)), *bias)
+            update_site(node, rotated=True)
     return gm
-
-
-def writes_stream(node: Node) -> bool:
-    """Whether a value is added to another that depends on the input, as it is or times a factor."""
-    for user in node.users:
-        if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
-            return True
-        if user.target is aten.add.Tensor and all(map(_has_batch, user.args)):
-            return True
-    return False
-
-
-def _has_batch(value: Any) -> bool:
-    """Whether a value differs from image to image: an axis of it is not fixed."""
-    shape = value.meta["val"].shape if isinstance(value, Node) else ()
-    return not all(isinstance(size, int) for size in shape)

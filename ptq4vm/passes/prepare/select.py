@@ -1,88 +1,183 @@
-"""Chooses what a config quantizes."""
+"""Selects what a config quantizes, and says so in the nodes' metadata: linears, convolutions, scans, outputs.
+
+Shapes: x (B, L, C), or (B, C, H, W) where a 2-D convolution made it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ptq4vm.config import Granularity, QuantConfig, matches
-from ptq4vm.graph.insert import attribute
-from ptq4vm.graph.sites import LinearSite, find_linears
+from ptq4vm import ops
+from ptq4vm.config import QuantConfig, matches
+from ptq4vm.graph.class_token import class_tokens
+from ptq4vm.graph.insert import aten, attribute
+from ptq4vm.graph.sites import (
+    CONVOLUTIONS,
+    SITE,
+    ConvolutionSite,
+    LinearSite,
+    OutputSite,
+    ScanSite,
+    Site,
+    find_linears,
+    numbered,
+    update_site,
+)
+from ptq4vm.graph.token_order import channels_first, moves_tokens
+from ptq4vm.graph.views import parameter_of, scope, writes_stream
+from ptq4vm.specs import Granularity
 
 
-def selected_linears(gm: GraphModule, config: QuantConfig) -> list[LinearSite]:
-    """The linears that the config quantizes: those inside the model's blocks, less its exclusions; all with `outputs`.
+@dataclass(frozen=True)
+class SelectSites:
+    """Gives every node that the config quantizes its `Site`; the graph is canonical, decomposed with `outputs`.
 
-    What lies between the blocks of a stage, such as a downsampling, is inside none. In a model without numbered
-    blocks all linears count. Raises ValueError where nothing is left, where a pattern matches nothing, where a weight
-    is not float32, and where an accumulator could overflow int32.
+    Raises ValueError where nothing is left to quantize, where a pattern matches nothing, where a weight is not float32,
+    and where an accumulator could overflow int32.
+    """
+
+    config: QuantConfig = dataclasses.field(repr=False)
+
+    def __call__(self, gm: GraphModule) -> GraphModule:
+        config = self.config
+        sites: dict[Node, Site] = dict(selected_linears(gm, config))
+        if config.state is not None:
+            sites |= _scans(gm)
+        if config.outputs is not None:
+            sites |= _outputs(gm, sites, config.outputs.k_scaled)
+        for node, site in sites.items():
+            node.meta[SITE] = site
+        linears = [node for node, site in sites.items() if isinstance(site, LinearSite)]
+        if config.class_token_in_float:
+            for node, index in class_tokens(gm, linears).items():
+                update_site(node, float_token_index=index)
+        for node in linears:
+            update_site(node, shares_qparams_with=_shared(node, sites))
+        return gm
+
+
+def selected_linears(gm: GraphModule, config: QuantConfig) -> dict[Node, LinearSite]:
+    """Returns the linears that the config quantizes: those in the model's blocks, less its exclusions.
+
+    Linears between the blocks of a stage, such as a downsampling, are in none, and count with `outputs` alone. In a
+    model without numbered blocks all linears count.
     """
     sites = find_linears(gm)
-    in_blocks = [site for site in sites if site.block is not None or config.outputs is not None] or sites
+    everywhere = config.outputs is not None or all(site.block is None for site in sites.values())
+    in_blocks = {node: site for node, site in sites.items() if everywhere or site.block is not None}
     for key in ("exclude", "eight_bit"):
         for pattern in getattr(config, key):
-            if not any(matches(site.name, (pattern,)) for site in sites):
-                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(sites)}")
-    chosen = [site for site in in_blocks if not matches(site.name, config.exclude)]
+            if not any(matches(site.name, (pattern,)) for site in sites.values()):
+                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(sites.values())}")
+    chosen = {node: site for node, site in in_blocks.items() if not matches(site.name, config.exclude)}
     if not chosen and config.state is None:
         raise ValueError(
             "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
             f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
         )
     only = config.learning.only if config.learning is not None else ()
-    if only and not any(matches(site.name, only) for site in chosen):
-        raise ValueError(f"learning.only={list(only)} matches no linear; there are {_names(chosen)}")
-    for site in chosen:
-        dtype = attribute(gm, site.weight).dtype
-        if dtype != torch.float32:
-            raise ValueError(
-                f"{site.name}: its weight is {dtype}, and models are quantized from float32: call model.float(), and "
-                "give float32 example inputs"
-            )
-        weight, activation = config.weight(site.name).bits, config.activation(site.name).bits
-        if site.in_features * 2**activation * 2 ** (weight - 1) >= 2**31:
-            raise ValueError(
-                f"{site.name}: {site.in_features} channels at W{weight}A{activation} can "
-                "overflow an int32 accumulator; use fewer bits or exclude this linear"
-            )
+    if only and not any(matches(site.name, only) for site in chosen.values()):
+        raise ValueError(f"learning.only={list(only)} matches no linear; there are {_names(chosen.values())}")
+    for site in chosen.values():
+        _check_linear(gm, site, config)
     return chosen
 
 
-def _names(sites: Sequence[LinearSite]) -> str:
-    return ", ".join(site.name for site in sites[:6]) + (", …" if len(sites) > 6 else "")
+def _check_linear(gm: GraphModule, site: LinearSite, config: QuantConfig) -> None:
+    dtype = attribute(gm, site.weight).dtype
+    if dtype != torch.float32:
+        raise ValueError(
+            f"{site.name}: its weight is {dtype}, and models are quantized from float32: call model.float(), and "
+            "give float32 example inputs"
+        )
+    weight, activation = config.weight(site.name).bits, config.activation(site.name).bits
+    if site.in_features * 2**activation * 2 ** (weight - 1) >= 2**31:
+        raise ValueError(
+            f"{site.name}: {site.in_features} channels at W{weight}A{activation} can "
+            "overflow an int32 accumulator; use fewer bits or exclude this linear"
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class OutputSite:
-    """A value to be quantized where it is made."""
-
-    name: str
-    node: Node
-    granularity: Granularity
-    axis: int
-    """Of the tokens or channels that have step sizes of their own."""
-    power_of_two: bool
+def _names(sites: Iterable[LinearSite]) -> str:
+    names = [site.name for site in sites]
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
 
 
-@dataclass(frozen=True, slots=True)
-class ScanSite:
-    """A scan whose state is to be quantized."""
+_KINDS: dict[Any, str] = {
+    ops.causal_conv1d.default: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.rms_norm.default: "norm",
+    aten.layer_norm.default: "norm",
+    aten.silu.default: "silu",
+    aten.gelu.default: "gelu",
+    aten.softplus.default: "softplus",
+    ops.selective_scan.default: "selective_scan",
+}
+"""Operators whose results `outputs` quantizes, beside linears."""
 
-    name: str
-    node: Node
+
+def _operators(gm: GraphModule) -> dict[Node, str]:
+    """The operators above by name: `layers.0.mixer.silu`, at a second one there `layers.0.mixer.silu@1`."""
+    seen: dict[str, int] = {}
+    nodes = [node for node in gm.graph.nodes if node.target in _KINDS]
+    return {node: numbered(f"{scope(node)}.{_KINDS[node.target]}".removeprefix("."), seen) for node in nodes}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sites:
-    """All that a config quantizes in one model."""
+def _scans(gm: GraphModule) -> dict[Node, Site]:
+    scans = {node: name for node, name in _operators(gm).items() if node.target is ops.selective_scan.default}
+    if not scans:
+        raise ValueError("state is for models with a selective scan, and this one has none: leave it out")
+    return {node: ScanSite(name=name) for node, name in scans.items()}
 
-    linears: Sequence[LinearSite] = ()
-    class_tokens: Mapping[str, int] = field(default_factory=dict)
-    """Of linears, by name: the token that stays in floating point."""
-    outputs: Sequence[OutputSite] = ()
-    convolutions: Mapping[str, Node] = field(default_factory=dict)
-    """Those with a weight to quantize, by name."""
-    scans: Sequence[ScanSite] = ()
+
+def _outputs(gm: GraphModule, sites: Mapping[Node, Site], k_scaled: bool) -> dict[Node, Site]:
+    """The sites that have quantized results, and convolutions of parameters, whose weights are quantized too."""
+    names = _operators(gm)
+    found: dict[Node, Site] = {}
+    for node in gm.graph.nodes:
+        if node not in sites and node not in names:
+            continue
+        output = _k_scaled(node) if k_scaled else OutputSite(granularity=Granularity.PER_TENSOR)
+        convolution = node.target in CONVOLUTIONS and parameter_of(node.args[1]) is not None
+        site = sites.get(node) or (ConvolutionSite if convolution else Site)(name=names[node])
+        found[node] = dataclasses.replace(site, output=output)
+    return found
+
+
+def _k_scaled(node: Node) -> OutputSite:
+    """Several intervals where the k-scaled paper has them."""
+    value = node.meta["val"]
+    channels = 1 if channels_first(node) else value.dim() - 1
+    if node.target is ops.selective_scan.default or (node.target is aten.linear.default and writes_stream(node)):
+        return OutputSite(granularity=Granularity.K_SCALED_TOKEN, power_of_two=True)
+    if node.target is ops.causal_conv1d.default or _is_depthwise(node):
+        return OutputSite(granularity=Granularity.K_SCALED_CHANNEL, axis=channels, power_of_two=True)
+    if node.target in (aten.silu.default, aten.gelu.default, aten.softplus.default) and value.dim() > 2:
+        return OutputSite(granularity=Granularity.K_SCALED_CHANNEL, axis=channels)
+    return OutputSite(granularity=Granularity.PER_TENSOR)
+
+
+def _is_depthwise(node: Any) -> bool:
+    return node.target is aten.conv2d.default and (
+        node.args[1].meta["val"].shape[1] == 1 < node.args[0].meta["val"].shape[1]
+    )
+
+
+def _shared(linear: Node, sites: Mapping[Node, Site]) -> str | None:
+    """The name of the quantized value whose elements a linear reads, if one scale serves all of it.
+
+    Scales of channels would have to go into the weight, which then needs a finer one: a value that has them is rounded
+    again for the linear.
+    """
+    node: Any = linear.args[0]
+    while moves_tokens(node) and node.target is not aten.cat.default:
+        node = node.args[0]
+    site = sites.get(node)
+    single = site is not None and site.output is not None and site.output.granularity is Granularity.PER_TENSOR
+    return site.name if site is not None and single else None

@@ -5,7 +5,6 @@ Shapes: x (images, L, D), W (N, D).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,22 +12,27 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import Insertion, aten, set_tensor
-from ptq4vm.graph.sites import LinearSite
+from ptq4vm.graph.sites import LinearSite, sites_of, update_site
 from ptq4vm.quantizers import ActivationFakeQuantize, WeightFakeQuantize
 
 SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
 """Floors of max|X|, max|W| and s, as in the paper's code."""
 
 
-def insert_smoothing(gm: GraphModule, sites: Sequence[LinearSite]) -> GraphModule:
-    """`linear(x, W)` → `linear(x · (1 / s), W · s)` with s = exp(log s) = 1; log s does not learn yet."""
-    for site in sites:
-        insert, (x, weight, *bias) = Insertion(gm, site.node), site.node.args
+def insert_smoothing(gm: GraphModule) -> GraphModule:
+    """`linear(x, W)` → `linear(x · (1 / s), W · s)` with s = exp(log s) = 1; log s does not learn yet.
+
+    A linear whose input has the scale of another site's output is left: s would change that output.
+    """
+    for node, site in sites_of(gm, LinearSite).items():
+        if site.shares_qparams_with is not None:
+            continue
+        insert, (x, weight, *bias) = Insertion(gm, node), node.args
         zeros = nn.Parameter(torch.zeros(site.in_features), requires_grad=False)
-        log_scale = insert.tensor(f"{site.name}.log_smooth", zeros)
-        scale = insert.call(aten.exp.default, log_scale)
+        update_site(node, log_smooth=f"{site.name}.log_smooth")
+        scale = insert.call(aten.exp.default, insert.tensor(f"{site.name}.log_smooth", zeros))
         smoothed = insert.call(aten.mul.Tensor, x, insert.call(aten.reciprocal.default, scale))
-        site.node.args = (smoothed, insert.call(aten.mul.Tensor, weight, scale), *bias)
+        node.args = (smoothed, insert.call(aten.mul.Tensor, weight, scale), *bias)
     return gm
 
 

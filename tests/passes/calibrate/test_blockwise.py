@@ -8,21 +8,21 @@ from helpers.strategies import EVERYTHING, fitting, normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
-from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import metadata_of
+from ptq4vm.ops.quantization import affine_qparams
 from ptq4vm.passes.calibrate import blockwise as module
 from ptq4vm.passes.calibrate import observers
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
-from ptq4vm.reference import affine_qparams
+from ptq4vm.specs import Granularity, Learning, Loss
 
 LEARNED = QuantConfig.w4a4(learning=Learning(epochs=2, batch_size=5))
 UNLEARNED = QuantConfig.w4a4(learning=None)
 
 
 def linears_of(gm):
-    return quantized_linears(gm, [linear.name for linear in metadata_of(gm).linears])
+    return quantized_linears(gm)
 
 
 def saved(gm, folder) -> list[bytes]:
@@ -35,7 +35,7 @@ def saved(gm, folder) -> list[bytes]:
 
 
 def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images):
-    gm = roads.prepared(QuantConfig.minmax(8, granularity=Granularity.PER_TOKEN))
+    gm = roads.prepared(QuantConfig.minmax(8, activations={"granularity": Granularity.PER_TOKEN}))
     linear = linears_of(gm)[0]
     seen = []
     linear.input.tap = seen.append
@@ -96,7 +96,9 @@ def test_the_report_says_what_learning_did(roads):
 
 def test_the_report_says_how_near_each_block_is(roads):
     """Of every recipe, learned or not; the same input, so more bits are nearer."""
-    few, many = (metadata_of(roads.calibrated(QuantConfig(weight_bits=n, activation_bits=n))).blocks for n in (4, 8))
+    few, many = (
+        metadata_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
+    )
     assert all(0 < more["cosine_loss"] < less["cosine_loss"] / 10 for more, less in zip(many, few, strict=True))
 
 

@@ -6,10 +6,10 @@ from helpers.strategies import bits, normal, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm.config import QuantSpec, RangeSearch, Scheme
 from ptq4vm.passes.calibrate.clusters import Statistics, cluster, symmetric_scale
+from ptq4vm.specs import IntegerRange, RangeSearch
 
-SPEC = QuantSpec(bits=8, scheme=Scheme.AFFINE)
+SPEC = IntegerRange(bits=8, narrow_range=False)
 searches = st.sampled_from([RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR])
 
 
@@ -52,7 +52,7 @@ def test_groups_that_are_apart_are_found():
 
 @given(st.sampled_from([1, 2]), st.integers(1, 6), searches, st.booleans(), bits, seeds)
 def test_there_are_at_most_k_steps(axis, clusters, search, power_of_two, width, seed):
-    x, spec = spread(3, 7, 5, seed), QuantSpec(bits=width, scheme=Scheme.AFFINE)
+    x, spec = spread(3, 7, 5, seed), IntegerRange(bits=width, narrow_range=False)
     steps = steps_of(x, axis, clusters, search, power_of_two, spec)
     assert steps.shape == (x.shape[axis],) and len(steps.unique()) <= clusters
     if power_of_two:
@@ -72,7 +72,7 @@ def test_more_steps_err_less(axis, search, seed):
 
 @given(bits, seeds)
 def test_a_truncation_is_never_worse_than_none(width, seed):
-    values, spec = torch.exp(2 * normal(3, 500, seed=seed)), QuantSpec(bits=width, scheme=Scheme.AFFINE)
+    values, spec = torch.exp(2 * normal(3, 500, seed=seed)), IntegerRange(bits=width, narrow_range=False)
     full, found = (
         symmetric_scale(values, values.amax(1), spec, search) for search in RangeSearch if search != "released"
     )

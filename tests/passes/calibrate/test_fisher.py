@@ -4,7 +4,6 @@ from helpers.strategies import normal
 
 from ptq4vm import QuantConfig
 from ptq4vm.graph.partition import cut
-from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate import fisher as importance_module
 from ptq4vm.passes.calibrate.fisher import FLOOR, importance
 from ptq4vm.passes.quantized import quantized_linears
@@ -74,7 +73,7 @@ def test_outputs_that_are_no_logits_count_by_their_squared_error(monkeypatch):
 @pytest.fixture
 def parts(roads):
     gm = roads.prepared(QuantConfig())
-    linears = quantized_linears(gm, [linear.name for linear in metadata_of(gm).linears])
+    linears = quantized_linears(gm)
     return cut(gm, [linear.node for linear in linears])
 
 

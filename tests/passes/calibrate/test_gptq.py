@@ -9,15 +9,16 @@ from helpers.strategies import bits, normal, positive_sizes, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare, reference
-from ptq4vm.config import QuantSpec, Scheme
+from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.insert import attribute
 from ptq4vm.metadata import metadata_of
+from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.calibrate.jlss import weight_of
 from ptq4vm.passes.calibrate.range_search import weight_scale
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode, WeightFakeQuantize
+from ptq4vm.specs import IntegerRange
 
 
 def moments_of(x, seen) -> Moments:
@@ -26,8 +27,8 @@ def moments_of(x, seen) -> Moments:
     return moments
 
 
-def spec(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+def spec(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=True)
 
 
 def step_of(weight, count: int):
@@ -43,11 +44,11 @@ def correlated(*shape: int, seed: int = 0):
 def test_learning_comes_after_and_keeps_the_codes(roads):
     found = []
     for learning in (None, Learning(epochs=10, scale_rate=3e-3, smooth_rate=3e-3)):
-        config = QuantConfig(weight_bits=4, activation_bits=4, gptq=True, learning=learning)
+        config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, gptq=True, learning=learning)
         prepared = roads.calibrated(config)
         metadata = metadata_of(prepared)
         first = metadata.blocks[0]["linears"]
-        linears = quantized_linears(prepared, [linear.name for linear in metadata.linears])[: len(first)]
+        linears = quantized_linears(prepared)[: len(first)]
         found.append((metadata.blocks[0], {linear.name: linear.weight for linear in linears}))
     (alone, fixed), (learned, moved) = found
     assert all(torch.equal(weight.codes, moved[name].codes) for name, weight in fixed.items())
@@ -131,14 +132,14 @@ def test_channels_that_share_nothing_are_rounded_to_nearest(count, seed):
     weight, x = normal(5, 8, seed=seed), torch.eye(8).unsqueeze(0)
     step = step_of(weight, count)
     codes = gptq_codes(weight, step, spec(count), moments_of(x, x))
-    assert torch.equal(codes, reference.quantize_weight(weight, step, count))
+    assert torch.equal(codes, quantization.quantize_weight(weight, step, count))
 
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_on_channels_that_share_much_the_output_is_far_nearer(count):
     x, weight = correlated(32, 9, 48), normal(16, 48, seed=1)
     step = step_of(weight, count)
-    nearest = reference.quantize_weight(weight, step, count)
+    nearest = quantization.quantize_weight(weight, step, count)
     found = gptq_codes(weight, step, spec(count), moments_of(x, x))
     before, after = ((x @ (codes * step.unsqueeze(-1) - weight).t()).square().mean() for codes in (nearest, found))
     assert after < before / 2
@@ -146,8 +147,8 @@ def test_on_channels_that_share_much_the_output_is_far_nearer(count):
 
 def test_the_integer_model_has_the_codes(roads, images):
     """Within the grid, not those of rounding to nearest, the same in simulation and in the lowered graph."""
-    prepared = roads.calibrated(QuantConfig(weight_bits=4, activation_bits=4, gptq=True))
-    linears = quantized_linears(prepared, [linear.name for linear in metadata_of(prepared).linears])
+    prepared = roads.calibrated(QuantConfig(weights={"bits": 4}, activations={"bits": 4}, gptq=True))
+    linears = quantized_linears(prepared)
     offsets = [linear.weight.codes - weight_of(linear) / linear.weight.scale.unsqueeze(-1) for linear in linears]
     assert any(offset.abs().max() > 0.6 for offset in offsets)
     lowered = convert(prepared)
@@ -156,7 +157,7 @@ def test_the_integer_model_has_the_codes(roads, images):
     ):
         weight, step = linear.weight, linear.weight.scale
         smoothed = weight_of(linear)
-        codes = reference.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
+        codes = layouts.unpack_int4(attribute(lowered, str(node.args[3].target)), smoothed.shape[1])
         assert torch.equal(codes * step.unsqueeze(-1), weight(smoothed))
 
 
@@ -229,7 +230,7 @@ def test_a_row_far_larger_or_smaller_than_the_rest_is_quantized(size):
 def test_a_models_error_falls(roads, small_vim, images):
     want = small_vim(images)
     plain, better = (
-        (convert(roads.calibrated(QuantConfig(weight_bits=4, activation_bits=8, gptq=on)))(images) - want)
+        (convert(roads.calibrated(QuantConfig(weights={"bits": 4}, activations={"bits": 8}, gptq=on)))(images) - want)
         .square()
         .mean()
         for on in (False, True)

@@ -5,12 +5,11 @@ import torch
 from helpers.strategies import normal
 
 from ptq4vm import QuantConfig
-from ptq4vm.config import Granularity, Learning, Loss
 from ptq4vm.graph.partition import cut
-from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate.jlss import _descend, block_loss, finish, learn_block, learnables, streams, weighted_error
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
+from ptq4vm.specs import Granularity, Learning, Loss
 
 UNLEARNED = QuantConfig.w4a4(learning=None)
 LEARNING = Learning(epochs=3, batch_size=4)
@@ -24,7 +23,7 @@ def block(request, roads, images):
 
 
 def prepare_block(gm, images, index):
-    linears = quantized_linears(gm, [linear.name for linear in metadata_of(gm).linears])
+    linears = quantized_linears(gm)
     values = {"x": images}
     for linear in linears:
         linear.input.mode = linear.weight.mode = Mode.PASS
@@ -249,7 +248,9 @@ def test_the_last_axis_counts_where_the_channels_are_on_both_axes_or_on_none(cha
 
 
 def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
-    config = QuantConfig.w4a4(learning=None, granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    config = QuantConfig.w4a4(
+        learning=None, activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False
+    )
     part, members, inputs, targets = prepare_block(roads.calibrated(config), images, 0)
     scales, smooth = (group["params"] for group in learnables(members, LEARNING))
     assert (len(scales), len(smooth)) == (6, 6)

@@ -6,32 +6,32 @@ from helpers.strategies import bits, normal, positive_sizes, seeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch, Scheme
+from ptq4vm.ops import quantization
 from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 MINMAX, SEARCH = RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
 
 
-def affine(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.AFFINE)
+def affine(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=False)
 
 
-def symmetric(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+def symmetric(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=True)
 
 
 def input_error(x, qparams, count: int) -> torch.Tensor:
     """Squared error of each token, or of everything, with the pair as it is stored."""
     scale, zero_point = qparams
-    codes = reference.quantize(x, 1 / scale, zero_point, None, count)
-    error = (reference.dequantize(codes, scale, zero_point) - x).double().square().sum((0, 2))
+    codes = quantization.quantize(x, 1 / scale, zero_point, None, count)
+    error = (quantization.dequantize(codes, scale, zero_point) - x).double().square().sum((0, 2))
     return error if len(scale) > 1 else error.sum()
 
 
 def weight_error(weight, scale, count: int) -> torch.Tensor:
-    codes = reference.quantize_weight(weight, scale, count)
+    codes = quantization.quantize_weight(weight, scale, count)
     return (codes * scale.unsqueeze(-1) - weight).double().square().sum(-1)
 
 
@@ -97,10 +97,10 @@ def test_qparams_have_the_shape_of_their_granularity_and_are_finite(count, granu
 def test_without_a_search_the_range_is_minimum_to_maximum(count, seed):
     x = normal(3, 5, 7, seed=seed)
     found = input_qparams(x, affine(count), Granularity.PER_TOKEN, MINMAX)
-    want = reference.affine_qparams(x.amin((0, 2)), x.amax((0, 2)), count)
+    want = quantization.affine_qparams(x.amin((0, 2)), x.amax((0, 2)), count)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
     weight = normal(5, 7, seed=seed)
-    largest = reference.quantize_weight(weight, weight_scale(weight, symmetric(count), MINMAX), count)
+    largest = quantization.quantize_weight(weight, weight_scale(weight, symmetric(count), MINMAX), count)
     assert (largest.abs().amax(-1) == 2 ** (count - 1) - 1).all()
 
 

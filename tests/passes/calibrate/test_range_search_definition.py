@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptq4vm import reference
-from ptq4vm.config import Granularity, QuantSpec, RangeSearch, Scheme
+from ptq4vm.ops import quantization
 from ptq4vm.passes.calibrate import range_search
 from ptq4vm.passes.calibrate.clusters import Statistics, least_error, symmetric_scale
 from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 widths = st.integers(2, 5)
 ENDS = [i / 32 for i in range(32, 1, -1)]
@@ -23,14 +23,14 @@ STEPS = [i / 100 for i in range(100, 19, -1)]
 SYMMETRIC_STEPS = [i / 100 for i in range(100, 9, -2)]
 
 
-def affine(count: int) -> QuantSpec:
-    return QuantSpec(bits=count, scheme=Scheme.AFFINE)
+def affine(count: int) -> IntegerRange:
+    return IntegerRange(bits=count, narrow_range=False)
 
 
 def error(values: Tensor, scale: Tensor, zero_point: Tensor, count: int) -> float:
     """Σ (x_q - x)² of one row, float64."""
-    codes = reference.quantize(values[None], 1 / scale.view(1), zero_point.view(1), None, count)
-    return float((reference.dequantize(codes, scale.view(1), zero_point.view(1)) - values).double().square().sum())
+    codes = quantization.quantize(values[None], 1 / scale.view(1), zero_point.view(1), None, count)
+    return float((quantization.dequantize(codes, scale.view(1), zero_point.view(1)) - values).double().square().sum())
 
 
 @given(widths, seeds)
@@ -50,7 +50,7 @@ def test_running_sums_are_the_squared_errors(count, seed):
 def best_ends(values: Tensor, ends: list[tuple[float, float]], count: int) -> tuple[float, float]:
     """The first of the ends with the least error."""
     low, high = (torch.tensor(side) for side in zip(*ends, strict=True))
-    scale, zero_point = reference.affine_qparams(low, high, count)
+    scale, zero_point = quantization.affine_qparams(low, high, count)
     errors = [error(values, scale[i], zero_point[i], count) for i in range(len(ends))]
     return ends[errors.index(min(errors))]
 
@@ -62,7 +62,7 @@ def searched(values: Tensor, low: float, high: float, count: int) -> float:
     for _ in range(2):
         a, b = best_ends(values, [(a, other) for other in highs], count)
         a, b = best_ends(values, [(other, b) for other in lows], count)
-    return error(values, *reference.affine_qparams(torch.tensor(a), torch.tensor(b), count), count)
+    return error(values, *quantization.affine_qparams(torch.tensor(a), torch.tensor(b), count), count)
 
 
 @settings(max_examples=6)
@@ -116,7 +116,7 @@ def test_the_released_search_is_the_released_codes(kind, count, seed):
 @settings(max_examples=10)
 @given(widths, st.sampled_from([(RangeSearch.SQUARED_ERROR, 2.0), (RangeSearch.RELEASED, 2.4)]), seeds)
 def test_a_weights_step_is_the_best_of_81_fractions(count, way, seed):
-    weight, spec = normal(3, 16, seed=seed) ** 3, QuantSpec(bits=count, scheme=Scheme.SYMMETRIC)
+    weight, spec = normal(3, 16, seed=seed) ** 3, IntegerRange(bits=count, narrow_range=True)
     found, last = weight_scale(weight, spec, way[0]), 2 ** (count - 1) - 1
     for row, scale in zip(weight, found, strict=True):
         candidates = row.abs().max() / last * torch.tensor(STEPS)
@@ -126,7 +126,7 @@ def test_a_weights_step_is_the_best_of_81_fractions(count, way, seed):
 
 def test_zeros_have_the_smallest_scale_of_all():
     for way in RangeSearch:
-        found = weight_scale(torch.zeros(2, 3), QuantSpec(bits=4, scheme=Scheme.SYMMETRIC), way)
+        found = weight_scale(torch.zeros(2, 3), IntegerRange(bits=4, narrow_range=True), way)
         assert torch.equal(found, torch.full((2,), torch.finfo(torch.float32).tiny))
 
 

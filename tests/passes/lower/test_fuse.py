@@ -11,17 +11,22 @@ from helpers.public_models import NANO, SAMPLED, slow_but
 from torch import nn
 
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
-from ptq4vm import Granularity, QuantConfig, convert, fused, ops, quantize
+from ptq4vm import Granularity, QuantConfig, convert, ops, quantize
 from ptq4vm.backend import native
 from ptq4vm.graph.insert import attribute, propagate, set_tensor
 from ptq4vm.passes.lower import patterns
-from ptq4vm.passes.lower.fuse import fuse, fusions
+from ptq4vm.passes.lower.fuse import fusions
+from ptq4vm.passes.lower.pipeline import fusing_pipeline
 
 CONFIGS = {
     "w8a8": QuantConfig(range_search=False),
-    "rotated w4a4": QuantConfig(weight_bits=4, activation_bits=4, rotation=True, range_search=False),
+    "rotated w4a4": QuantConfig(weights={"bits": 4}, activations={"bits": 4}, rotation=True, range_search=False),
     "per tensor": QuantConfig.minmax(8),
 }
+
+
+def fuse_lowered(gm, activations=torch.float32):
+    return fusing_pipeline(activations)(gm)
 
 
 def copied(gm):
@@ -78,25 +83,25 @@ ROTATED = {
 
 @pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_every_family_is_fused(lowered, name):
-    gm = fuse(copied(lowered(name)))
+    gm = fuse_lowered(copied(lowered(name)))
     assert counted(gm) == EXPECTED[name]
-    left = [fusion for fusion in fusions(gm) if fusion.left]
+    left = [fusion for fusion in fusions(gm) if fusion.skip_reason]
     assert len(left) == EXPECTED[name].get("quantize", 0)  # the sum, or the gate, of LocalMamba's channel attention
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_every_familys_rotations_are_fused(lowered, name):
-    gm = fuse(copied(lowered(name, "rotated w4a4")))
+    gm = fuse_lowered(copied(lowered(name, "rotated w4a4")))
     assert counted(gm) == collections.Counter(EXPECTED[name] | ROTATED[name])
-    assert not any(fusion.left for fusion in fusions(gm))
-    half = fuse(copied(lowered(name, "rotated w4a4")), torch.bfloat16)
+    assert not any(fusion.skip_reason for fusion in fusions(gm))
+    half = fuse_lowered(copied(lowered(name, "rotated w4a4")), torch.bfloat16)
     turned = half.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
     sums = name.startswith("local")  # LocalMamba's channel attention lies between, in float32
     assert all(node.args[0].meta["val"].dtype == (torch.float32 if sums else torch.bfloat16) for node in turned)
 
 
 FUSED = {
-    getattr(torch.ops.ptq4vm, name).default: getattr(fused, name)
+    getattr(torch.ops.ptq4vm, name).default: ops.REFERENCES[name].__wrapped__
     for name in (
         "linear_packed",
         "linear_gelu_quantize",
@@ -145,7 +150,7 @@ def sets():
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", slow_but(("vim_nano_patch4_32",), NANO))
 def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, name, config, isa):
-    gm = fuse(copied(lowered(name, config)))
+    gm = fuse_lowered(copied(lowered(name, config)))
     before = native.isa()
     if isa != "reference":
         torch.ops.ptq4vm._use_isa(isa)
@@ -161,7 +166,7 @@ def test_integers_are_those_of_the_references_but_for_rounding_ties(lowered, nam
 @pytest.mark.parametrize("name", SAMPLED)
 def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
     plain = lowered(name, config)
-    gm = fuse(copied(plain))
+    gm = fuse_lowered(copied(plain))
     with torch.inference_mode():
         for count in (1, 2, 5):
             images = torch.randn(count, 3, 32, 32)
@@ -175,9 +180,9 @@ def test_logits_are_those_of_the_lowered_graph(lowered, name, config):
 def test_bfloat16_activations_cost_less_than_quantization(lowered, name):
     """The trained models' logits move less than W8A8 itself has moved them."""
     plain = lowered(name)
-    gm = fuse(copied(plain), torch.bfloat16)
+    gm = fuse_lowered(copied(plain), torch.bfloat16)
     assert sum(value.dtype is torch.bfloat16 for value in values(gm)) > sum(
-        value.dtype is torch.bfloat16 for value in values(fuse(copied(plain)))
+        value.dtype is torch.bfloat16 for value in values(fuse_lowered(copied(plain)))
     )
     model, images = timm.create_model(name, pretrained=True).eval(), torch.randn(16, 3, 32, 32)
     with torch.inference_mode():
@@ -192,23 +197,23 @@ def values(gm):
 
 def test_other_types_of_activations_are_refused(lowered):
     with pytest.raises(ValueError, match=r"torch\.float16"):
-        fuse(copied(lowered("vim_nano_patch4_32")), torch.float16)
+        fuse_lowered(copied(lowered("vim_nano_patch4_32")), torch.float16)
 
 
 def test_fusing_again_changes_nothing(lowered):
-    gm = fuse(copied(lowered("vmamba_nano_32")))
+    gm = fuse_lowered(copied(lowered("vmamba_nano_32")))
     code = gm.code
-    assert fuse(gm).code == code
+    assert fuse_lowered(gm).code == code
 
 
 @pytest.mark.parametrize(("capability", "nibbles"), [(80, True), (86, True), (90, False), (120, False)])
 def test_weights_on_a_gpu_lie_in_its_rows(lowered, monkeypatch, capability, nibbles):
     """Nibbles where tensor cores take them, weight and input have no more bits, and it is worth packing the input."""
     gm, images = lowered("vmamba_nano_32", "rotated w4a4"), torch.randn(2, 3, 32, 32)
-    tiled = fuse(copied(gm))
+    tiled = fuse_lowered(copied(gm))
     monkeypatch.setattr(patterns, "capability_of", lambda device: capability)
     monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
-    rows = fuse(copied(gm))
+    rows = fuse_lowered(copied(gm))
     kinds = set()
     for node in rows.graph.nodes:
         if node.target in (ops.linear_packed.default, ops.linear_gelu_quantize.default):
@@ -242,7 +247,7 @@ def test_a_model_that_was_moved_is_wholly_there(lowered, monkeypatch, name, acti
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
     monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
     there = torch.device("cuda", 1)
-    gm = fuse(moved(lowered(name, "rotated w4a4"), there), activations)
+    gm = fuse_lowered(moved(lowered(name, "rotated w4a4"), there), activations)
     assert {value.device for value in gm.state_dict().values()} == {there}
     nibbles = set()
     for node in propagate(gm).graph.nodes:
@@ -259,15 +264,15 @@ def test_a_model_that_was_moved_is_wholly_there(lowered, monkeypatch, name, acti
 
 def test_unfused_weights_are_dropped(lowered):
     plain = lowered("vim_nano_patch4_32", "rotated w4a4")
-    names = {name for name, _ in fuse(copied(plain)).named_buffers()}
+    names = {name for name, _ in fuse_lowered(copied(plain)).named_buffers()}
     assert names and not any(name.endswith(("weight_q", "A_log")) for name in names)
 
 
 def test_dynamic_scales_are_left_and_named(roads):
-    config = QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False)
+    config = QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False)
     plain = convert(roads.calibrated(config))
-    gm = fuse(copied(plain))
-    reasons = {fusion.left for fusion in fusions(gm) if "scan" in fusion.pattern}
+    gm = fuse_lowered(copied(plain))
+    reasons = {fusion.skip_reason for fusion in fusions(gm) if "scan" in fusion.pattern}
     assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(gm(images), plain(images))
@@ -287,7 +292,7 @@ def test_of_rotated_gelus_the_exact_one_alone_is_fused(approximate):
     torch.manual_seed(0)
     config = QuantConfig(rotation=True, range_search=False)
     plain = quantize(Mlp(approximate), [torch.randn(4, 8, 16)], config, progress=False)
-    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    gm, x = fuse_lowered(copied(plain)), torch.randn(2, 8, 16)
     exact = approximate == "none"
     assert counted(gm) == (
         {"quantize": 1}
@@ -300,7 +305,7 @@ def test_a_rotated_gelu_of_a_float_linear_is_fused_without_it():
     torch.manual_seed(0)
     config = QuantConfig(rotation=True, range_search=False, exclude=("up",))
     plain = quantize(Mlp("none"), [torch.randn(4, 8, 16)], config, progress=False)
-    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    gm, x = fuse_lowered(copied(plain)), torch.randn(2, 8, 16)
     assert counted(gm) == dict(linear_packed=1, rotate_quantize=1)
     (turned,) = gm.graph.find_nodes(op="call_function", target=ops.rotate_quantize.default)
     assert turned.args[1]  # GELU on the way
@@ -321,7 +326,7 @@ class TwiceNormed(nn.Module):
 def test_a_norm_that_is_called_twice_is_fused_twice():
     torch.manual_seed(0)
     plain = quantize(TwiceNormed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
-    gm, x = fuse(copied(plain)), torch.randn(2, 8, 16)
+    gm, x = fuse_lowered(copied(plain)), torch.randn(2, 8, 16)
     assert counted(gm) == dict(norm_quantize=2, linear_packed=2)
     torch.testing.assert_close(gm(x), plain(x))
 
@@ -342,7 +347,7 @@ class Listed(nn.Module):
 def test_what_a_list_or_the_caller_reads_is_float32():
     torch.manual_seed(0)
     plain = quantize(Listed(), [torch.randn(4, 8, 16)], QuantConfig(range_search=False), progress=False)
-    half, x = fuse(copied(plain), torch.bfloat16), torch.randn(2, 8, 16)
+    half, x = fuse_lowered(copied(plain), torch.bfloat16), torch.randn(2, 8, 16)
     for ours, theirs in zip(half(x), plain(x), strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -353,8 +358,8 @@ def test_what_a_list_or_the_caller_reads_is_float32():
 )
 def test_scans_with_float_projections_are_left_and_named(roads, exclude, reason):
     plain = convert(roads.calibrated(QuantConfig(exclude=(exclude,))))
-    gm = fuse(copied(plain))
-    found = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    gm = fuse_lowered(copied(plain))
+    found = [fusion.skip_reason for fusion in fusions(gm) if fusion.skip_reason and "scan" in fusion.pattern]
     assert found and all(text.startswith(reason) for text in found)
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)
@@ -369,7 +374,7 @@ def test_an_inverse_that_is_none_is_left_and_named():
     model = timm.create_model("local_vmamba_nano_32", **options).eval()
     images = torch.randn(2, 3, 32, 48)
     plain = quantize(model, [images], progress=False)
-    gm = fuse(copied(plain))
-    left = [fusion.left for fusion in fusions(gm) if fusion.left and "scan" in fusion.pattern]
+    gm = fuse_lowered(copied(plain))
+    left = [fusion.skip_reason for fusion in fusions(gm) if fusion.skip_reason and "scan" in fusion.pattern]
     assert "its result is put back in another order than the natural one" in left
     torch.testing.assert_close(gm(images), plain(images), rtol=1e-3, atol=1e-3)

@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, calibrate, convert, ops, prepare
-from ptq4vm.graph.pipeline import is_lowered
+from ptq4vm.graph.verify import is_lowered
 from ptq4vm.passes.lower.lower import lower
 
 aten = torch.ops.aten
 
 
 CONFIGS = {
-    **{f"w{count}a{count}": QuantConfig(weight_bits=count, activation_bits=count) for count in range(2, 9)},
-    "w4a8": QuantConfig(weight_bits=4, activation_bits=8),
-    "w8a4": QuantConfig(weight_bits=8, activation_bits=4),
-    "w4a4 unsmoothed": QuantConfig(weight_bits=4, activation_bits=4, smoothing=None),
+    **{f"w{count}a{count}": QuantConfig(weights={"bits": count}, activations={"bits": count}) for count in range(2, 9)},
+    "w4a8": QuantConfig(weights={"bits": 4}, activations={"bits": 8}),
+    "w8a4": QuantConfig(weights={"bits": 8}, activations={"bits": 4}),
+    "w4a4 unsmoothed": QuantConfig(weights={"bits": 4}, activations={"bits": 4}, smoothing=None),
     "w8a8 unsmoothed": QuantConfig(smoothing=None),
     "per tensor": QuantConfig.smoothquant(8),
     "per tensor w4a4 unsmoothed": QuantConfig.minmax(4),
-    "dynamic": QuantConfig(granularity=Granularity.PER_TOKEN_DYNAMIC, range_search=False),
-    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, granularity=Granularity.PER_TOKEN_DYNAMIC),
+    "dynamic": QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False),
+    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}),
     "everything": EVERYTHING,
 }
 
@@ -75,9 +75,8 @@ def test_they_are_for_any_shape_and_bits(
     images, tokens, channels, outputs, weight_bits, activation_bits, granularity, smooth, seed
 ):
     config = QuantConfig(
-        weight_bits=weight_bits,
-        activation_bits=activation_bits,
-        **{"smoothing": 0.5 if smooth else None} | fitting(granularity),
+        weights={"bits": weight_bits},
+        **{"smoothing": 0.5 if smooth else None} | fitting(granularity, bits=activation_bits),
     )
     torch.manual_seed(seed)
     x = normal(images, tokens, channels, seed=seed)
@@ -95,7 +94,7 @@ def test_weights_of_up_to_four_bits_are_packed(roads, name):
     lowered = convert(roads.calibrated(CONFIGS[name]))
     for node in in_order(lowered, ops.linear.default):
         weight, channels = constant(lowered, node.args[3]), node.meta["val"].shape[-1]
-        packed = CONFIGS[name].weight_bits <= 4
+        packed = CONFIGS[name].weights.bits <= 4
         assert weight.dtype == (torch.uint8 if packed else torch.int8)
         assert weight.shape[0] == channels
 

@@ -5,14 +5,13 @@ from helpers.strategies import normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.config import Outputs, RangeSearch, Scheme
+from ptq4vm.specs import OutputQuantization, RangeSearch
 
 CONFIG = QuantConfig(
-    scheme=Scheme.SYMMETRIC,
-    granularity="per_tensor",
+    activations={"symmetric": True, "granularity": "per_tensor"},
     smoothing=None,
     range_search=RangeSearch.MINMAX,
-    outputs=Outputs(bits=8, k_scaled=True),
+    outputs=OutputQuantization(bits=8, k_scaled=True),
 )
 
 

@@ -6,12 +6,11 @@ from helpers.strategies import normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
-from ptq4vm.config import Outputs
-from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.prepare.bias_correction import correction_of
 from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears
+from ptq4vm.specs import OutputQuantization
 
-COARSE = QuantConfig.minmax(8, weight_bits=3, bias_correction=True)
+COARSE = QuantConfig.minmax(8, weights={"bits": 3}, bias_correction=True)
 
 
 class Biases(nn.Module):
@@ -51,7 +50,7 @@ def test_every_bias_is_found():
 def test_the_first_linear_errs_by_nothing_on_average():
     """Its error is that of the rounded weight; that of the inputs' rounding is not corrected."""
     gm, x = prepared(COARSE)
-    linear = quantized_linears(gm, [fact.name for fact in metadata_of(gm).linears])[0]
+    linear = quantized_linears(gm)[0]
     inputs = linear.input(x)
     rounded, exact = linear.weight(gm.own.weight), gm.own.weight
     error = (inputs @ (rounded - exact).t()).mean((0, 1))
@@ -69,7 +68,7 @@ def test_corrections_are_in_the_constants_of_the_integer_model():
 
 @pytest.mark.slow
 def test_convolutions_err_by_nothing_on_average(roads, images):
-    config = QuantConfig.kscaled(outputs=Outputs(bits=4), weight_bits=4)
+    config = QuantConfig.kscaled(outputs=OutputQuantization(bits=4), weights={"bits": 4})
     gm = roads.calibrated(config)
     names = [convolution.name for convolution in quantized_convolutions(gm)]
     assert len(names) == 5 and all(correction_of(gm, name).any() for name in names)

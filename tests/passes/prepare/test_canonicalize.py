@@ -17,7 +17,8 @@ from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import attribute
 from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.sites import find_linears
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
+from ptq4vm.graph.verify import GraphStage
+from ptq4vm.passes.prepare.canonicalize import canonicalize
 
 aten = torch.ops.aten
 
@@ -182,7 +183,7 @@ FORMS = {
 
 
 def canonical(model: nn.Module, shape: tuple[int, ...]) -> torch.fx.GraphModule:
-    return Pipeline(CANONICALIZE)(capture(model, (whole(2, *shape),)))
+    return canonicalize(capture(model, (whole(2, *shape),)))
 
 
 def targets(gm) -> list:
@@ -196,7 +197,7 @@ class Case:
         self.form = form
         self.model = form.model()
         self.captured = capture(self.model, (self.x(2),))
-        self.gm = Pipeline(CANONICALIZE)(copy.deepcopy(self.captured))
+        self.gm = canonicalize(copy.deepcopy(self.captured))
         self.sites = find_linears(self.gm)
 
     def x(self, images: int) -> torch.Tensor:
@@ -214,7 +215,7 @@ def test_the_result_is_the_same(case):
 
 
 def test_every_product_becomes_linears_on_tokens(case):
-    found = {site.name: (site.tokens, site.in_features, site.out_features) for site in case.sites}
+    found = {site.name: (site.tokens, site.in_features, site.out_features) for site in case.sites.values()}
     assert list(found.items()) == list(case.form.linears.items())
     products = {aten.matmul.default, aten.einsum.default, aten.conv1d.default, aten.conv2d.default}
     called = targets(case.gm)
@@ -222,11 +223,11 @@ def test_every_product_becomes_linears_on_tokens(case):
 
 
 def test_every_weight_is_a_matrix_with_its_own_memory(case):
-    for site in case.sites:
+    for node, site in case.sites.items():
         weight = attribute(case.gm, site.weight)
         assert isinstance(weight, nn.Parameter) and weight.requires_grad and weight.is_contiguous()
         assert sorted(weight.shape) == sorted((site.out_features, site.in_features))
-        assert len(site.node.args[1].users) == 1  # or one fake-quantizer would serve several calls
+        assert len(node.args[1].users) == 1  # or one fake-quantizer would serve several calls
     read = {str(node.target) for node in case.gm.graph.find_nodes(op="get_attr")}
     assert {name for name, _ in case.gm.named_parameters()} == read
     assert save(case.gm.state_dict())  # which refuses tensors that share memory
@@ -239,7 +240,7 @@ def test_every_parameter_has_a_gradient(case):
 
 def test_frozen_weights_stay_frozen(case):
     gm = copy.deepcopy(case.captured).requires_grad_(False)
-    assert not any(parameter.requires_grad for parameter in Pipeline(CANONICALIZE)(gm).parameters())
+    assert not any(parameter.requires_grad for parameter in canonicalize(gm).parameters())
 
 
 def test_nodes_keep_their_metadata(case):
@@ -250,7 +251,7 @@ def test_nodes_keep_their_metadata(case):
 
 
 def test_a_second_time_changes_nothing(case):
-    again = Pipeline(CANONICALIZE)(copy.deepcopy(case.gm))
+    again = canonicalize(copy.deepcopy(case.gm))
     assert again.code == case.gm.code and list(again.state_dict()) == list(case.gm.state_dict())
 
 
@@ -260,8 +261,8 @@ def test_a_second_capture_gives_the_same_names(case):
 
 
 def test_each_pass_alone_keeps_the_function(case):
-    for step in CANONICALIZE:
-        gm = Pipeline((step,))(copy.deepcopy(case.captured))
+    for step in canonicalize.passes:
+        gm = Pipeline(GraphStage.CAPTURED, (step,))(copy.deepcopy(case.captured))
         assert torch.equal(gm(case.x(3)), case.model(case.x(3)))
 
 
@@ -416,7 +417,7 @@ def test_what_stays_is_reported_in_one_line(name, caplog):
     shape, why, model, operator = LEFT[name]
     with caplog.at_level(logging.INFO, logger="ptq4vm"):
         gm = canonical(model, shape)
-    assert targets(gm).count(operator) == 1 and find_linears(gm) == []
+    assert targets(gm).count(operator) == 1 and find_linears(gm) == {}
     (record,) = [record for record in caplog.records if record.name == "ptq4vm.passes.prepare.canonicalize"]
     (node,) = gm.graph.find_nodes(op="call_function", target=operator)
     message = record.getMessage()
@@ -459,7 +460,7 @@ def test_blocks_are_told_apart():
             return self.op(x)
 
     gm = canonical(nn.Sequential(Block(), Block()), (3, 6))
-    assert [(site.name, site.block) for site in find_linears(gm)] == [
+    assert [(site.name, site.block) for site in find_linears(gm).values()] == [
         (f"{i}.op.weight.{k}", str(i)) for i in range(2) for k in range(2)
     ]
 
@@ -467,7 +468,7 @@ def test_blocks_are_told_apart():
 def test_models_without_products_stay_as_they_are(small_vim, images):
     gm = capture(small_vim, (images,))
     before = targets(gm)
-    assert targets(Pipeline(CANONICALIZE)(gm)) == before
+    assert targets(canonicalize(gm)) == before
 
 
 class Scores(nn.Module):
@@ -483,5 +484,5 @@ class Scores(nn.Module):
 
 
 def test_an_einsum_of_activations_hides_no_later_linear():
-    gm = Pipeline(CANONICALIZE)(capture(Scores().eval(), (torch.randn(2, 5, 8),)))
-    assert [site.weight for site in find_linears(gm)] == ["weight"]
+    gm = canonicalize(capture(Scores().eval(), (torch.randn(2, 5, 8),)))
+    assert [site.weight for site in find_linears(gm).values()] == ["weight"]

@@ -7,14 +7,16 @@ from helpers.strategies import normal
 
 import ptq4vm.models  # noqa: F401
 from ptq4vm import QuantConfig, calibrate, convert, fuse, load, ops, prepare, save
-from ptq4vm.config import Granularity, Outputs, State
+from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.sites import find_linears
+from ptq4vm.graph.sites import LinearSite, Site, find_linears, sites_of
 from ptq4vm.metadata import metadata_of
-from ptq4vm.passes.prepare.decompose import expose_operators, output_sites, read_site
-from ptq4vm.passes.prepare.pipeline import canonical_graph
+from ptq4vm.passes.prepare.canonicalize import canonicalize
+from ptq4vm.passes.prepare.decompose import decompose_fused_ops
+from ptq4vm.passes.prepare.select import SelectSites
 from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
 from ptq4vm.quantizers import Mode
+from ptq4vm.specs import Granularity, OutputQuantization, StateQuantization
 
 NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
 KSCALED = QuantConfig.kscaled()
@@ -30,7 +32,7 @@ def exposed(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10).eval()
     x = torch.randn(2, *model.pretrained_cfg["input_size"])
-    return model, x, expose_operators(canonical_graph(model, (x,)))
+    return model, x, decompose_fused_ops(canonicalize(capture(model, (x,))))
 
 
 @pytest.mark.slow
@@ -52,36 +54,34 @@ def test_the_model_computes_what_it_did(name):
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_everything_that_the_paper_quantizes_is_found(name):
     _, _, gm = exposed(name)
-    linears = find_linears(gm)
-    sites = output_sites(gm, linears, True)
-    assert len({site.name for site in sites}) == len(sites)
-    kinds = {site.node.target for site in sites}
+    sites = sites_of(SelectSites(KSCALED)(gm), Site)
+    assert len({site.name for site in sites.values()}) == len(sites)
+    kinds = {node.target for node in sites}
     assert {aten.linear.default, aten.silu.default, aten.softplus.default, ops.selective_scan.default} <= kinds
     assert kinds & {aten.conv2d.default, ops.causal_conv1d.default} and kinds & {
         aten.rms_norm.default,
         aten.layer_norm.default,
     }
-    for site in sites:
-        several = site.granularity is not Granularity.PER_TENSOR
-        if site.node.target in (ops.selective_scan.default, ops.causal_conv1d.default, aten.softplus.default):
+    for node, site in sites.items():
+        several = site.output.granularity is not Granularity.PER_TENSOR
+        if node.target in (ops.selective_scan.default, ops.causal_conv1d.default, aten.softplus.default):
             assert several
         if several:
-            assert site.node.meta["val"].shape[site.axis] > 1
-        tokens = site.granularity is Granularity.K_SCALED_TOKEN
-        assert tokens == (
-            site.node.target is ops.selective_scan.default or site.name.endswith(("out_proj", "fc2", "reduction"))
-        )
-    assert all(site.granularity is Granularity.PER_TENSOR for site in output_sites(gm, linears, False))
-    followed = {linear.name.rsplit(".", 1)[-1]: read_site(linear, sites) for linear in linears}
-    assert followed["in_proj"].node.target in (aten.rms_norm.default, aten.layer_norm.default)
-    assert followed["head"] is None or name == "vim_nano_patch4_32"
+            assert node.meta["val"].shape[site.output.axis] > 1
+        tokens = site.output.granularity is Granularity.K_SCALED_TOKEN
+        writes = site.name.endswith(("out_proj", "fc2", "reduction"))
+        assert tokens == (node.target is ops.selective_scan.default or writes)
+    shared = {site.name.rsplit(".", 1)[-1]: site.shares_qparams_with for site in sites_of(gm, LinearSite).values()}
+    assert "norm" in shared["in_proj"] and (shared["head"] is None or name == "vim_nano_patch4_32")
+    naive = sites_of(SelectSites(NAIVE)(gm), Site).values()
+    assert all(site.output.granularity is Granularity.PER_TENSOR for site in naive)
 
 
 def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
     """Rounded once: what a linear's input gives is what it was given."""
     outputs = {output.name: output.fake for output in quantized_outputs(kscaled)}
     followers = 0
-    for linear in quantized_linears(kscaled, [fact.name for fact in metadata_of(kscaled).linears]):
+    for linear in quantized_linears(kscaled):
         source = outputs.get(linear.input.follows)
         if source is None:
             continue
@@ -134,7 +134,7 @@ def test_the_state_alone(roads, images, small_vim):
 def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
     """They are in the steps, which then are one number times them."""
     several, one = (
-        quantized_scans(roads.calibrated(QuantConfig.recipe("state", 8, state=State(per_token=each))))[0].fake.scale
+        quantized_scans(roads.calibrated(QuantConfig.recipe("state", 8, state={"per_token": each})))[0].fake.scale
         for each in (True, False)
     )
     assert len(several) == len(one) == 17 and len(one.unique()) > 1
@@ -144,7 +144,7 @@ def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
 
 @pytest.mark.slow
 def test_both_papers_at_once_learn(roads, images):
-    from ptq4vm.config import Learning
+    from ptq4vm.specs import Learning
 
     config = QuantConfig.recipe("ptq4vm+state", 8, learning=Learning(epochs=1, batch_size=6))
     gm = roads.calibrated(config)
@@ -187,14 +187,14 @@ def test_calibrating_again_gives_the_same(roads, images):
 def test_a_state_without_a_scan_is_refused():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     with pytest.raises(ValueError, match="state is for models with a selective scan"):
-        prepare(model, (torch.randn(2, 3, 4),), QuantConfig(state=State()))
+        prepare(model, (torch.randn(2, 3, 4),), QuantConfig(state=StateQuantization()))
 
 
 def test_outputs_of_a_model_without_scans():
     """Any vision model whose linears see a fixed number of tokens."""
     model = torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 8))
     x = normal(16, 5, 8)
-    config = QuantConfig(smoothing=None, outputs=Outputs())
+    config = QuantConfig(smoothing=None, outputs=OutputQuantization())
     gm = calibrate(prepare(model, (x,), config), [x], progress=False)
     assert [output.name for output in quantized_outputs(gm)] == ["0.norm", "1", "2.gelu", "3"]
     with torch.no_grad():
@@ -216,7 +216,9 @@ class Map(torch.nn.Module):
 
 def test_a_norm_of_maps_is_fused_with_its_quantization():
     x = normal(4, 2, 3, 8)
-    gm = convert(calibrate(prepare(Map(), (x,), QuantConfig(smoothing=None, outputs=Outputs())), [x], progress=False))
+    gm = convert(
+        calibrate(prepare(Map(), (x,), QuantConfig(smoothing=None, outputs=OutputQuantization())), [x], progress=False)
+    )
     fused = fuse(gm)
     assert fused.graph.find_nodes(op="call_function", target=ops.norm_quantize.default)
     with torch.no_grad():
@@ -262,7 +264,7 @@ class Scan(torch.nn.Module):
 @pytest.mark.parametrize("terms", ["", "D", "z", "B", "softplus", "DzB softplus"])
 def test_a_scan_taken_apart_computes_what_it_did(terms):
     model, u = Scan(terms).eval(), normal(2, 5, 4, seed=1)
-    gm = expose_operators(canonical_graph(model, (u,)))
+    gm = decompose_fused_ops(canonicalize(capture(model, (u,))))
     gm.graph.eliminate_dead_code()
     gm.recompile()
     torch.testing.assert_close(gm(u), model(u), rtol=1e-5, atol=1e-6)

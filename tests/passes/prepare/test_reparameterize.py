@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.config import Factors, State
 from ptq4vm.models.scan_order import Direction, initial_states, scan_tokens
+from ptq4vm.ops.scans import scan_states, selective_scan
 from ptq4vm.passes.prepare.reparameterize import determine_factors, factors_of, set_factors
 from ptq4vm.passes.quantized import quantized_scans
-from ptq4vm.reference import scan_states, selective_scan
+from ptq4vm.specs import Factors, StateQuantization
 
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip")
 
@@ -58,7 +58,7 @@ class Scans(nn.Module):
 def test_nothing_changes_without_quantization(names, channels, states, rank, gate, integrate, spread, seed):
     model = Scans(names, channels, states, rank, gate, seed)
     x = normal(2, 12, channels, seed=seed)
-    config = QuantConfig(exclude=("*",), state=State(integrate=integrate))
+    config = QuantConfig(exclude=("*",), state=StateQuantization(integrate=integrate))
     prepared = prepare(model, (x,), config)
     scans = quantized_scans(prepared)
     assert len(scans) == len(names)
@@ -76,20 +76,22 @@ def test_nothing_changes_without_quantization(names, channels, states, rank, gat
 def test_powers_of_two_fold_exactly(seed, integrate):
     """Integrated or not, and not multiplied at all: the same bits."""
     model, x = Scans(("h", "v_flip"), 4, 3, 2, True, seed), normal(3, 12, 4, seed=seed)
-    prepared = prepare(model, (x,), QuantConfig(exclude=("*",), state=State(integrate=integrate)))
+    prepared = prepare(model, (x,), QuantConfig(exclude=("*",), state=StateQuantization(integrate=integrate)))
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for scan in quantized_scans(prepared):
             set_factors(prepared, scan.name, *(2.0 ** torch.randint(-9, 9, (n,), generator=draw) for n in (4, 3)))
-        assert torch.equal(prepared(x), prepare(model, (x,), QuantConfig(exclude=("*",), state=State(factors=None)))(x))
+        assert torch.equal(
+            prepared(x), prepare(model, (x,), QuantConfig(exclude=("*",), state=StateQuantization(factors=None)))(x)
+        )
 
 
 def test_integrated_factors_are_in_x_proj_and_cost_nothing():
     model, x = Scans(("h", "v"), 4, 3, 2, False, 0), normal(6, 12, 4)
-    config = QuantConfig(exclude=("*",), state=State())
+    config = QuantConfig(exclude=("*",), state=StateQuantization())
     with_them, without = (
         convert(calibrate(prepare(model, (x,), QuantConfig(exclude=("*",), state=state)), [x], progress=False))
-        for state in (config.state, State(factors=None))
+        for state in (config.state, StateQuantization(factors=None))
     )
     counts = [
         len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)) for gm in (with_them, without)
@@ -129,7 +131,7 @@ def test_maxima_leave_nothing_above_one(seed, spread):
 def test_seeing_every_image_twice_changes_nothing(factors):
     """The factors are of a mean or a maximum over images, however many and in however many batches."""
     model, x = Scans(("h",), 4, 3, 2, False, 0), normal(6, 12, 4)
-    config = QuantConfig(exclude=("*",), state=State(factors=factors))
+    config = QuantConfig(exclude=("*",), state=StateQuantization(factors=factors))
     once, twice = (calibrate(prepare(model, (x,), config), batches, progress=False) for batches in ([x], [x, x]))
     (scan,) = quantized_scans(once)
     found, again = factors_of(once, scan.name), factors_of(twice, scan.name)

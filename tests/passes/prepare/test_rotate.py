@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from helpers.graphs import canonical, passed, with_sites
 from helpers.strategies import normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
-from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline, finish
-from ptq4vm.graph.sites import find_linears
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
+from ptq4vm.graph.sites import LinearSite, sites_of
 from ptq4vm.passes.prepare.rotate import insert_rotation
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import constant
@@ -50,33 +48,28 @@ class Added(nn.Module):
         return (self.linear(x) + self.positions).relu()
 
 
-def canonical(model: nn.Module, x: torch.Tensor):
-    return Pipeline(CANONICALIZE)(capture(model, (x,)))
-
-
 def rotated_names(model: nn.Module, x: torch.Tensor) -> set[str]:
     """Of the linears whose weight the pass has rotated."""
-    gm = canonical(model, x)
-    sites = find_linears(gm)
-    before = {site.name: site.node.args[1] for site in sites}
-    insert_rotation(gm, sites)
-    return {site.name for site in sites if site.node.args[1] is not before[site.name]}
+    gm = with_sites(canonical(model, x))
+    before = {node: node.args[1] for node in sites_of(gm, LinearSite)}
+    sites = sites_of(insert_rotation(gm), LinearSite)
+    changed = {site.name for node, site in sites.items() if node.args[1] is not before[node]}
+    assert changed == {site.name for site in sites.values() if site.rotated}
+    return changed
 
 
 @pytest.mark.parametrize("width", [1, 16, 24, 34, 80])
 def test_the_function_stays(width):
     torch.manual_seed(0)
     model, x = Mlp(width).eval(), normal(3, 5, 8)
-    gm = canonical(model, x)
-    gm = finish(insert_rotation(gm, find_linears(gm)))
+    gm = passed(insert_rotation, model, x)
     assert torch.allclose(gm(x), model(x), atol=1e-5)
 
 
 def test_every_channel_meets_every_other():
     """One large channel of W comes to all of W R, and to each by a like amount."""
-    gm = canonical(Mlp(80), normal(2, 5, 8))
-    down = next(site.node for site in find_linears(gm) if site.name == "down")
-    gm = finish(insert_rotation(gm, find_linears(gm)))
+    gm = passed(insert_rotation, Mlp(80), normal(2, 5, 8))
+    down = next(node for node, site in sites_of(gm, LinearSite).items() if site.name == "down")
     with torch.no_grad():
         gm.get_parameter("down.weight").copy_(torch.eye(8, 80))
         rows = constant(gm, down.args[1])
@@ -93,7 +86,7 @@ def test_smoothing_before_the_rotation_keeps_the_function():
     torch.manual_seed(0)
     model, x = Mlp(80).eval(), normal(3, 5, 8)
     prepared = prepare(model, (x,), QuantConfig(rotation=True))
-    linears = quantized_linears(prepared, ["up", "gate", "down"])
+    linears = quantized_linears(prepared)
     assert [linear.rotated for linear in linears] == [False, False, True]
 
     def seen() -> torch.Tensor:
@@ -123,7 +116,7 @@ class Hidden(nn.Module):
 
 
 def error(model: nn.Module, x: torch.Tensor, **changes) -> float:
-    config = QuantConfig(weight_bits=4, activation_bits=4, **changes)
+    config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, **changes)
     with torch.no_grad():
         quantized = convert(calibrate(prepare(model.eval(), (x,), config), [x], progress=False))
         return (quantized(x) - model(x)).square().mean().item()

@@ -2,27 +2,22 @@
 
 import pytest
 import torch
+from helpers.graphs import canonical, passed
 from helpers.strategies import integers, normal, powers_of_two, seeds
 from hypothesis import given
 from torch import nn
 
 from ptq4vm.graph.capture import capture
-from ptq4vm.graph.pipeline import Pipeline, finish
-from ptq4vm.graph.sites import find_linears
+from ptq4vm.graph.pipeline import clean_up
+from ptq4vm.graph.sites import LinearSite, find_linears, sites_of
 from ptq4vm.passes.calibrate.ranges import _root_mean_square
-from ptq4vm.passes.prepare.canonicalize import CANONICALIZE
 from ptq4vm.passes.prepare.smooth import fold_smoothing, insert_smoothing, smoothing_scale
 
 aten = torch.ops.aten
 
 
-def canonical(model: nn.Module, x: torch.Tensor):
-    return Pipeline(CANONICALIZE)(capture(model, (x,)))
-
-
 def smoothed(model: nn.Module, x: torch.Tensor):
-    gm = canonical(model, x)
-    return finish(insert_smoothing(gm, find_linears(gm)))
+    return passed(insert_smoothing, model, x)
 
 
 class Two(nn.Module):
@@ -54,7 +49,7 @@ def without_exp(x):
     gm = smoothed(Two(), x)
     for node in gm.graph.find_nodes(op="call_function", target=aten.exp.default):
         node.replace_all_uses_with(node.args[0])
-    return finish(gm)
+    return clean_up(gm)
 
 
 @given(seed=seeds)
@@ -69,7 +64,10 @@ def test_powers_of_two_change_nothing(without_exp, seed):
 def test_one_parameter_a_linear_that_does_not_learn_yet(small_vim, images):
     gm = smoothed(small_vim, images)
     names = [name for name, _ in gm.named_parameters() if name.endswith(".log_smooth")]
-    assert sorted(names) == sorted(f"{site.name}.log_smooth" for site in find_linears(canonical(small_vim, images)))
+    assert sorted(names) == sorted(
+        f"{site.name}.log_smooth" for site in find_linears(canonical(small_vim, images)).values()
+    )
+    assert sorted(names) == sorted(site.log_smooth for site in sites_of(gm, LinearSite).values())
     assert not any(gm.get_parameter(name).requires_grad for name in names)
 
 
@@ -86,13 +84,13 @@ def test_folding_keeps_the_function_and_leaves_one_constant(x):
         if name.endswith("log_smooth"):
             parameter.data = torch.linspace(-1, 1, len(parameter)) + i
     before = gm(x)
-    folded = finish(fold_smoothing(gm))
+    folded = clean_up(fold_smoothing(gm))
     assert torch.equal(folded(x), before)
     assert not folded.graph.find_nodes(op="call_function", target=aten.reciprocal.default)
     want = folded.get_parameter("first.log_smooth").exp().reciprocal()
     assert torch.equal(folded.get_buffer("first.inv_smooth"), want)
     code = folded.code
-    assert finish(fold_smoothing(folded)).code == code
+    assert clean_up(fold_smoothing(folded)).code == code
 
 
 def test_folding_leaves_other_reciprocals_alone():
@@ -103,7 +101,7 @@ def test_folding_leaves_other_reciprocals_alone():
     x = torch.ones(2, 3)
     gm = capture(Inverse(), (x,))
     code = gm.code
-    assert finish(fold_smoothing(gm)).code == code
+    assert clean_up(fold_smoothing(gm)).code == code
 
 
 # --- SmoothQuant's vector ---

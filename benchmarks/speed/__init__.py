@@ -1,0 +1,1 @@
+"""How fast a model runs beside its rivals, and where its time and memory go."""

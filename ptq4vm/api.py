@@ -28,7 +28,7 @@ _R = TypeVar("_R")
 
 
 def _with_gradients(verb: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The same verb, which computes the same whatever its caller has set: no_grad, inference_mode, autocast."""
+    """Returns the verb made independent of its caller's settings: no_grad, inference_mode, autocast."""
 
     @functools.wraps(verb)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:

@@ -36,7 +36,7 @@ class QuantizedLinear:
     """Whether x / s and W · s are rotated."""
 
     def smoothed(self, x: Tensor) -> Tensor:
-        """What has come to its input (…, D) when s was 1, as it comes now."""
+        """Returns what came to its input (…, D) when s was 1, as it comes now."""
         if self.smooth is None:
             return x
         inverse = self.smooth.detach().exp().reciprocal()
@@ -107,7 +107,7 @@ def quantized_linears(prepared: GraphModule) -> list[QuantizedLinear]:
 
 
 def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
-    """What was decided about the fake-quantizers of a prepared graph before calibration, in graph order."""
+    """Returns the settings of a prepared graph's fake-quantizers, which calibration does not change, in graph order."""
     found = [(node.name, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
     return [
         (name, [f"{key}={value}" for key, value in vars(fake).items() if key in _SETTINGS])

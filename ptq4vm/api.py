@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.model_copy import own_tensors
 from ptq4vm.graph.verify import is_lowered
-from ptq4vm.metadata import Stage, prepared_record, update_record
+from ptq4vm.metadata import Stage, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, ProgressBar
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
@@ -100,17 +100,17 @@ def _calibrate(
     progress: bool,
     callbacks: Sequence[CalibrationCallback],
 ) -> GraphModule:
-    record = prepared_record(prepared)
+    metadata = prepared_metadata(prepared)
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
     linears = quantized_linears(prepared)
     images = collect_inputs(prepared, loader, max_images, ends, progress)
-    update_record(prepared, stage=Stage.PREPARED, blocks=())
+    update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
     bar = (ProgressBar(),) if progress else ()
-    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, Callbacks((*bar, *callbacks)))
-    return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
+    blocks = calibrate_blocks(prepared, linears, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
+    return update_metadata(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
 @_with_gradients
@@ -119,12 +119,12 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
     `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
     """
-    record = prepared_record(prepared)
-    if record.stage is not Stage.CALIBRATED:
+    metadata = prepared_metadata(prepared)
+    if metadata.stage is not Stage.CALIBRATED:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )
-    made = converted_graph(prepared, lowering_pipeline(record.config, integers=lower))
+    made = converted_graph(prepared, lowering_pipeline(metadata.config, integers=lower))
     if not lower:  # integer operators refuse gradients themselves
         made.register_forward_pre_hook(_refuse_gradients)
     return made

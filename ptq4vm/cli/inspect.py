@@ -82,15 +82,15 @@ def _inspect_file(path: Path, args: argparse.Namespace) -> Found:
 def _inspect_folder(path: Path, graph: bool) -> Found:
     import ptq4vm
     from ptq4vm.inspection.contents import graph_report
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import linear_rows, table
 
     quantized = ptq4vm.load(path)
     if graph:
         return graph_report(quantized)
-    record, rows = record_of(quantized), linear_rows(quantized)
-    result = _contents(quantized) | {"linears": rows, "blocks": list(record.blocks)}
-    lines = [*_heading(result), table(rows, _columns(rows, result["config"])), *losses(record.blocks)]
+    metadata, rows = metadata_of(quantized), linear_rows(quantized)
+    result = _contents(quantized) | {"linears": rows, "blocks": list(metadata.blocks)}
+    lines = [*_heading(result), table(rows, _columns(rows, result["config"])), *losses(metadata.blocks)]
     return result, lines
 
 
@@ -156,14 +156,14 @@ def _draw(args: argparse.Namespace, report: Report) -> list[str]:
 
 
 def _contents(quantized: GraphModule) -> dict[str, Any]:
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import linear_rows, model_bytes
 
-    record = record_of(quantized)
+    metadata = metadata_of(quantized)
     return {
-        "architecture": record.architecture,
-        "input_shapes": [list(shape) for shape in record.input_shapes],
-        "config": record.config.to_dict(),
+        "architecture": metadata.architecture,
+        "input_shapes": [list(shape) for shape in metadata.input_shapes],
+        "config": metadata.config.to_dict(),
         "bytes": model_bytes(quantized),
         "weight_bytes": sum(row["weight_bytes"] for row in linear_rows(quantized)),
     }

@@ -112,7 +112,7 @@ def quantize(args: argparse.Namespace) -> Outcome:
     from ptq4vm.checkpoint import free_folder
     from ptq4vm.cli.outputs import check_apart, check_folder
     from ptq4vm.data import calibration_batches
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import mebibytes, model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)  # said before the work, not after
@@ -135,23 +135,23 @@ def quantize(args: argparse.Namespace) -> Outcome:
     with stage("save", seconds):
         ptq4vm.save(quantized, output)
 
-    record = record_of(quantized)
+    metadata = metadata_of(quantized)
     before, after, memory = model_bytes(model), model_bytes(quantized), _peak_memory()
     result = {
         "model": args.model,
         "output": str(output),
         "config": config.to_dict(),
         "images": args.images,
-        "linears": len(record.linears),
+        "linears": len(metadata.linears),
         "bytes_before": before,
         "bytes_after": after,
         "seconds": seconds,
         "peak_memory_bytes": memory,
-        "blocks": list(record.blocks),
+        "blocks": list(metadata.blocks),
     }
     lines = [
-        *cli_inspect.losses(record.blocks),
-        f"{len(record.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
+        *cli_inspect.losses(metadata.blocks),
+        f"{len(metadata.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
         table([seconds | {"total": sum(seconds.values())}]) + "  (seconds)",
         f"peak memory {mebibytes(memory)}",
         f"saved in {output}",
@@ -190,7 +190,7 @@ def benchmark(args: argparse.Namespace) -> Outcome:
     from ptq4vm.benchmark.kinds import from_checkout
     from ptq4vm.benchmark.run import Plan, run
     from ptq4vm.cli.outputs import check_file
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import write_csv
 
     if args.picture is not None:
@@ -213,7 +213,7 @@ def benchmark(args: argparse.Namespace) -> Outcome:
         sections=tuple(name for name, asked in sections.items() if asked),
     )
     model, quantized = open_both(args.model)
-    shapes = {name: record_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
+    shapes = {name: metadata_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
     if len(set(shapes.values())) > 1:
         sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
         raise ValueError(f"models are compared on the same images, but these take different ones: {sizes}")

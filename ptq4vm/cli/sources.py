@@ -48,10 +48,10 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
         return named_model(name, checkpoint, ema)
 
     import ptq4vm
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
 
     quantized: Any = ptq4vm.load(name)
-    architecture = record_of(quantized).architecture
+    architecture = metadata_of(quantized).architecture
     # as timm's own models say it
     known = architecture["preprocessing"] if architecture else None
     quantized.pretrained_cfg = known or _preprocessing(name, quantized)
@@ -61,9 +61,9 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
 
 def _preprocessing(name: str, quantized: GraphModule) -> dict[str, Any]:
     """Of a model that timm does not know, whose record has the size of its inputs alone."""
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
 
-    shapes = record_of(quantized).input_shapes
+    shapes = metadata_of(quantized).input_shapes
     if len(shapes) != 1 or len(shapes[0]) != 3:
         raise ValueError(f"{name} takes {' and '.join(map(str, shapes))}; the command line reads images of three axes")
     say(f"{name} does not tell its preprocessing, that of ImageNet's models is taken …")
@@ -141,14 +141,14 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
     import torch
 
     import ptq4vm
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.specs import RangeSearch
 
     with stage("load", {}):
         torch.manual_seed(0)
         if is_saved(name):
             quantized = ptq4vm.load(name)
-            return _floating(name, record_of(quantized).architecture), quantized
+            return _floating(name, metadata_of(quantized).architecture), quantized
         model = named_model(name, RANDOM, False)
     with stage("quantize", {}):
         noise = torch.randn(2, *_input_shape(model))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.partition import partition_blocks
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.quantized import quantized_linears
 
 X = normal(8, 5, 8)
@@ -85,7 +85,7 @@ def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
     """Where that has no batch, or no gradient."""
     model = blocks(block=Reducing, flow=lambda m, x: (m.head(m.layers[1](x).mean(1)), m.layers[0](x, reduce)))
     prepared = prepare(model, (X[:2],), LEARNED)
-    report = record_of(calibrate(prepared, [X], progress=False)).blocks
+    report = metadata_of(calibrate(prepared, [X], progress=False)).blocks
     assert {block["block"] for block in report} == {"layers.0", "layers.1"}
     assert all(0 < block["loss_after"] <= block["loss_before"] and block["cosine_loss"] > 0 for block in report)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.inspection.phenomena import observe
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.ops.quantization import affine_qparams
 from ptq4vm.passes.calibrate import block_quantizers, correct
 from ptq4vm.passes.calibrate import blockwise as module
@@ -50,7 +50,7 @@ def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images
 def test_every_linear_gets_its_qparams(roads, granularity):
     config = QuantConfig(**fitting(granularity) | {"range_search": False})
     for linear, fact in zip(
-        linears_of(roads.calibrated(config)), record_of(roads.prepared(config)).linears, strict=True
+        linears_of(roads.calibrated(config)), metadata_of(roads.prepared(config)).linears, strict=True
     ):
         tokens = {"per_token": (17,), "k_scaled_token": (17,), "per_token_dynamic": None}.get(granularity, (1,))
         assert (None if linear.input.scale is None else tuple(linear.input.scale.shape)) == tokens
@@ -86,17 +86,17 @@ def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path
 
 
 def test_the_report_says_what_learning_did(roads):
-    blocks = record_of(roads.calibrated(LEARNED)).blocks
+    blocks = metadata_of(roads.calibrated(LEARNED)).blocks
     assert [block["block"] for block in blocks] == ["layers.0", "layers.1"]
     assert all(block["loss_after"] <= block["loss_before"] for block in blocks)
-    names = [linear.name for linear in record_of(roads.calibrated(LEARNED)).linears]
+    names = [linear.name for linear in metadata_of(roads.calibrated(LEARNED)).linears]
     assert [name for block in blocks for name in block["linears"]] == names
 
 
 def test_the_report_says_how_near_each_block_is(roads):
     """Of every recipe, learned or not; the same input, so more bits are nearer."""
     few, many = (
-        record_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
+        metadata_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
     )
     assert all(0 < more["cosine_loss"] < less["cosine_loss"] / 10 for more, less in zip(many, few, strict=True))
 

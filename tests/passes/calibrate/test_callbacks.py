@@ -9,7 +9,7 @@ from helpers.small_models import LEARNED, blocks
 from helpers.strategies import normal
 
 from ptq4vm import CalibrationCallback, calibrate, prepare, quantize
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate import callbacks as module
 from ptq4vm.specs import Loss
 
@@ -54,7 +54,7 @@ def test_every_block_and_epoch_is_told_in_order():
     assert [(block, epoch) for block, epoch, _ in epochs] == [(block, e) for block in BLOCKS for e in range(EPOCHS)]
     assert all(0 < loss < 2 for *_, loss in epochs)
     reports = [values for name, *values in events.heard if name == "on_block_end"]
-    assert reports == [[report["block"], report] for report in record_of(gm).blocks]
+    assert reports == [[report["block"], report] for report in metadata_of(gm).blocks]
 
 
 def test_callbacks_change_nothing_and_each_is_told_the_same():

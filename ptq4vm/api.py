@@ -22,7 +22,6 @@ from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, Pr
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
-from ptq4vm.passes.quantized import quantized_linears
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -125,12 +124,11 @@ def _calibrate(
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
-    linears = quantized_linears(prepared)
     images = collect_inputs(prepared, loader, max_images, ends, progress)
     update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
     bar = (ProgressBar(),) if progress else ()
-    blocks = calibrate_blocks(prepared, linears, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
+    blocks = calibrate_blocks(prepared, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
     return update_metadata(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 

@@ -243,7 +243,7 @@ def export(args: argparse.Namespace) -> Outcome:
     if Path(args.output).suffix != ".pt2":
         raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")
     check_file(args.output)
-    if problem := native.problem():
+    if problem := native.unavailable_reason():
         raise ValueError(f"a package runs on the native library alone, and there is none: {problem}")
     import ptq4vm
 

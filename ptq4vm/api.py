@@ -1,7 +1,5 @@
 """The verbs: prepare, calibrate, convert, and quantize, which is all three."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools

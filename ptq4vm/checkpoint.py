@@ -5,8 +5,6 @@ it, so that readers find the old model or the new one, and loading reads no othe
 metadata for people and for programs that look for it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Reports installed versions and the implementation of each operator, and checks the operators' results."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any

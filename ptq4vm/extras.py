@@ -1,7 +1,5 @@
 """Optional packages, and the extra of this package that installs each."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

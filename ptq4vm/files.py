@@ -1,7 +1,5 @@
 """Replaces files so that they are old or new, never half written, whatever ends the process or the machine."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

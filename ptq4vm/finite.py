@@ -1,7 +1,5 @@
 """Detects NaN and infinity in inputs and outputs; an integer model hides them, since codes have no value for either."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

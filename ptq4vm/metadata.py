@@ -1,7 +1,5 @@
 """Metadata of a prepared or quantized graph: kept in `GraphModule.meta`, written to config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 import json

@@ -1,7 +1,5 @@
 """Writes results as aligned text, JSON and CSV, and describes the linears of a lowered graph."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """Compiles a quantized model into an AOTInductor package."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 Installed as an entry point of the group `torch_dynamo_backends`, so that it works without an import.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 libraries alone and compute everything with the PyTorch reference operators.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

@@ -1,7 +1,5 @@
 """Captures a model with torch.export as an ATen graph: batch dynamic, all other sizes fixed."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the class token: a parameter between the tokens of an image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

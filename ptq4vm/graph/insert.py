@@ -1,7 +1,5 @@
 """Edits graphs: tensors at dotted paths, nodes with the metadata that later passes read, recorded values."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A copy of the caller's model that can be captured: ordinary tensors, and every weight a parameter of its own."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Iterator

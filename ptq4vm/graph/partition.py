@@ -1,7 +1,5 @@
 """Cutting a graph at its blocks, which are calibrated one after another."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Pipelines: named passes in order, each followed by cleaning up and verifying."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Shapes: B images (dynamic), L tokens (static), D channels in, N channels out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Finds the tokens and channels that a chain of views, flips and pads selects, by running it on indices."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Checks a graph against the table of what one of its stage may hold."""
 
-from __future__ import annotations
-
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass

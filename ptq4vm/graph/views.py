@@ -1,7 +1,5 @@
 """Views, and what lies behind them: parameters, and the module that called a node."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Describes the graph of a saved model, or a file of weights: for programs, and as lines of text."""
 
-from __future__ import annotations
-
 import shlex
 from collections import Counter
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Draws the paper's figures as PNG: token × channel surfaces, their margins, and percentile bands."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Writes one HTML file with the table and the figures of all linears, which needs no network and no library."""
 
-from __future__ import annotations
-
 import base64
 import html
 import json

@@ -4,8 +4,6 @@ Graphs run node by node, a quantized one side by side with its floating-point or
 forward of each needs. Shapes: B images, L tokens, D channels in, N out.
 """
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What the inputs of the linears look like: the paper's three phenomena as numbers (PTQ4VM section 3)."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass

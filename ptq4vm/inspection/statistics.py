@@ -3,8 +3,6 @@
 Shapes: B images, L tokens, D channels; G groups of neighbouring tokens.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Shapes: B images, H×W maps, C channels of a stage, E inner channels, K directio
 projection. The official VMamba is channels-first with 1×1 convolutions; the parameters are the same.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence

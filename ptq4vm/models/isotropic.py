@@ -3,8 +3,6 @@
 Shapes: B images, H×W patches, L tokens, D model width, E inner width, S states, R rank of the dt projection.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

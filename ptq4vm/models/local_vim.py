@@ -3,8 +3,6 @@
 Parameters have the names of the public checkpoints (hunto/LocalMamba), which load strictly.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Tokens cannot be rescaled in the same way: every path between two linears passes
 factor per token would change. Differences between tokens remain as training made them.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

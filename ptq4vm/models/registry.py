@@ -1,7 +1,5 @@
 """Registers the models of this package with timm."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Parameters have the names of the public checkpoints (hustvl/Vim), which load strictly.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from timm.layers import PatchEmbed

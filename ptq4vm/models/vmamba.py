@@ -3,8 +3,6 @@
 Parameters have the names of the public checkpoints (MzeroMiko/VMamba), which load strictly.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

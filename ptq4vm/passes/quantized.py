@@ -1,7 +1,5 @@
 """Finds what is quantized in a prepared graph: linears, outputs, convolutions, scans."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Quantizes the inputs of linears."""
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

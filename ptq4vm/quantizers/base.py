@@ -4,8 +4,6 @@ They compute exactly what `reference.py` does, in floating point and with straig
 attribute, so that nothing synchronises with a device. `convert` hands the integers to torchao.
 """
 
-from __future__ import annotations
-
 import contextlib
 import enum
 import logging

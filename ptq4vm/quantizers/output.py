@@ -1,7 +1,5 @@
 """Quantizes the outputs of operators."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ result is never worse than minimum to maximum. `RangeSearch.RELEASED` is what PT
 comparison. Shapes: x (images, L, D), already smoothed; W (N, D), already smoothed.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Quantizes the hidden state of scans. Shapes: states h (L, S, E), of L tokens, S states, E channels."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

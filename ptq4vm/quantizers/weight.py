@@ -1,7 +1,5 @@
 """Quantizes weights."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

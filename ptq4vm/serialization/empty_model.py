@@ -1,7 +1,5 @@
 """Builds the lowered graph of a model, to be filled with saved tensors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -9,8 +9,6 @@ caller allows it by name, and an argument is of one of the few kinds in `json_va
 refused by name.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any

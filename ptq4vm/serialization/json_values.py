@@ -3,8 +3,6 @@
 Only the kinds below can be written or read; every other kind is refused by name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import keyword
 import math

@@ -4,8 +4,6 @@ Allowed are integer arithmetic on sizes, and operators of ptq4vm and aten that c
 arguments and do nothing else: none that changes an argument, opens a file, or is run for a side effect.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -1,7 +1,5 @@
 """Works out types and shapes of the values of a loaded graph, which records only dtypes and shapes of its inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ saved tensors. A config.json may come from a stranger: only models in timm's reg
 and none that is larger than its tensors say.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

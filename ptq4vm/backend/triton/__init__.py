@@ -5,8 +5,6 @@ operator without one here (the scans, which have no form in Triton, the rotation
 CUDA tensors. Triton is loaded when the first of these kernels is called.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

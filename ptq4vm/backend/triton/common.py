@@ -3,8 +3,6 @@
 Shapes as in `reference`. Offsets have 64 bits; a row's number has as many as the number of rows needs.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

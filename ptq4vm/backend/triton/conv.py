@@ -3,8 +3,6 @@
 Computed in float32. Rows of x may lie anywhere, as long as their channels are neighbours.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

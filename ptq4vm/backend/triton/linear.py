@@ -5,8 +5,6 @@ Weights are read in every layout that they have: rows of int8, rows of two 4-bit
 channel; or 32 bytes, whose low and high nibbles are the two halves of them.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 import triton

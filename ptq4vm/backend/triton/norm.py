@@ -1,7 +1,5 @@
 """norms.norm_quantize: the sum with the residual, its norm and the codes in one pass over memory."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

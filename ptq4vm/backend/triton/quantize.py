@@ -1,7 +1,5 @@
 """Quantizes as the reference does, bit for bit."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -4,8 +4,6 @@ Two streams of activations run through the blocks: one in floating point, which 
 one through the blocks quantized so far. Only these two and one block's inputs are held in memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Sequence

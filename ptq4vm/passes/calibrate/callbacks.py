@@ -1,7 +1,5 @@
 """The events of a calibration, which a progress bar or a user may follow."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

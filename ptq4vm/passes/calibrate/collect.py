@@ -3,8 +3,6 @@
 Shapes: B images; every input is (B, …) with the sizes of the example that the model was prepared with.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Corrects biases, and rounds weights by GPTQ, once all scales of a block are chosen."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ the gradient of the logits along a random direction of their own Fisher matrix d
 has the labels' gradient in its place; here nothing needs a label.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

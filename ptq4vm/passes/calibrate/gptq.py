@@ -4,8 +4,6 @@ Shapes: x, x̂ (rows, D) the input in floating point and as the quantized model 
 times s.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 

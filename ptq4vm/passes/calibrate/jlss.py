@@ -8,8 +8,6 @@ The channels of an output are those of the block's last quantized linear, in (B,
 published code takes the last axis of both: the width of an image, along which a map one pixel wide has no gradient.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Chooses scales, smoothing vectors and factors of one block from what its quantizers observed in floating point."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

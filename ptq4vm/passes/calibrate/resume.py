@@ -1,7 +1,5 @@
 """A directory of finished blocks: bound to one run by its manifest, locked while a run uses it, verified when read."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

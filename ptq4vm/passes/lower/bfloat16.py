@@ -1,7 +1,5 @@
 """Activations between fused operators as bfloat16: half the memory, less precision."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Computes once what depends on parameters alone, and drops tensors that no node reads."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -12,8 +12,6 @@ The result computes the same integers up to rounding ties, has its weights in th
 not to be saved. Patterns are found by operators and by where tokens come from, never by a model's name.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

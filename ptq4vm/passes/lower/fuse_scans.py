@@ -3,8 +3,6 @@
 The patterns are in `fuse`.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from typing import Any

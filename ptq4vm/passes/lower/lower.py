@@ -3,8 +3,6 @@
 The two stay two nodes, so that a later pass can fold the quantize into whatever produced its input.
 """
 
-from __future__ import annotations
-
 import operator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Helpers of the fusing passes: read a lowered graph, rewrite it, record what was fused or left."""
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Sequence

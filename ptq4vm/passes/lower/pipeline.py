@@ -1,7 +1,5 @@
 """The lowering pipelines: from a calibrated graph to Q/DQ nodes, to integers, to fused operators."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import warnings

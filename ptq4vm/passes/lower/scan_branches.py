@@ -1,7 +1,5 @@
 """Matches one direction of a selective scan: projection, dt, convolution, gate, and the order of its tokens."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

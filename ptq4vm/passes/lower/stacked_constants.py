@@ -1,7 +1,5 @@
 """Stacks the constants of the K directions of a scan, with per-token values in natural order."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

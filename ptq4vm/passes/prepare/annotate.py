@@ -1,7 +1,5 @@
 """Inserts fake-quantizers at the sites of a graph: torchao's annotations for linears, convolutions and outputs."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from collections.abc import Callable

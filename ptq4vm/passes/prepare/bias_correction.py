@@ -4,8 +4,6 @@ Where a linear or a convolution has no bias of its own, the constant that is add
 of dt_proj belongs to the scan's step.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Shapes: B images (dynamic), L or H × W tokens, D channels in, N out, K weights 
 becomes K linears.
 """
 
-from __future__ import annotations
-
 import logging
 import string
 from collections.abc import Sequence

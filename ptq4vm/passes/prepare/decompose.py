@@ -3,8 +3,6 @@
 Shapes: x (B, L, C), or (B, C, H, W) where a 2-D convolution gave it.
 """
 
-from __future__ import annotations
-
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops

@@ -9,8 +9,6 @@ A parameter with other uses stays, and then `P_linear` takes the place of `P` in
 transposed stays as it is, under its transposition.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

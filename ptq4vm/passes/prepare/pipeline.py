@@ -1,7 +1,5 @@
 """The preparation pipeline: from a captured model to a graph with fake-quantizers that still do nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -6,8 +6,6 @@ without; r_L is in the step sizes of the states, which may differ from token to 
 whose rows take r_D for nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

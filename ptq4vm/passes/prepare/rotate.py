@@ -6,8 +6,6 @@ al. 2024, section 4: "online Hadamard"). Smoothing comes before it: a channel th
 spread over all of them too. Shapes: x (B, L, D), W (N, D).
 """
 
-from __future__ import annotations
-
 from torch.fx import GraphModule
 
 from ptq4vm import ops

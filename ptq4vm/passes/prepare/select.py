@@ -3,8 +3,6 @@
 Shapes: x (B, L, C), or (B, C, H, W) where a 2-D convolution made it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

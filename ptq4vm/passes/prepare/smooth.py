@@ -3,8 +3,6 @@
 Shapes: x (images, L, D), W (N, D).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ WARMUP = 3
 """Rounds that are run and not counted."""
 
 Seconds = tuple[float, float]
-"""On the wall, and of the CPU."""
+"""Wall time, and CPU time of all threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Timing:
     cpu_spread: float
     images_per_second: float
     clock: str
-    """The ratio's: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
+    """The ratio's clock: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
     ratio: float
     """The model's time over that of the first model in the same round."""
     ratio_spread: float
@@ -82,7 +82,7 @@ def compare(
 
 def _timing(name: str, own: list[Seconds], base: list[Seconds], inputs: Tensor) -> Timing:
     clock = int(torch.get_num_threads() == 1 and not inputs.is_cuda)
-    (median, spread), (cpu, cpu_spread) = (_summary([pair[place] for pair in own]) for place in (0, 1))
+    (median, spread), (cpu, cpu_spread) = map(_summary, zip(*own, strict=True))
     # a call can be shorter than a tick of a coarse clock
     ratio, ratio_spread = _summary([a[clock] / max(b[clock], 1e-9) for a, b in zip(own, base, strict=True)])
     return Timing(
@@ -102,7 +102,7 @@ def _timing(name: str, own: list[Seconds], base: list[Seconds], inputs: Tensor) 
 
 
 def machine() -> dict[str, Any]:
-    """Facts of this machine and its software that timings depend on."""
+    """Returns the facts of this machine and its software that timings depend on."""
     return {
         "platform": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -113,8 +113,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _summary(values: list[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
+def _summary(values: Sequence[float]) -> tuple[float, float]:
+    """Returns median and interquartile range."""
     if len(values) == 1:
         return values[0], 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

@@ -154,13 +154,13 @@ def nano():
 def findings(nano):
     plan = Plan(
         kinds=("quantized", "eager-fp32", "twin"),
-        others=("twin",),
+        others={"twin": nano[1]},
         batch_sizes=(1, 3),
         threads=(2, 1),
         repeats=2,
         sections=("layers",),
     )
-    return run("vim_nano", (3, 32, 32), *nano, plan, {"twin": nano[1]})
+    return run("vim_nano", (3, 32, 32), *nano, plan)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, 2**63])
@@ -207,7 +207,7 @@ def test_json_has_everything(findings):
 
 
 def test_text_names_threads_instruction_set_and_ratio(findings):
-    text = str(findings)
+    text = "\n".join(findings.lines())
     for words in (
         f"batch 3, 1 thread, {native.isa()} kernels",
         "2 threads",

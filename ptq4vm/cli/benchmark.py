@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> Outcome:
     kinds = (args.kind, *args.against)
     if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
         raise ValueError(f"{twice[0]} is given twice; a kind is compared with other ones")
-    others: dict[str, Any] = {name: sources.open_model(name, None) for name in args.against if sources.is_saved(name)}
+    others: dict[str, Any] = {
+        name: sources.open_model(name, None) for name in args.against if sources.is_model_folder(name)
+    }
     sections = {"layers": args.layers or args.picture is not None, "memory": args.memory}
     plan = Plan(
         kinds=kinds,

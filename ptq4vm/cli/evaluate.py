@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm.report import table
 
     names = [args.model] if args.against is None else [args.model, args.against]
-    if args.checkpoint is not None and all(map(sources.is_saved, names)):
+    if args.checkpoint is not None and all(map(sources.is_model_folder, names)):
         raise ValueError(f"--checkpoint is for a model given by name; {' and '.join(names)} has its own weights")
     sources.check_ema(args)
     models = [sources.open_model(name, args.checkpoint, args.ema) for name in names]

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm.backend import aot, native
     from ptq4vm.report import mebibytes
 
-    if not sources.is_saved(args.model):
+    if not sources.is_model_folder(args.model):
         raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
     if Path(args.output).suffix != ".pt2":
         raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")

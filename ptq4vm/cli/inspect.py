@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     """Inspects a file, a folder, or a model on images, as the path and the options ask."""
-    path, saved = Path(args.path), sources.is_saved(args.path)
+    path, saved = Path(args.path), sources.is_model_folder(args.path)
     if path.is_file():
         return _inspect_file(path, args)
     _check_options(args, saved)
@@ -65,7 +65,7 @@ def _check_options(args: argparse.Namespace, saved: bool) -> None:
             f"--ema is for a file of weights; {this}": alone and args.ema,
             f"--checkpoint is for --against or a model's name; {this}": alone and args.checkpoint is not None,
             f"--against is the name of the floating-point model, and {args.against} is a quantized one; "
-            "'ptq4vm evaluate' compares two of them": against and sources.is_saved(args.against),
+            "'ptq4vm evaluate' compares two of them": against and sources.is_model_folder(args.against),
             f"--against {images} --data-dir DIR with it": against and not data,
             f"--output {images} --data-dir DIR with it": output and not data,
             "--graph tells what is fused and --data-dir measures layers: give one of them": args.graph and data,

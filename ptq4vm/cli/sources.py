@@ -18,8 +18,8 @@ RANDOM = "random"
 """Stands for random weights in place of a file of weights."""
 
 
-def is_saved(name: str) -> bool:
-    """Returns whether a name is that of a folder with a saved model, of whatever kind: loading says what is wrong."""
+def is_model_folder(name: str) -> bool:
+    """Returns whether a name is that of a folder with files of a model; loading tells what is wrong with them."""
     from ptq4vm.checkpoint import CONFIG, WEIGHTS
 
     return any((Path(name) / file).exists() for file in (CONFIG, WEIGHTS))
@@ -32,7 +32,7 @@ def check_ema(args: argparse.Namespace) -> None:
 
 def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Module:
     """Returns a quantized model from its folder, or a floating-point one by its name in timm."""
-    if not is_saved(name):
+    if not is_model_folder(name):
         return named_model(name, checkpoint, ema)
 
     import ptq4vm
@@ -144,7 +144,7 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
 
     with stage("load"):
         torch.manual_seed(0)
-        if is_saved(name):
+        if is_model_folder(name):
             quantized = ptq4vm.load(name)
             try:
                 return build_model(record_of(quantized).architecture, name).eval(), quantized

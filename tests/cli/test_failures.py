@@ -42,7 +42,7 @@ def no_work(monkeypatch):
     def work(*args, **options):
         raise AssertionError("the work began")
 
-    for name in ("named_model", "open_model", "open_both", "is_saved"):
+    for name in ("named_model", "open_model", "open_both", "is_model_folder"):
         monkeypatch.setattr(sources, name, work)
 
 
@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_is_told_before_the_work(run, tmp_path, monkeypatch,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, "is_saved", lambda name: True)
+    monkeypatch.setattr(sources, "is_model_folder", lambda name: True)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     more = ("--csv", "times.csv") if command == "benchmark" else ()
     code, _, err = run(command, *COMMANDS[command], *more)

@@ -45,7 +45,7 @@ class Timing:
 
 
 def seconds_of(model: Callable[[Tensor], Any], inputs: Tensor) -> Seconds:
-    """Calls once; `benchmarks/speed/graphs.py` times a GPU, which works after the call has returned."""
+    """Returns the time of one call; `benchmarks/speed/graphs.py` times a GPU, which works after a call has returned."""
     wall, cpu = time.perf_counter(), time.process_time()
     model(inputs)
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -60,9 +60,25 @@ def compare(
     tick: Callable[[], Any] = lambda: None,
     stopwatch: Callable[[Callable[[Tensor], Any], Tensor], Seconds] = seconds_of,
 ) -> list[Timing]:
-    """Calls every model once a round, each round another one first; ratios are to the first of `models`.
+    """Calls every model once a round, each round another one first.
 
-    `tick` is called after every call of a model, which `stopwatch` makes.
+    Args:
+        models: callables by name; ratios are to the first.
+        inputs: the batch (B, ...) that all are called with.
+        warmup: rounds that do not count.
+        repeats: rounds that count.
+        tick: called after every call of a model.
+        stopwatch: makes a call and returns its seconds.
+
+    Returns:
+        The timing of each model, in order.
+
+    Raises:
+        ValueError: for no models, and for numbers of rounds that make no sense.
+
+    Example:
+        >>> [timing.name for timing in compare({"sin": torch.sin, "cos": torch.cos}, torch.ones(8, 3), repeats=2)]
+        ['sin', 'cos']
     """
     if not models:
         raise ValueError("there is nothing to compare: give at least one model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,18 +40,15 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
     from ptq4vm.metadata import record_of
 
     quantized: Any = ptq4vm.load(name)
-    architecture = record_of(quantized).architecture
-    # as timm's own models say it
-    quantized.pretrained_cfg = (architecture and architecture["preprocessing"]) or _preprocessing(name, quantized)
+    record = record_of(quantized)
+    preprocessing = record.architecture and record.architecture["preprocessing"]
+    quantized.pretrained_cfg = preprocessing or _imagenet_preprocessing(name, record.input_shapes)
     quantized.num_classes = _classes(quantized)  # its head may be another than that of the name
     return quantized
 
 
-def _preprocessing(name: str, quantized: GraphModule) -> dict[str, Any]:
+def _imagenet_preprocessing(name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
     """Returns the preprocessing of a model that timm does not know: its record has the size of its inputs alone."""
-    from ptq4vm.metadata import record_of
-
-    shapes = record_of(quantized).input_shapes
     if len(shapes) != 1 or len(shapes[0]) != 3:
         raise ValueError(f"{name} takes {' and '.join(map(str, shapes))}; the command line reads images of three axes")
     say(f"{name} does not tell its preprocessing, that of ImageNet's models is taken …")

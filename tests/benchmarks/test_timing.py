@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import doctest
 import json
 import time
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.speed import graphs, picture
 from benchmarks.speed.layers import Category
 from ptq4vm.backend import native
-from ptq4vm.benchmark import compare, machine
+from ptq4vm.benchmark import compare, machine, timing
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
 from ptq4vm.report import write_csv
@@ -85,6 +86,10 @@ def test_every_call_is_told():
     calls = []
     compare({"a": len, "b": len}, torch.zeros(1, 1), warmup=1, repeats=2, tick=lambda: calls.append(1))
     assert len(calls) == 6
+
+
+def test_examples_run():
+    assert doctest.testmod(timing).failed == 0
 
 
 def test_real_time_passes_without_gradients():

@@ -41,7 +41,7 @@ from benchmarks.subject import Subject
 from ptq4vm.backend import native
 from ptq4vm.config import QuantConfig
 from ptq4vm.data import open_dataset
-from ptq4vm.models.outliers import harden
+from ptq4vm.models.outliers import inject_outliers
 from ptq4vm.recipes import RECIPES
 from ptq4vm.report import model_bytes, table
 
@@ -53,7 +53,7 @@ def subject_of(name: str, variant: str, data_dir: str, test_images: int | None) 
     """A bundled model, as it is or made hard to quantize."""
     model = timm.create_model(name, pretrained=True).eval()
     if variant == "hard":
-        harden(model)
+        inject_outliers(model)
     return Subject(model, data_dir, test_images=test_images)
 
 

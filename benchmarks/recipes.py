@@ -1,4 +1,4 @@
-"""Configs by name: the recipes of `ptq4vm.recipes.RECIPES`, and ablations, each a recipe with one thing less or more."""
+"""Configs by name: the recipes of `ptq4vm.recipes`, and ablations, each a recipe with one thing less or more."""
 
 from __future__ import annotations
 

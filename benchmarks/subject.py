@@ -18,7 +18,7 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import Evaluation, evaluate, predictions
 from ptq4vm.graph.capture import capture
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.prepare.pipeline import prepare_captured
 
 CALIBRATION_BATCH = 32
@@ -75,7 +75,7 @@ class Subject:
         started = time.perf_counter()
         ptq4vm.calibrate(prepared, batches, progress=False)
         seconds = time.perf_counter() - started
-        blocks = record_of(prepared).blocks
+        blocks = metadata_of(prepared).blocks
         quantized = ptq4vm.convert(prepared)
         found = self.evaluate(ptq4vm.fuse(quantized) if fused else quantized)
         return Cost(quantized=quantized, evaluation=found, blocks=blocks, seconds=seconds)

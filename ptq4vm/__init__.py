@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ptq4vm.checkpoint import load, save
     from ptq4vm.config import QuantConfig
     from ptq4vm.finite import check_finite
+    from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
     from ptq4vm.specs import (
         ActivationSpec,
         Granularity,
@@ -28,26 +29,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "prepare": "api",
-    "calibrate": "api",
-    "convert": "api",
-    "fuse": "api",
-    "quantize": "api",
-    "save": "checkpoint",
-    "load": "checkpoint",
-    "check_finite": "finite",
-    "QuantConfig": "config",
-    "WeightSpec": "specs",
-    "ActivationSpec": "specs",
-    "Granularity": "specs",
-    "Learning": "specs",
-    "OutputQuantization": "specs",
-    "StateQuantization": "specs",
+_MODULES = {
+    "api": ("prepare", "calibrate", "convert", "fuse", "quantize"),
+    "checkpoint": ("save", "load"),
+    "config": ("QuantConfig",),
+    "finite": ("check_finite",),
+    "passes.calibrate.callbacks": ("CalibrationCallback",),
+    "specs": ("ActivationSpec", "Granularity", "Learning", "OutputQuantization", "StateQuantization", "WeightSpec"),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "ActivationSpec",
+    "CalibrationCallback",
     "Granularity",
     "Learning",
     "OutputQuantization",

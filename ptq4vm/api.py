@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.model_copy import own_tensors
 from ptq4vm.graph.verify import is_lowered
-from ptq4vm.metadata import Stage, prepared_record, update_record
+from ptq4vm.metadata import Stage, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
+from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, ProgressBar
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
@@ -28,7 +29,7 @@ _R = TypeVar("_R")
 
 
 def _with_gradients(verb: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The same verb, which computes the same whatever its caller has set: no_grad, inference_mode, autocast."""
+    """Returns the verb made independent of its caller's settings: no_grad, inference_mode, autocast."""
 
     @functools.wraps(verb)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -64,6 +65,7 @@ def calibrate(
     max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[CalibrationCallback] = (),
 ) -> GraphModule:
     """Finds smoothing vectors, scales and zero points, block by block; then `prepared` simulates the quantized model.
 
@@ -77,6 +79,7 @@ def calibrate(
         resume_dir: keeps every finished block in this folder: an interrupted run continues and ends with the same
             bytes. The folder is bound to the model, config, images, versions, kernels and number of threads.
         progress: shows progress bars.
+        callbacks: objects that follow the calibration, block by block and epoch by epoch.
 
     Returns:
         `prepared`.
@@ -85,7 +88,7 @@ def calibrate(
         ValueError: for a batch that does not fit, naming it; for values that are not finite, naming the layer; for a
             `resume_dir` of another run, naming what differs, or one that another process uses.
     """
-    return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress)
+    return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress, callbacks)
 
 
 def _calibrate(
@@ -95,17 +98,19 @@ def _calibrate(
     max_images: int | None,
     resume_dir: str | Path | None,
     progress: bool,
+    callbacks: Sequence[CalibrationCallback],
 ) -> GraphModule:
-    record = prepared_record(prepared)
+    metadata = prepared_metadata(prepared)
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
     linears = quantized_linears(prepared)
     images = collect_inputs(prepared, loader, max_images, ends, progress)
-    update_record(prepared, stage=Stage.PREPARED, blocks=())
+    update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
-    blocks = calibrate_blocks(prepared, linears, images, record.config, folder, progress)
-    return update_record(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
+    bar = (ProgressBar(),) if progress else ()
+    blocks = calibrate_blocks(prepared, linears, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
+    return update_metadata(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
 @_with_gradients
@@ -114,12 +119,12 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
     `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
     """
-    record = prepared_record(prepared)
-    if record.stage is not Stage.CALIBRATED:
+    metadata = prepared_metadata(prepared)
+    if metadata.stage is not Stage.CALIBRATED:
         raise RuntimeError(
             "the model is not calibrated: call ptq4vm.calibrate(prepared, loader) before ptq4vm.convert(prepared)"
         )
-    made = converted_graph(prepared, lowering_pipeline(record.config, integers=lower))
+    made = converted_graph(prepared, lowering_pipeline(metadata.config, integers=lower))
     if not lower:  # integer operators refuse gradients themselves
         made.register_forward_pre_hook(_refuse_gradients)
     return made
@@ -157,6 +162,7 @@ def quantize(
     max_images: int | None = None,
     resume_dir: str | Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[CalibrationCallback] = (),
 ) -> GraphModule:
     """prepare, calibrate and convert in one call; the first batch holds the example inputs.
 
@@ -171,7 +177,7 @@ def quantize(
         raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
     prepared = prepare(model, tuple(select_inputs(first[0], _input_names(model), "calibration batch 0")), config)
     items = itertools.chain(first, batches)
-    return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress))
+    return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress, callbacks))
 
 
 def _input_names(model: nn.Module) -> Sequence[str]:

@@ -1,8 +1,8 @@
-"""Saving and loading a quantized model: a folder with `model.safetensors` and `config.json`, never unpickled.
+"""Saves and loads quantized models: folders with `model.safetensors` and `config.json`, never unpickled.
 
-`model.safetensors` is the model: its tensors, its graph and its record (`ptq4vm.serialization.content`). It is replaced
-by one rename, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats
-the record for people and for programs that look for it.
+`model.safetensors` is the model: its tensors, graph and metadata (`ptq4vm.serialization.content`). One rename replaces
+it, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats the
+metadata for people and for programs that look for it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.fx import GraphModule
 
 from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph.verify import is_lowered
-from ptq4vm.metadata import FUSIONS, Stage, record_of
-from ptq4vm.serialization import version_1 as checkpoint_v1
+from ptq4vm.metadata import FUSIONS, Stage, metadata_of
+from ptq4vm.serialization import version_1
 from ptq4vm.serialization.content import (
     METHOD,
     CheckpointError,
     NotPortable,
     assemble,
-    describe_record,
+    describe_metadata,
     dumps,
     read_content,
 )
@@ -38,30 +38,34 @@ _log = logging.getLogger(__name__)
 def save(quantized: GraphModule, folder: str | Path) -> Path:
     """Writes a lowered model: `model.safetensors`, which is all of it, and `config.json`, which describes it.
 
-    A model that is there is replaced at once for whoever reads it, also if this process is killed; other files in the
-    folder stay as they are.
+    A reader finds the old model or the new one, even if this process is killed; other files in the folder stay.
 
     Args:
         quantized: a lowered graph, from `convert` or `load`.
-        folder: is made with its parents where it is missing.
+        folder: the folder to write to; it is made, with its parents, if it is missing.
 
     Returns:
         The folder's real path.
 
     Raises:
-        ValueError: for a graph that is not lowered, or that has something a file cannot hold, naming it.
-        FileExistsError: for a folder with a model or a config.json that ptq4vm did not write.
+        ValueError: the graph is not lowered, or has something that a file cannot hold, which is named.
+        FileExistsError: the folder has a model or a config.json that ptq4vm did not write.
 
     Example:
-        >>> ptq4vm.save(quantized, "vim-tiny-w8a8")  # doctest: +SKIP
+        >>> import tempfile, torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(4, 5, 8)
+        >>> quantized = ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in ptq4vm.save(quantized, folder).iterdir())
+        ['config.json', 'model.safetensors']
     """
-    record, folder = record_of(quantized), free_folder(folder)
+    metadata, folder = metadata_of(quantized), free_folder(folder)
     if FUSIONS in quantized.meta:
         raise ValueError("a fused model is laid out for this machine: save the one that ptq4vm.fuse was given")
-    if record.stage is not Stage.CONVERTED or not is_lowered(quantized):
+    if metadata.stage is not Stage.CONVERTED or not is_lowered(quantized):
         raise ValueError("only lowered models are saved: call ptq4vm.convert(prepared) without lower=False")
     data = dumps(quantized)
-    config = describe_record(record) | {"model_sha256": read_content(data)["sha256"]}
+    config = describe_metadata(metadata) | {"model_sha256": read_content(data)["sha256"]}
     for path in leftovers(folder):
         _log.warning("%s was left by a process that was killed while it saved a model here: delete it", path)
     replace_file(folder / WEIGHTS, lambda temporary: temporary.write_bytes(data))
@@ -70,7 +74,7 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
 
 
 def free_folder(folder: str | Path) -> Path:
-    """The folder's real path, if a model may be saved there: it holds a model of ours, or no model."""
+    """Returns the folder's real path if it has no model, or one of ptq4vm's; else raises FileExistsError."""
     path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another folder")
@@ -81,7 +85,7 @@ def free_folder(folder: str | Path) -> Path:
 
 
 def is_saved(folder: str | Path) -> bool:
-    """Whether the folder holds a quantized model of ours, whole or damaged."""
+    """Whether a folder holds a quantized model of ptq4vm's, whole or damaged."""
     config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
         if json.loads(config.read_text())["quantization_config"]["quant_method"] == METHOD:
@@ -96,30 +100,36 @@ def is_saved(folder: str | Path) -> bool:
 
 
 def load(folder: str | Path, *, model: nn.Module | None = None, operators: Sequence[str] = ()) -> GraphModule:
-    """The saved model; its outputs equal those of the saved one bit for bit on the same machine and threads.
+    """Loads a saved model; its outputs equal those of the saved one bit for bit on the same machine and threads.
 
     The model's code is not needed, nor timm, nor a network, and nothing is unpickled.
 
     Args:
-        folder: what `save` wrote; `model.safetensors` alone is enough.
-        model: the floating-point model, of any weights, for a folder of format version 1 that timm cannot build. Those
-            folders have no graph; later ones need no model.
-        operators: names of operators that the graph may call besides those of ptq4vm and aten that do nothing but
-            compute, such as "mylib::filter.default", which your code registers.
+        folder: a folder that `save` wrote; `model.safetensors` alone is enough.
+        model: the floating-point model, of any weights, for a folder of format version 1, which has no graph, if timm
+            cannot build the model. Later folders need none.
+        operators: names of operators that your code registers and the graph may call, such as "mylib::filter.default".
+            Operators of ptq4vm, and those of aten that do nothing but compute, are always allowed.
 
     Returns:
         The lowered graph, on the CPU. Outputs that were in a class of their own come in a dict.
 
     Raises:
-        CheckpointError: with the file's name and the way out, for what is missing, truncated, edited or newer, and for
-            an operator that is not allowed.
+        CheckpointError: the model is missing, truncated, edited or newer, or calls an operator that is not allowed; the
+            message names the file and the way out.
 
     Example:
-        >>> logits = ptq4vm.load("vim-tiny-w8a8")(images)  # doctest: +SKIP
+        >>> import tempfile, torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(4, 5, 8)
+        >>> quantized = ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     loaded = ptq4vm.load(ptq4vm.save(quantized, folder))
+        >>> torch.equal(loaded(images), quantized(images))
+        True
     """
     try:
         return _load(Path(folder), model, operators)
-    except checkpoint_v1.OtherVersionError:  # version 2 took its place between the two files
+    except version_1.OtherVersionError:  # a model of version 2 was written between the reads of the two files
         return _load(Path(folder), model, operators)
 
 
@@ -130,7 +140,7 @@ def _load(folder: Path, model: nn.Module | None, operators: Sequence[str]) -> Gr
         _compare_config(folder / CONFIG, content)
         return assemble(content, data, operators)
     except NotPortable:
-        return checkpoint_v1.load(folder, data, model)
+        return version_1.load(folder, data, model)
     except CheckpointError as error:
         raise CheckpointError(
             f"{folder / WEIGHTS}: {error}; copy the folder again or quantize the model again"
@@ -138,10 +148,10 @@ def _load(folder: Path, model: nn.Module | None, operators: Sequence[str]) -> Gr
 
 
 def _compare_config(path: Path, content: dict[str, Any]) -> None:
-    """Refuses a config.json that is of this model and says something else: it was edited, in vain."""
+    """Refuses a config.json of this model that says something else: it was edited, which has no effect."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        # one of version 1 is here where a process was killed that replaced it
+        # a config.json of version 1 is left if a process was killed while it replaced such a model
         same = (config.get("model_sha256") or config["weights_sha256"]) == content["sha256"]
     except FileNotFoundError:
         return
@@ -153,8 +163,8 @@ def _compare_config(path: Path, content: dict[str, Any]) -> None:
     changed = [key for key, value in content["model"].items() if config.get(key) != value]
     if changed:
         raise CheckpointError(
-            f"{path} beside it was edited ({', '.join(changed)}); it only repeats what {WEIGHTS} holds, so that an "
-            "edit changes nothing: undo it or delete the file"
+            f"{path} beside it was edited ({', '.join(changed)}); it only repeats {WEIGHTS}, so that an edit changes "
+            "nothing: undo it or delete the file"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is installed, which implementation each operator has, and whether the operators compute what they should."""
+"""Reports installed versions and the implementation of each operator, and checks the operators' results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REFERENCE = "PyTorch reference"
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions (None where a package is missing), the machine, and who computes each operator."""
+    """Returns versions (None for a missing package), the machine, and the implementation of each operator."""
     names = sorted(f"ptq4vm::{schema.split('(', 1)[0]}" for schema in ops.SCHEMAS)
     return {
         "versions": {
@@ -41,9 +41,9 @@ def diagnose() -> dict[str, Any]:
 
 
 def wrong_bits() -> list[int]:
-    """The bits at which quantize and linear differ from int64, on the CPU and on a GPU where there is one.
+    """Returns the bits at which quantize and linear differ from int64 arithmetic, on the CPU and on a GPU if any.
 
-    Scales are powers of two, so equality is exact.
+    Scales are powers of two, so the results must be equal.
     """
     random = torch.Generator().manual_seed(0)
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -71,13 +71,13 @@ def _gpus() -> range:
 
 
 def _gpu(device: int) -> dict[str, Any]:
-    """Its name and compute capability, and whether the native library has code for it."""
+    """Returns name and compute capability of a GPU, and whether the native library has code for it."""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return {"name": torch.cuda.get_device_name(device), "capability": capability, "native": native.serves(device)}
 
 
 def _implementation(operator: str) -> str:
-    """That of tensors on the devices that are here."""
+    """Returns the implementations of an operator on this machine's devices."""
     found = [f"CPU ({native.isa()})"] if _has_kernel(operator, "CPU") else []
     on_gpus = {_implementation_on_gpu(operator, device) for device in _gpus()}
     if on_gpus - {REFERENCE}:

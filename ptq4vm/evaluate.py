@@ -1,4 +1,4 @@
-"""Accuracy of a classifier, and its agreement with another one."""
+"""Measures the accuracy of a classifier, and its agreement with another one."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,14 +20,19 @@ class Evaluation:
 
     images: int
     top1: float
-    top5: float | None  # None below six classes, where it says nothing
-    agreement: float | None  # images whose first class is also that of the reference
-    divergence: float | None  # mean KL divergence of the predicted classes from the reference's, in nats
-    loss: float | None  # mean cross-entropy
-    seconds: float  # reading and preprocessing included
+    top5: float | None
+    """None below six classes, where it says nothing."""
+    agreement: float | None
+    """Images whose first class equals the reference's; None without a reference."""
+    divergence: float | None
+    """Mean KL divergence KL(reference ‖ model) of the predicted classes, in nats; None without a reference."""
+    loss: float | None
+    """Mean cross-entropy, in nats."""
+    seconds: float
+    """Time, with reading and preprocessing."""
     nonfinite: int = 0
-    """Images whose pixels, logits or reference logits hold NaN or infinity. They count as wrong and as not agreeing;
-    while there is any, `divergence` and `loss` are None, since a mean of the others would hide it."""
+    """Images whose pixels, logits or reference logits hold NaN or infinity. They count as wrong and as not agreeing.
+    If there are any, `divergence` and `loss` are None, since a mean of the others would hide them."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,17 +47,30 @@ def evaluate(
     description: str = "evaluate",
     check_finite: bool = False,
 ) -> Evaluation:
-    """Run the model, in the mode it is in, over every batch.
+    """Runs a classifier over every batch and compares its predictions with the classes.
 
     Args:
+        model: the classifier, run in the mode it is in.
         loader: batches of images (B, ...) and their classes (B,).
         reference_predictions: the logits (images, classes) of another model for the same images in the same order.
+        progress: show a progress bar on a terminal.
+        description: text before the bar.
         check_finite: raise at the first image whose pixels, logits or reference logits are not finite, instead of
             counting such images.
 
+    Returns:
+        The figures.
+
     Raises:
-        ValueError: no images, other images or classes than the reference has, a class the model does not have, or, with
-            `check_finite`, the position of an image that holds NaN or infinity and what of it does.
+        ValueError: there are no images, or a class that the model does not have; or the reference has other images or
+            classes; or, with `check_finite`, an image holds NaN or infinity, and the message has its position.
+
+    Example:
+        >>> model = nn.Linear(2, 2, bias=False)
+        >>> model.weight.data = torch.eye(2)
+        >>> batches = [(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0]))]
+        >>> evaluate(model, batches, progress=False).top1
+        50.0
     """
     images = correct = among_five = agreeing = nonfinite = 0
     loss = divergence = 0.0
@@ -106,7 +124,7 @@ def _check_target(target: Tensor, classes: int) -> None:
 
 
 def _reference(predictions: Tensor | None, start: int, logits: Tensor) -> Tensor | None:
-    """The reference's logits for a batch; None where it has none, or other totals, which is said at the end."""
+    """Returns the reference's logits for a batch; None without a reference, or if it is too short."""
     if predictions is None:
         return None
     if predictions.ndim != 2 or predictions.shape[1] != logits.shape[1]:
@@ -125,31 +143,43 @@ def _raise_at(sound: Mapping[str, Tensor], start: int) -> None:
 
 
 def _divergence(expected: Tensor, logits: Tensor) -> float:
-    """KL(reference ‖ model), summed over the images, never below the zero that equal logits have."""
+    """Returns KL(reference ‖ model), summed over the images, and at least zero, its value for equal logits."""
     pair = nn.functional.log_softmax(logits.double(), 1), nn.functional.log_softmax(expected.double(), 1)
     return max(0.0, float(nn.functional.kl_div(*pair, reduction="sum", log_target=True)))
 
 
 def predictions(model: nn.Module, loader: Batches) -> Tensor:
-    """The logits of every image, (images, classes), on the CPU."""
+    """Returns the logits of every image, (images, classes), on the CPU.
+
+    Args:
+        model: the classifier, run in the mode it is in.
+        loader: batches of images (B, ...) and their classes (B,).
+
+    Raises:
+        ValueError: there are no images, or the outputs are no logits.
+
+    Example:
+        >>> predictions(nn.Flatten(), [(torch.ones(3, 1, 2), torch.zeros(3))]).shape
+        torch.Size([3, 2])
+    """
     return torch.cat([logits.cpu() for _, logits, _ in _run(model, loader, progress=False, description="")])
 
 
 def _run(
     model: nn.Module, loader: Batches, progress: bool, description: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Images, float32 logits and classes of every batch, the latter two where the model is."""
+    """Yields images, float32 logits and classes of every batch, the latter two on the model's device."""
     from tqdm import tqdm
 
     device = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
     empty = True
-    # None: no bar where the output is not a terminal. The bar is closed whatever ends the loop.
+    # disable=None shows no bar where the output is no terminal
     with tqdm(loader, desc=description, disable=None if progress else True, unit="batch") as batches:
         for images, target in batches:
             with torch.inference_mode():
                 logits = model(images.to(device))
             if logits.ndim != 2:
-                raise ValueError(f"a classifier gives (images, classes), this model gave {tuple(logits.shape)}")
+                raise ValueError(f"a classifier returns (images, classes), this model returned {tuple(logits.shape)}")
             empty = False
             yield images, logits.float(), target.to(device)
     if empty:

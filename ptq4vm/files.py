@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half, whatever ends the process or the machine."""
+"""Replaces files so that they are old or new, never half written, whatever ends the process or the machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write` makes the file under a temporary name, which is renamed once it is complete and on the disk."""
+    """Calls `write` with a temporary path, and renames the file once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -37,7 +37,7 @@ def _flush(path: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """Temporary files in a folder, and folders beside it, of processes that were killed while they wrote."""
+    """Returns temporary files in a folder, and folders beside it, of processes that were killed while they wrote."""
     inside = folder.glob(".*.tmp") if folder.is_dir() else ()
     beside = folder.parent.glob(f".{folder.name}.*") if folder.parent.is_dir() else ()
     found = []

@@ -1,4 +1,4 @@
-"""NaN and infinity at the ends of a model: an integer model hides them, since codes have no value for either."""
+"""Detects NaN and infinity in inputs and outputs; an integer model hides them, since codes have no value for either."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from torch.utils._pytree import tree_leaves
 
 
 def finite_rows(x: Tensor) -> Tensor:
-    """Whether all values of an image are finite: x (B, ...), the result (B,) of booleans."""
-    return (
-        x.reshape(len(x), -1).isfinite().all(dim=1)
-        if x.numel()
-        else torch.ones(len(x), dtype=torch.bool, device=x.device)
-    )
+    """Returns whether all values of each image are finite: x (B, ...) → booleans (B,)."""
+    if not x.numel():
+        return torch.ones(len(x), dtype=torch.bool, device=x.device)
+    return x.reshape(len(x), -1).isfinite().all(dim=1)
 
 
 def check_finite(model: nn.Module) -> nn.Module:
-    """Make a model refuse inputs that hold NaN or infinity, and outputs that do.
+    """Makes a model refuse inputs and outputs that hold NaN or infinity.
 
-    Without it a quantized model returns finite logits for such an image: NaN becomes the code 0, infinity the largest
-    or smallest code. The check costs one pass over inputs and outputs. It belongs to this object alone: what is
-    saved or fused from it does not check.
+    Without the check a quantized model returns finite logits for such an image: NaN becomes the code 0, infinity the
+    largest or smallest code. The check costs one pass over inputs and outputs. It belongs to this object alone: models
+    that are saved, loaded or fused from it do not check.
 
     Args:
         model: any module whose inputs have the images on their first axis; it is changed in place.
@@ -32,7 +30,13 @@ def check_finite(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: in `forward`, with the position of the image.
+        ValueError: raised by `forward`, with the position of the image.
+
+    Example:
+        >>> model = check_finite(nn.ReLU())
+        >>> model(torch.tensor([[1.0], [torch.nan]]))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: ReLU: the input of image 1 of the batch, (2, 1), holds NaN or infinity, ...
     """
     model.register_forward_pre_hook(_check_inputs, with_kwargs=True)
     model.register_forward_hook(_check_outputs)

@@ -1,4 +1,4 @@
-"""What a prepared or quantized graph knows about itself: kept in `GraphModule.meta`, written to config.json."""
+"""Metadata of a prepared or quantized graph: kept in `GraphModule.meta`, written to config.json."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ptq4vm.config import QuantConfig
 _KEY = "ptq4vm"
 
 FUSIONS = "ptq4vm.fusions"
-"""The key in a fused graph's `meta` of every `ptq4vm.passes.lower.patterns.Fusion`."""
+"""Key in a fused graph's `meta` of every `ptq4vm.passes.lower.patterns.Fusion`."""
 
 
 class Stage(enum.StrEnum):
-    """How far a graph has come; what `convert` gives is converted, with integers or with Q/DQ nodes."""
+    """Stage of a graph; `convert` returns converted graphs, with integers or with Q/DQ nodes."""
 
     PREPARED = "prepared"
     CALIBRATED = "calibrated"
@@ -28,8 +28,8 @@ class Stage(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinearRecord:
-    """A quantized linear: (B, tokens, in_features) → (B, tokens, out_features)."""
+class LinearMetadata:
+    """Quantized linear: (B, tokens, in_features) → (B, tokens, out_features)."""
 
     name: str
     tokens: int
@@ -38,56 +38,56 @@ class LinearRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """Where a graph comes from, and what was decided about it."""
+class QuantizationMetadata:
+    """Origin of a graph, and the decisions about its quantization."""
 
     config: QuantConfig
-    linears: tuple[LinearRecord, ...]
+    linears: tuple[LinearMetadata, ...]
     input_shapes: tuple[tuple[int, ...], ...]
     """Shapes of the inputs, without the batch."""
     architecture: dict[str, Any] | None
-    """timm's name, arguments and preprocessing of the model; None for a model that timm cannot build."""
+    """Name, arguments and preprocessing of the model in timm; None for a model that timm cannot build."""
     stage: Stage = Stage.PREPARED
     blocks: tuple[dict[str, Any], ...] = ()
-    """One report of calibration a block: its linears, and the losses before and after learning."""
+    """One report of calibration per block: its linears, and the losses before and after learning."""
 
 
-def record_of(gm: GraphModule) -> Record:
-    """Raises TypeError for a graph that `ptq4vm.prepare` did not make."""
-    record = getattr(gm, "meta", {}).get(_KEY)
-    if not isinstance(record, Record):
+def metadata_of(gm: GraphModule) -> QuantizationMetadata:
+    """Returns a graph's metadata; raises TypeError for a graph that `ptq4vm.prepare` did not make."""
+    metadata = getattr(gm, "meta", {}).get(_KEY)
+    if not isinstance(metadata, QuantizationMetadata):
         raise TypeError(f"expected a graph from ptq4vm.prepare or ptq4vm.convert, got {type(gm).__name__}")
-    return record
+    return metadata
 
 
-def prepared_record(gm: GraphModule) -> Record:
-    """Raises TypeError for a graph that is converted already."""
-    record = record_of(gm)
-    if record.stage is Stage.CONVERTED:
-        raise TypeError("expected a graph from ptq4vm.prepare, got one that ptq4vm.convert has made from it")
-    return record
+def prepared_metadata(gm: GraphModule) -> QuantizationMetadata:
+    """Returns a graph's metadata; raises TypeError also for a graph that is converted already."""
+    metadata = metadata_of(gm)
+    if metadata.stage is Stage.CONVERTED:
+        raise TypeError("expected a graph from ptq4vm.prepare, got one that ptq4vm.convert has converted")
+    return metadata
 
 
-def set_record(gm: GraphModule, record: Record) -> GraphModule:
-    gm.meta[_KEY] = record
+def set_metadata(gm: GraphModule, metadata: QuantizationMetadata) -> GraphModule:
+    gm.meta[_KEY] = metadata
     return gm
 
 
-def update_record(gm: GraphModule, **changes: Any) -> GraphModule:
-    return set_record(gm, dataclasses.replace(record_of(gm), **changes))
+def update_metadata(gm: GraphModule, **changes: Any) -> GraphModule:
+    return set_metadata(gm, dataclasses.replace(metadata_of(gm), **changes))
 
 
 _PREPROCESSING = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 
 
 def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...]) -> dict[str, Any] | None:
-    """timm's name for the model, and the arguments in which it differs from that name's defaults."""
+    """Returns timm's name for the model, and the arguments in which it differs from that name's defaults."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture")
     if not name or len(input_shapes) != 1 or len(input_shapes[0]) != 3:
         return None
     channels, height, width = input_shapes[0]
-    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # our models know what they were asked for
+    arguments: dict[str, Any] = dict(getattr(model, "model_args", {}))  # ours have the arguments of `create_model`
     if "num_classes" in cfg:  # a backbone has none
         arguments["num_classes"] = getattr(model, "num_classes", cfg["num_classes"])
     default_channels, *default_size = cfg.get("input_size", (3, 224, 224))

@@ -1,4 +1,4 @@
-"""Results as aligned text, JSON and CSV, and what a lowered graph has to tell about itself."""
+"""Writes results as aligned text, JSON and CSV, and describes the linears of a lowered graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.text import escaped
 
@@ -25,7 +25,19 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
-    """Aligned text, numbers to the right; `columns` gives the keys to show and their headings, else all are shown."""
+    """Returns rows as aligned text, numbers to the right.
+
+    Args:
+        rows: values by key.
+        columns: headings by the keys to show; None shows all keys.
+
+    Example:
+        >>> print(table([{"name": "a", "bits": 4}, {"name": "bc", "bits": 8}]))
+        name  bits
+        ----  ----
+        a        4
+        bc       8
+    """
     columns = columns or {key: key for key in _keys(rows)}
     cells = [list(map(escaped, columns.values()))] + [[_text(row.get(key)) for key in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -45,7 +57,7 @@ def mebibytes(count: int | None) -> str:
 
 
 def to_json(value: Any) -> str:
-    """JSON of everybody: null for NaN and infinity, for which it has no words, and no raw control characters."""
+    """Returns strict JSON: null for NaN and infinity, and no raw control characters."""
     return json.dumps(_finite(value), indent=2, allow_nan=False)
 
 
@@ -58,13 +70,13 @@ def _finite(value: Any) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """A file that exists is replaced only once the new one is complete."""
+    """Writes JSON; a file that exists is replaced only once the new one is complete."""
     text = to_json(value) + "\n"
     replace_file(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
-    """One line a row under the keys of all rows; as careful as `write_json`."""
+    """Writes one line per row under the keys of all rows, and replaces files as `write_json` does."""
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -76,9 +88,9 @@ def write_csv(path: str | Path, rows: Sequence[Row]) -> None:
 
 
 def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
-    """What each integer linear of a lowered graph became; scales and smoothing are None where there are none."""
-    record = record_of(quantized)
-    facts = {linear.name: linear for linear in record.linears}
+    """Returns shape, bits and scales of each integer linear; scales and smoothing are None where there are none."""
+    metadata = metadata_of(quantized)
+    facts = {linear.name: linear for linear in metadata.linears}
     rows = []
     for node in quantized.graph.find_nodes(op="call_function", target=ops.linear.default):
         codes, scale, _, weight = node.args[:4]
@@ -92,21 +104,24 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
                 "tokens": facts[name].tokens,
                 "in": facts[name].in_features,
                 "out": facts[name].out_features,
-                "weight_bits": record.config.weight(name).bits,
-                "activation_bits": record.config.activation(name).bits,
-                "granularity": str(record.config.activations.granularity),
+                "weight_bits": metadata.config.weight(name).bits,
+                "activation_bits": metadata.config.activation(name).bits,
+                "granularity": str(metadata.config.activations.granularity),
                 "weight_bytes": integers.numel() * integers.element_size(),
-                "input_scale_min": None if input_scale is None else input_scale.min().item(),
-                "input_scale_max": None if input_scale is None else input_scale.max().item(),
-                "smooth_min": None if smooth is None else smooth.min().item(),
-                "smooth_max": None if smooth is None else smooth.max().item(),
             }
+            | _range("input_scale", input_scale)
+            | _range("smooth", smooth)
         )
     return rows
 
 
+def _range(name: str, values: Tensor | None) -> dict[str, float | None]:
+    low, high = (None, None) if values is None else (values.min().item(), values.max().item())
+    return {f"{name}_min": low, f"{name}_max": high}
+
+
 def model_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each counted once."""
+    """Returns the bytes of all parameters and buffers, each counted once."""
     tensors = chain(module.parameters(), module.buffers())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -62,7 +62,7 @@ class RangeSearch(enum.StrEnum):
     SQUARED_ERROR = "squared_error"
     """The truncation with the least squared error (PTQ4VM section 4.3, stage 2)."""
     RELEASED = "released"
-    """The search of PTQ4VM's released code, to be measured against; see `ptq4vm.passes.calibrate.range_search`."""
+    """The search of PTQ4VM's released code, to be measured against; see `ptq4vm.quantizers.range_search`."""
 
 
 class Loss(enum.StrEnum):

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 import ptq4vm
 from ptq4vm import Granularity, Learning, QuantConfig, calibrate, convert, fuse, prepare
 from ptq4vm.graph.capture import CaptureError
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 
 CONFIGS = {
     "w8a8": QuantConfig.w8a8(learning=Learning(epochs=1)),
@@ -102,12 +102,12 @@ def test_quantize_is_all_three(small_vim, images):
 
 
 def test_the_default_is_eight_bits(small_vim, images):
-    assert record_of(prepare(small_vim, (images,))).config == QuantConfig.w8a8()
+    assert metadata_of(prepare(small_vim, (images,))).config == QuantConfig.w8a8()
 
 
 def test_what_is_excluded_stays_in_floating_point(small_vim, images):
     config = QuantConfig(exclude=("layers.0.*", "*.dt_proj*"))
-    names = [linear.name for linear in record_of(prepare(small_vim, (images,), config)).linears]
+    names = [linear.name for linear in metadata_of(prepare(small_vim, (images,), config)).linears]
     assert names == [f"layers.1.mixer.{name}" for name in ("in_proj", "x_proj", "x_proj_b", "out_proj")]
 
 
@@ -121,7 +121,7 @@ def test_linears_outside_the_blocks_stay_in_floating_point():
         def forward(self, x):
             return self.head(self.layers[0](self.stem(x)))
 
-    (linear,) = record_of(prepare(Model(), (normal(2, 5, 6),))).linears
+    (linear,) = metadata_of(prepare(Model(), (normal(2, 5, 6),))).linears
     assert linear.name == "layers.0.0"
 
 
@@ -203,7 +203,7 @@ def test_a_prepared_model_moved_under_inference_mode_learns_afterwards():
         for module in prepared.modules():
             module._parameters.update({name: nn.Parameter(value.clone()) for name, value in module._parameters.items()})
     assert all(parameter.is_inference() for parameter in prepared.parameters())
-    report = record_of(calibrate(prepared, [normal(8, 5, 8)], progress=False)).blocks
+    report = metadata_of(calibrate(prepared, [normal(8, 5, 8)], progress=False)).blocks
     assert report[0]["loss_after"] < report[0]["loss_before"]
 
 
@@ -276,7 +276,7 @@ def test_an_accumulator_that_could_overflow_is_an_error():
     model, x = nn.Sequential(nn.Linear(65536, 1, bias=False)), torch.zeros(2, 1, 65536)
     with pytest.raises(ValueError, match="65536 channels at W8A8 can overflow an int32 accumulator; use fewer bits"):
         prepare(model, (x,))
-    assert len(record_of(prepare(model, (x,), QuantConfig.w8a8(weights={"bits": 7}))).linears) == 1
+    assert len(metadata_of(prepare(model, (x,), QuantConfig.w8a8(weights={"bits": 7}))).linears) == 1
 
 
 def test_converting_before_calibrating_is_an_error(roads):

@@ -1,4 +1,4 @@
-"""Laws of a saved folder: what it holds, who may write it, and what a reader finds whatever happens to the writer."""
+"""Laws of a saved folder: its contents, who may write it, and what a reader finds whatever happens to the writer."""
 
 import json
 import logging
@@ -268,7 +268,7 @@ def test_what_others_add_to_config_json_is_no_obstacle(saved):
 
 
 def test_a_config_json_of_another_model_is_said_and_not_read(roads, images, saved, tmp_path, caplog):
-    """As a process that was killed between the two files leaves it."""
+    """Makes the folder that a process leaves if it is killed between the two files."""
     other = save(convert(roads.calibrated(W8A8)), tmp_path / "other")
     (saved / "config.json").write_bytes((other / "config.json").read_bytes())
     assert torch.equal(load(saved)(images), convert(roads.calibrated(W4A4))(images))

@@ -22,7 +22,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 class Numbered:
-    """Image number i is the number i; its class is i modulo `classes`."""
+    """Dataset whose image number i is the number i, of class i modulo `classes`."""
 
     def __init__(self, size: int, classes: int) -> None:
         self.targets = [index % classes for index in range(size)]
@@ -37,7 +37,7 @@ class Numbered:
 
 
 def tree(root, *images: str) -> str:
-    """A folder with one image at each path, grey levels 0, 1, 2 ... in the order given."""
+    """Writes one image at each path, grey levels 0, 1, 2 ... in the order given, and returns the folder."""
     for level, name in enumerate(images):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4), level).save(root / name)
@@ -116,7 +116,7 @@ JUNK = [".ipynb_checkpoints", "__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN"
 
 @given(st.data())
 def test_no_folder_moves_the_class_of_an_image(data):
-    """Every label is that of the clean folder, or opening is refused."""
+    """Every label equals the clean folder's, or opening is refused."""
     ids = data.draw(st.booleans(), label="ImageNet's ids")
     classes = ["n01440764", "n01443537", "n15075141"] if ids else ["1", "10", "2"]
     places = {"n01440764": 0, "n01443537": 1, "n15075141": 999} if ids else {"1": 0, "10": 1, "2": 2}
@@ -251,7 +251,7 @@ def test_a_model_gets_the_images_that_timm_would_give_it(size):
 
 @pytest.mark.parametrize("shape", [(40, 40), (60, 33), (9, 71)])
 def test_the_transform_is_resizing_and_cropping_and_nothing_drawn(shape):
-    """What training does beside it (random crops, flips, colours, erasing) would make every accuracy wrong."""
+    """Augmentation, as in training (random crops, flips, colours, erasing), would make every accuracy wrong."""
     model = nn.Module()
     model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "crop_pct": 0.8}
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*shape, 3), dtype=np.uint8))

@@ -14,7 +14,7 @@ from ptq4vm.evaluate import evaluate, predictions
 
 
 def batches(logits: torch.Tensor, target: torch.Tensor, size: int):
-    """The identity is the model: what it is given are its logits."""
+    """Evaluates the identity, whose logits are its inputs."""
     return list(zip(logits.split(size), target.split(size), strict=True))
 
 
@@ -81,7 +81,7 @@ def test_divergence_is_that_of_the_model_from_the_reference(task, seed):
 
 @given(tasks(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
 def test_no_figure_hides_what_is_not_finite(task, value, data):
-    """Such images are counted, are wrong and agree with nothing, whether the model made them so or the reference."""
+    """Images with NaN count as wrong and agree with nothing, whether it comes from the model or from the reference."""
     logits, target = task
     images, classes = logits.shape
     broken = {
@@ -117,7 +117,7 @@ def test_no_figure_hides_what_is_not_finite(task, value, data):
 
 
 def test_a_quantized_model_that_hides_nan_does_not_equal_its_original(roads, images):
-    """Its logits are finite where those in floating point are NaN: codes have no value for it."""
+    """A quantized model's logits are finite where they are NaN in floating point: codes have no value for NaN."""
     quantized = convert(roads.calibrated(QuantConfig.minmax(8)))
     spoiled, target = images.clone(), torch.zeros(len(images), dtype=torch.int64)
     spoiled[2, 0, 3, 3], spoiled[7, 1, 0, 0] = math.nan, math.inf
@@ -176,7 +176,7 @@ def test_a_class_the_model_does_not_have_is_an_error():
 
 
 def test_a_model_that_is_not_a_classifier_is_an_error():
-    with pytest.raises(ValueError, match=r"this model gave \(2, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"this model returned \(2, 3, 4\)"):
         quiet(torch.zeros(2, 3, 4), torch.zeros(2, dtype=torch.int64))
 
 

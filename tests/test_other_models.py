@@ -10,7 +10,7 @@ from helpers.strategies import normal
 from torch import Tensor, nn
 
 from ptq4vm import Learning, QuantConfig, calibrate, convert, load, prepare, save
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 
 
 def travel(model: nn.Module, x: Tensor, config: QuantConfig, folder, *, model_for_load: nn.Module | None) -> list:
@@ -24,7 +24,7 @@ def travel(model: nn.Module, x: Tensor, config: QuantConfig, folder, *, model_fo
         torch.testing.assert_close(prepared(x[:images]), model(x[:images]), rtol=1e-4, atol=1e-5)
     calibrate(prepared, [x[:2]], progress=False)
     quantized = convert(prepared)
-    linears = record_of(prepared).linears
+    linears = metadata_of(prepared).linears
     assert check(prepared, x) == len(linears)
     assert torch.isfinite(quantized(x)).all()
     assert torch.equal(convert(prepared, lower=False)(x), prepared(x))
@@ -204,7 +204,7 @@ def test_transformers_take_the_same_road(name, tmp_path):
 def test_between_the_stages_nothing_is_quantized():
     architecture, options, size, _ = SMALL["swin"]
     model = timm.create_model(architecture, **options)
-    names = [linear.name for linear in record_of(prepare(model, (normal(2, 3, size, size),))).linears]
+    names = [linear.name for linear in metadata_of(prepare(model, (normal(2, 3, size, size),))).linears]
     assert all(".blocks." in name for name in names)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import ptq4vm
 from ptq4vm.config import QuantConfig
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
 from ptq4vm.specs import Granularity
 
@@ -50,7 +50,7 @@ def test_json_survives_a_round_trip(tmp_path_factory, value):
 
 @given(st.recursive(st.floats(), lambda inner: st.lists(inner) | st.dictionaries(words, inner)))
 def test_json_has_no_words_of_its_own(value):
-    """NaN and infinity are null: strict readers refuse the file otherwise."""
+    """NaN and infinity become null: strict readers refuse the file otherwise."""
 
     def refuse(word):
         raise AssertionError(word)
@@ -93,7 +93,8 @@ def test_the_rows_of_a_graph_are_its_linears(small_vim, images, granularity, smo
     quantized = ptq4vm.quantize(small_vim, [images], config, progress=False)
     found = linear_rows(quantized)
     assert [(row["name"], row["tokens"], row["in"], row["out"]) for row in found] == [
-        (linear.name, linear.tokens, linear.in_features, linear.out_features) for linear in record_of(quantized).linears
+        (linear.name, linear.tokens, linear.in_features, linear.out_features)
+        for linear in metadata_of(quantized).linears
     ]
     for row in found:
         assert row["weight_bytes"] == row["out"] * (-(-row["in"] // 2) if weight_bits == 4 else row["in"])

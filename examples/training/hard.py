@@ -12,7 +12,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ptq4vm.models.outliers import harden
+from ptq4vm.models.outliers import inject_outliers
 from ptq4vm.models.registry import PRETRAINED
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     images = torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(options.seed))
     with torch.inference_mode():
         before = model(images)
-    harden(model, options.seed)
+    inject_outliers(model, options.seed)
     with torch.inference_mode():
         after = model(images)
     print(f"largest difference of the logits: {(after - before).abs().max().item():.1e}")

@@ -45,12 +45,12 @@ def _load(library: Path, missing: str) -> str | None:
 
 
 def cuda_architectures() -> tuple[str, ...]:
-    """What the library for GPUs was built for, as TORCH_CUDA_ARCH_LIST named it; nothing without one."""
+    """Returns the architectures of the library for GPUs, as TORCH_CUDA_ARCH_LIST named them; none without a library."""
     return () if cuda_problem() else tuple(torch.ops.ptq4vm._cuda_architectures().split())
 
 
 def serves(device: torch.device | int) -> bool:
-    """Whether the library for GPUs has code for this one. Initializes CUDA where there is a library."""
+    """Returns whether the library for GPUs has code for this one. Initializes CUDA where there is a library."""
     return cuda_problem() is None and has_code_for(torch.cuda.get_device_capability(device))
 
 

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm.benchmark.kinds import from_checkout
     from ptq4vm.benchmark.run import Plan, run
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import write_csv
 
     if args.picture is not None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Outcome:
         sections=tuple(name for name, asked in sections.items() if asked),
     )
     model, quantized = sources.open_both(args.model)
-    shapes = {name: record_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
+    shapes = {name: metadata_of(graph).input_shapes[0] for name, graph in {args.model: quantized, **others}.items()}
     if len(set(shapes.values())) > 1:
         sizes = ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes.items())
         raise ValueError(f"models are compared on the same images, but these take different ones: {sizes}")

@@ -92,13 +92,13 @@ def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
 def _inspect_folder(path: Path, graph: bool) -> Outcome:
     import ptq4vm
     from ptq4vm.inspection.contents import graph_report
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import linear_rows, table
 
     quantized = ptq4vm.load(path)
     if graph:
         return Outcome(*graph_report(quantized))
-    contents, blocks, rows = _contents(quantized), record_of(quantized).blocks, linear_rows(quantized)
+    contents, blocks, rows = _contents(quantized), metadata_of(quantized).blocks, linear_rows(quantized)
     lines = [*_heading(contents), table(rows, _columns(rows, contents["config"])), *loss_table(blocks)]
     return Outcome(contents | {"linears": rows, "blocks": list(blocks)}, lines)
 
@@ -171,14 +171,14 @@ def _draw(args: argparse.Namespace, report: Report) -> list[str]:
 
 
 def _contents(quantized: GraphModule) -> dict[str, Any]:
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import linear_rows, model_bytes
 
-    record = record_of(quantized)
+    metadata = metadata_of(quantized)
     return {
-        "architecture": record.architecture,
-        "input_shapes": [list(shape) for shape in record.input_shapes],
-        "config": record.config.to_dict(),
+        "architecture": metadata.architecture,
+        "input_shapes": [list(shape) for shape in metadata.input_shapes],
+        "config": metadata.config.to_dict(),
         "bytes": model_bytes(quantized),
         "weight_bytes": sum(row["weight_bytes"] for row in linear_rows(quantized)),
     }

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> Outcome:
     import ptq4vm
     from ptq4vm.checkpoint import free_folder
     from ptq4vm.data import calibration_batches
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.report import mebibytes, model_bytes, table
 
     output, config = free_folder(args.output), _config(args.config, args.seed)
@@ -62,23 +62,23 @@ def run(args: argparse.Namespace) -> Outcome:
     with stage("save", seconds):
         ptq4vm.save(quantized, output)
 
-    record = record_of(quantized)
+    metadata = metadata_of(quantized)
     before, after, memory = model_bytes(model), model_bytes(quantized), _peak_memory()
     result = {
         "model": args.model,
         "output": str(output),
         "config": config.to_dict(),
         "images": args.images,
-        "linears": len(record.linears),
+        "linears": len(metadata.linears),
         "bytes_before": before,
         "bytes_after": after,
         "seconds": seconds,
         "peak_memory_bytes": memory,
-        "blocks": list(record.blocks),
+        "blocks": list(metadata.blocks),
     }
     lines = [
-        *loss_table(record.blocks),
-        f"{len(record.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
+        *loss_table(metadata.blocks),
+        f"{len(metadata.linears)} linears, {mebibytes(before)} → {mebibytes(after)} ({before / after:.2f}× smaller)",
         table([seconds | {"total": sum(seconds.values())}]) + "  (seconds)",
         f"peak memory {mebibytes(memory)}",
         f"saved in {output}",

@@ -37,18 +37,18 @@ def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Modul
         return named_model(name, checkpoint, ema)
 
     import ptq4vm
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
 
     quantized: Any = ptq4vm.load(name)
-    record = record_of(quantized)
-    preprocessing = record.architecture and record.architecture["preprocessing"]
-    quantized.pretrained_cfg = preprocessing or _imagenet_preprocessing(name, record.input_shapes)
+    metadata = metadata_of(quantized)
+    preprocessing = metadata.architecture and metadata.architecture["preprocessing"]
+    quantized.pretrained_cfg = preprocessing or _imagenet_preprocessing(name, metadata.input_shapes)
     quantized.num_classes = _classes(quantized)  # its head may be another than that of the name
     return quantized
 
 
 def _imagenet_preprocessing(name: str, shapes: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-    """Returns the preprocessing of a model that timm does not know: its record has the size of its inputs alone."""
+    """Returns the preprocessing of a model that timm does not know: its metadata has the size of its inputs alone."""
     if len(shapes) != 1 or len(shapes[0]) != 3:
         raise ValueError(f"{name} takes {' and '.join(map(str, shapes))}; the command line reads images of three axes")
     say(f"{name} does not tell its preprocessing, that of ImageNet's models is taken …")
@@ -136,7 +136,7 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
     from timm.data import resolve_model_data_config
 
     import ptq4vm
-    from ptq4vm.metadata import record_of
+    from ptq4vm.metadata import metadata_of
     from ptq4vm.serialization.version_1 import build_model
     from ptq4vm.specs import RangeSearch
 
@@ -145,7 +145,7 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
         if is_model_folder(name):
             quantized = ptq4vm.load(name)
             try:
-                return build_model(record_of(quantized).architecture, name).eval(), quantized
+                return build_model(metadata_of(quantized).architecture, name).eval(), quantized
             except ValueError as error:
                 raise ValueError(f"{error}, so there is no other way to run it to compare") from error
         model = named_model(name, RANDOM, False)

@@ -1,4 +1,4 @@
-"""Where the class token is: the tokens before and after it are an image's, and it is a parameter."""
+"""Finds the class token: a parameter between the tokens of an image."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _is_tokens(node: Node) -> bool:
 
 
 def _joined(node: Node) -> int | None:
-    """Of `cat((patches, class token, patches), 1)`."""
+    """Returns the position in `cat((patches, class token, patches), 1)`."""
     if node.target is not aten.cat.default or list(node.args[1:]) != [1]:
         return None
     parts: Any = node.args[0]

@@ -93,7 +93,7 @@ class Insertion:
 
 
 def value_of(gm: GraphModule, target: Any, args: Any, kwargs: Any = None) -> Any:
-    """What calling an operator on nodes gives: type and shape, no numbers."""
+    """Returns the fake result of an operator on nodes: type and shape, no numbers."""
 
     def value(node: Node) -> Any:
         # a parameter that a torch pass has put in has none recorded
@@ -114,7 +114,7 @@ def propagate(gm: GraphModule) -> GraphModule:
 
 
 def follow_device(gm: GraphModule) -> GraphModule:
-    """What is recorded of values, where the model was moved to another device since."""
+    """Renews the recorded values of a model that was moved to another device."""
     mode = _fake_mode(gm)
     constants = {node: attribute(gm, str(node.target)) for node in gm.graph.find_nodes(op="get_attr")}
     recorded = {node: node.meta["val"] for node in constants if isinstance(node.meta.get("val"), Tensor)}
@@ -136,7 +136,7 @@ def _fake_mode(gm: GraphModule) -> Any:
 
 
 def to_fake(values: Any, mode: Any) -> Any:
-    """The same values, tensors as those of a fake mode, with their shapes fixed."""
+    """Returns the values with tensors as those of a fake mode, their shapes fixed."""
 
     def convert(value: Any) -> Any:
         real = isinstance(value, Tensor) and not hasattr(value, "fake_mode")

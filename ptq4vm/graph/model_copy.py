@@ -78,7 +78,7 @@ def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _uncopied(model: nn.Module) -> str:
-    """Which attribute of which module stopped `copy.deepcopy`."""
+    """Names the attribute and the module that stopped `copy.deepcopy`."""
     for name, module in reversed(list(model.named_modules())):
         for key, value in vars(module).items():
             if key == "_modules":

@@ -14,9 +14,12 @@ from ptq4vm.graph.insert import aten
 from ptq4vm.graph.sites import block_paths
 from ptq4vm.graph.views import scope
 
+NamedTensors = dict[str, Tensor]
+"""Values of a graph by the name of their node; their first axis is the batch."""
+
 
 @dataclass(frozen=True)
-class Part:
+class Block:
     """A piece of a graph that shares parameters and modules with the whole."""
 
     name: str
@@ -27,16 +30,16 @@ class Part:
     scalars: tuple[str, ...] = ()
     """Outputs of the whole graph without such an axis, such as a mean over the images."""
     results: tuple[str, ...] = ()
-    """Those of `outputs` and `scalars` that the whole graph returns."""
+    """The names in `outputs` and `scalars` that the whole graph returns."""
 
-    def __call__(self, values: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, values: NamedTensors) -> NamedTensors:
         """Runs the piece on named values; returns `outputs` and `scalars`."""
         results = self.module(*(values[name] for name in self.inputs))
         return dict(zip(self.outputs + self.scalars, results, strict=True))
 
 
-def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
-    """Pieces whose composition is the graph: what precedes the blocks, each block, what follows.
+def partition_blocks(gm: GraphModule, linears: Sequence[Node]) -> list[Block]:
+    """Returns pieces whose composition is the graph: what precedes the blocks, each block, what follows.
 
     `linears` are the nodes to quantize: a block is a numbered module that holds some. What lies between two blocks
     opens the piece of the block that reads it, so that a block's outputs are its own; what only the graph's outputs
@@ -49,11 +52,11 @@ def cut(gm: GraphModule, linears: Sequence[Node]) -> list[Part]:
     count = max(places.values(), default=0) + 1
     names = ["stem", *order, "head"] if order else ["model"]
     output = gm.graph.output_node()
-    return [_part(gm, places, index, names[index], output) for index in range(count)]
+    return [_block(gm, places, index, names[index], output) for index in range(count)]
 
 
 def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
-    """Which piece each node that depends on the input belongs to; no node precedes what it reads."""
+    """Returns which piece each node that depends on the input belongs to; no node precedes what it reads."""
     body = [node for node in gm.graph.nodes if node.op in ("call_function", "call_module", "call_method")]
     places: dict[Node, int] = {}
     data = set(gm.graph.find_nodes(op="placeholder"))
@@ -81,24 +84,47 @@ def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
     return next((rank[path] for path in reversed(paths) if path in rank), None)
 
 
-def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Part:
+def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Block:
     body = [node for node in gm.graph.nodes if places.get(node) == index]
+    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
+    results = set(output.all_input_nodes)
+    inputs = _inputs(body, places, images)
+    graph, copies = _copied(body, places, inputs)
+    outputs, scalars = _outputs(body, places, results, images)
+    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
+    graph.lint()
+    return Block(
+        name,
+        fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}"),
+        inputs=tuple(node.name for node in inputs),
+        outputs=tuple(node.name for node in outputs),
+        scalars=tuple(node.name for node in scalars),
+        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
+    )
+
+
+def _inputs(body: Sequence[Node], places: dict[Node, int], images: set[str]) -> list[Node]:
+    """Returns the tensors that a piece reads and that depend on the input; each has the batch as its first axis."""
     inside = set(body)
-    graph = fx.Graph()
-    copies: dict[Node, Node] = {}
     sources = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
     tensors = [node for node in sources if (node.op == "placeholder" or node in places) and _is_tensor(node)]
-    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
     for node in tensors:
         if str(_batch(node)) not in images:
             raise _misfit(node)
+    return tensors
+
+
+def _copied(body: Sequence[Node], places: dict[Node, int], inputs: Sequence[Node]) -> tuple[fx.Graph, dict[Node, Node]]:
+    """Copies a piece into a graph of its own, with all that it reads and that depends on parameters or sizes alone."""
+    graph, inside = fx.Graph(), set(body)
+    copies: dict[Node, Node] = {}
+    for node in inputs:
         copies[node] = graph.placeholder(node.name)
         copies[node].meta.update(node.meta)
 
     def copied(node: Node) -> Node:
-        # what depends on parameters or on sizes alone is computed in every piece that reads it
         if node not in copies:
-            source = _sized(node, tensors) if node not in inside and node in places else None
+            source = _sized(node, inputs) if node not in inside and node in places else None
             if source is None:
                 copies[node] = graph.node_copy(node, copied)
             else:
@@ -107,33 +133,24 @@ def _part(gm: GraphModule, places: dict[Node, int], index: int, name: str, outpu
 
     for node in body:
         copied(node)
-    results = set(output.all_input_nodes)
+    return graph, copies
+
+
+def _outputs(
+    body: Sequence[Node], places: dict[Node, int], results: set[Node], images: set[str]
+) -> tuple[list[Node], list[Node]]:
+    """Returns the tensors of a piece that others read or learning compares, and its results without a batch."""
+    inside = set(body)
     scalars = [node for node in body if node in results and _is_tensor(node) and str(_batch(node)) not in images]
     # what learning can compare where an output itself has no batch or no gradient
     idle = [node for node in body if node in results and (node in scalars or not _is_float(node))]
-    before = {source for node in idle for source in _with_batch(node, inside, images)}
-    outputs = [
-        node
-        for node in body
-        if (node in results or node in before or any(places.get(user, index) != index for user in node.users))
-        and _is_tensor(node)
-        and node not in scalars
-    ]
-    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
-    graph.lint()
-    module = fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}")
-    return Part(
-        name,
-        module,
-        inputs=tuple(node.name for node in tensors),
-        outputs=tuple(node.name for node in outputs),
-        scalars=tuple(node.name for node in scalars),
-        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
-    )
+    wanted = results | {source for node in idle for source in _with_batch(node, inside, images)}
+    wanted |= {node for node in body if any(user in places and user not in inside for user in node.users)}
+    return [node for node in body if node in wanted and _is_tensor(node) and node not in scalars], scalars
 
 
 def _with_batch(node: Node, inside: set[Node], images: set[str]) -> set[Node]:
-    """The nearest floating-point values with the batch as their first axis that one of a piece is computed from."""
+    """Returns the nearest floating-point values of a piece, the batch first, that one of it is computed from."""
     found: set[Node] = set()
     for source in node.all_input_nodes:
         if source in inside:
@@ -151,12 +168,12 @@ def _is_float(node: Node) -> bool:
 
 
 def _batch(node: Node) -> Any:
-    """Size of a tensor's first axis."""
+    """Returns the size of a tensor's first axis."""
     return node.meta["val"].shape[0] if _is_tensor(node) and node.meta["val"].dim() else None
 
 
 def _sized(size: Node, tensors: Sequence[Node]) -> Node | None:
-    """A tensor whose first axis has the size that a node holds, so that pieces run on any batch.
+    """Returns a tensor whose first axis has the size that a node holds, so that pieces run on any batch.
 
     None where the size is computed from others.
     """

@@ -1,4 +1,4 @@
-"""Which tokens and channels of a value a chain of views, flips and pads selects, found by running it on indices."""
+"""Finds the tokens and channels that a chain of views, flips and pads selects, by running it on indices."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class TokenMap:
     last: int
 
     def is_natural(self, count: int) -> bool:
-        """Whether all `count` tokens of the source come in their own order."""
+        """Returns whether all `count` tokens of the source come in their own order."""
         return torch.equal(self.tokens, torch.arange(count))
 
 
 def moves_tokens(node: Any) -> bool:
-    """Whether a node selects, arranges or pads with zeros what its arguments hold."""
+    """Returns whether a node selects, arranges or pads with zeros what its arguments hold."""
     if is_view(node):
         return True
     if not isinstance(node, Node) or node.target not in _OTHERS:
@@ -50,7 +50,7 @@ def moves_tokens(node: Any) -> bool:
 
 
 def token_map(node: Node, until: Node | None = None) -> TokenMap | None:
-    """Where the elements of `node` (B, …, C) come from, back to `until` or to the first value that is computed.
+    """Returns where the elements of `node` (B, …, C) come from, back to `until` or to the first value that is computed.
 
     Axes between the first and the channels are tokens. A source (B, E, H, W) that a convolution made has its channels
     second. None where there are several sources, or where elements are not arranged token by token.
@@ -81,7 +81,7 @@ def token_map(node: Node, until: Node | None = None) -> TokenMap | None:
 
 
 def _numbered(shape: torch.Size) -> Tensor:
-    """Two images whose elements are their numbers from 1 on; zero is what padding gives."""
+    """Two images whose elements are their numbers from 1 on; zeros come from padding."""
     count = math.prod(shape[1:])
     return torch.arange(1, 2 * count + 1).view(2, *shape[1:])
 
@@ -124,7 +124,7 @@ _ELEMENTWISE = {aten.silu.default, aten.gelu.default, aten.relu.default}
 
 
 def channels_first(node: Node) -> bool:
-    """Whether a value is what a 2-D convolution, and an activation perhaps, gives."""
+    """Returns whether a value is the result of a 2-D convolution, or of an activation behind one."""
     while node.target in _ELEMENTWISE:
         (node,) = node.all_input_nodes
     return node.target in (aten.conv2d.default, aten.convolution.default)

@@ -14,7 +14,7 @@ from ptq4vm import ops
 
 
 class GraphStage(enum.StrEnum):
-    """What a graph computes with."""
+    """Stages of a graph, by the numbers it computes with."""
 
     CAPTURED = "captured"
     """Floating point: the model as torch.export wrote it, and its canonical form."""
@@ -36,7 +36,7 @@ _EVERY = frozenset(schema.split("(", 1)[0] for schema in ops.SCHEMAS)
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a graph may hold beside operators of other libraries, which are the model's own."""
+    """Contents that a stage allows, beside operators of other libraries, which are the model's own."""
 
     operators: frozenset[str]
     """Names of ours."""

@@ -26,7 +26,7 @@ def parameter_of(node: Any) -> str | None:
 
 
 def is_view(node: Any) -> bool:
-    """Whether a node only selects and arranges elements of its first argument."""
+    """Returns whether a node only selects and arranges elements of its first argument."""
     return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS
 
 
@@ -64,7 +64,7 @@ _FACTORS = {aten.dropout.default, aten.mul.Tensor}
 
 
 def writes_stream(node: Node) -> bool:
-    """Whether a value is added to another that depends on the input, as it is or times a factor."""
+    """Returns whether a value is added to another that depends on the input, as it is or times a factor."""
     for user in node.users:
         if (is_view(user) or user.target in _FACTORS) and writes_stream(user):
             return True
@@ -74,6 +74,6 @@ def writes_stream(node: Node) -> bool:
 
 
 def _has_batch(value: Any) -> bool:
-    """Whether a value differs from image to image: an axis of it is not fixed."""
+    """Returns whether a value differs from image to image: an axis of it is not fixed."""
     shape = value.meta["val"].shape if isinstance(value, Node) else ()
     return not all(isinstance(size, int) for size in shape)

@@ -1,1 +1,1 @@
-"""What is in a file or a folder, what quantization did to each linear, and pictures of what the linears see."""
+"""Inspects files and folders, the error of each quantized linear, and the inputs of linears, with pictures."""

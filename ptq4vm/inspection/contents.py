@@ -1,4 +1,4 @@
-"""What is in a saved model, in its graph, or in a file of weights: for programs and as lines for people."""
+"""Describes the graph of a saved model, or a file of weights: for programs, and as lines of text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ptq4vm.models.checkpoints import bad_values, open_checkpoint
-from ptq4vm.models.identify import Match, listing, recognize, registered
+from ptq4vm.models.identify import Match, identify, listing, registered
 from ptq4vm.passes.lower.fuse import fusions
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 from ptq4vm.report import mebibytes, table
@@ -20,7 +20,7 @@ from ptq4vm.text import escaped
 
 
 def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
-    """What fusing a lowered graph does with its layers, and what it leaves and why."""
+    """Fuses a lowered graph; returns the places that were fused, and those that were left and why."""
     found = fusions(converted_graph(quantized, fusing_pipeline()))
     done = [fusion for fusion in found if fusion.skip_reason is None]
     left = [fusion for fusion in found if fusion.skip_reason is not None]
@@ -33,13 +33,13 @@ def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:
 
 
 def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
-    """What a file of weights holds, and which of the registered models it is for; `ema` takes averaged weights."""
+    """Returns the contents of a file of weights, and the registered models it is for; `ema` takes averaged weights."""
     file = open_checkpoint(path, ema=ema)
     if any(name.endswith(".weight_q") for name in file.weights):
         raise ValueError(f"{path} holds the weights of a quantized model: inspect its folder, {path.parent}")
     tensors, bad = file.weights.values(), bad_values(file.weights)
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    matches = _telling(recognize(file.weights))
+    matches = best_matches(identify(file.weights))
     result: dict[str, Any] = {
         "file": str(path),
         "container": file.container,
@@ -86,12 +86,12 @@ def weights_report(path: Path, ema: bool) -> tuple[dict[str, Any], list[str]]:
 def _verdict(match: Match) -> str:
     if match.fits:
         return "every tensor fits"
-    share = int(100 * match.agreement)  # 100 % are for what fits
+    share = int(100 * match.agreement)  # below 100 %, which means that every tensor fits
     return "fits but for its ends" if match.only_ends else f"the closest, {share} % of the tensors agree"
 
 
-def _telling(matches: Sequence[Match]) -> list[Match]:
-    """Of all matches those that fit, and the backbones that take most of the file; else the closest."""
+def best_matches(matches: Sequence[Match]) -> list[Match]:
+    """Selects the matches that fit, and the backbones that take most of the file; if none fits, the closest."""
     names = {match.name for match in matches if match.fits}
     return [
         match
@@ -103,7 +103,7 @@ def _telling(matches: Sequence[Match]) -> list[Match]:
 
 
 def _next(match: Match, path: Path, ema: bool) -> str | None:
-    """How to use the file for the model: a command, or the Python where no command does it."""
+    """Returns the command that uses the file for the model, or Python code where no command can."""
     if from_command_line(match):
         option = " --ema" if ema else ""
         return f"ptq4vm quantize {match.name} --checkpoint {shlex.quote(str(path))}{option} --data-dir DIR --output DIR"
@@ -115,5 +115,5 @@ def _next(match: Match, path: Path, ema: bool) -> str | None:
 
 
 def from_command_line(match: Match) -> bool:
-    """Whether the commands can use the file for this model: they classify images of three channels."""
+    """Whether the commands, which classify images of three channels, can use the file for this model."""
     return match.fits and not match.features_only and "in_chans" not in match.arguments

@@ -1,4 +1,4 @@
-"""The paper's figures as PNG: token × channel surfaces, their margins, and percentile bands."""
+"""Draws the paper's figures as PNG: token × channel surfaces, their margins, and percentile bands."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ptq4vm.inspection.statistics import PERCENTILES, Activation
 BEFORE, AFTER = "#2f6db3", "#c8423c"
 COLORS = {"max|x|": "#2f6db3", "mean|x|": "#e08a1e", "max|x / s|": "#4c9f70"}
 OVERVIEW = (("output_sqnr_db", "#c8423c"), ("input_sqnr_db", "#2f6db3"), ("weight_sqnr_db", "#4c9f70"))
-HARDNESS = (("peak", "#c8423c"), ("channel_outliers", "#2f6db3"), ("token_variance", "#4c9f70"))
+DIFFICULTY = (("peak", "#c8423c"), ("channel_outliers", "#2f6db3"), ("token_variance", "#4c9f70"))
 ABOVE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-"""Where no curve hides a legend."""
-MOST_NAMES = 72
-"""Linears that the axis of the overview can name."""
+"""Place of a legend where no curve hides it."""
+MAX_NAMES = 72
+"""Largest number of names on the axis of the overview."""
 
 
 def draw(report: Report, folder: Path, count: int) -> list[Path]:
-    """`overview.png`, and one picture for each of the `count` worst linears; returns their paths."""
+    """Draws `overview.png`, and one picture for each of the `count` worst linears; returns their paths."""
     worst = [str(row["name"]) for row in report.rows[:count]]
     layers = {layer.name: layer for layer in report.layers}
     paths = [folder / "overview.png", *(folder / f"{_file_name(name)}.png" for name in worst)]
@@ -48,18 +48,18 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _overview(report: Report) -> Any:
-    """What was measured of every linear, in graph order."""
+    """Draws the figures of every linear, in graph order."""
     rows = {row["name"]: row for row in report.rows}
     names = [layer.name for layer in report.layers]
     quantized = "input_sqnr_db" in report.rows[0]
     width = min(24, 3 + 0.22 * len(names))
     figure, axis = pyplot().subplots(figsize=(max(7, width), 5.5), layout="constrained")
-    for key, color in OVERVIEW if quantized else HARDNESS:
+    for key, color in OVERVIEW if quantized else DIFFICULTY:
         if key in report.rows[0]:
             heights = [float("nan") if rows[name][key] is None else rows[name][key] for name in names]
             label = COLUMNS[key].removesuffix(" dB")
             axis.plot(range(len(names)), heights, color=color, marker="o", markersize=3, linewidth=1, label=label)
-    step = -(-len(names) // MOST_NAMES)
+    step = -(-len(names) // MAX_NAMES)
     axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
     axis.set_xlim(-0.7, len(names) - 0.3)
     if quantized:
@@ -75,7 +75,7 @@ def _overview(report: Report) -> Any:
 
 
 def _linear(layer: Layer) -> Any:
-    """Surfaces in the first row; their maxima and means in the second; percentiles in the third."""
+    """Draws surfaces in the first row, their maxima and means in the second, percentiles in the third."""
     activation = layer.activation
     assert activation is not None
     surfaces, bands = activation.surfaces(), activation.bands()

@@ -1,4 +1,4 @@
-"""One HTML file with the table and the figures of all linears, which needs no network and no library."""
+"""Writes one HTML file with the table and the figures of all linears, which needs no network and no library."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ptq4vm.inspection.statistics import PERCENTILES
 
 TEMPLATE = Path(__file__).with_name("page.html")
 POINTS = 256
-"""Of a line."""
+"""Largest number of points of a line."""
 DIGITS = 4
-"""Significant ones, of every number in a figure."""
+"""Significant digits of the numbers in figures."""
 
 
 def write_page(report: Report, path: Path) -> Path:
-    """Writes the page; what it shows is in it as JSON, under the id `data`."""
+    """Writes the page, which holds its contents as JSON under the id `data`."""
     # no "<", so that no name can end the script
     data = json.dumps(_content(report), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -61,7 +61,7 @@ def _figures(layer: Layer) -> dict[str, Any]:
 
 
 def _surface(name: str, values: Tensor) -> dict[str, Any]:
-    """Heights as bytes, 255 for the highest."""
+    """Returns heights as bytes, 255 for the highest."""
     highest = float(values.max())
     heights = (values * (255 / highest if highest > 0 else 0)).round().to(torch.uint8)
     data = base64.b64encode(heights.contiguous().numpy().tobytes()).decode("ascii")
@@ -73,7 +73,7 @@ def _lines(lines: Mapping[str, Tensor]) -> list[dict[str, Any]]:
 
 
 def _shorter(name: str, values: Tensor) -> Tensor:
-    """A point that stands for several has their maximum, or their mean."""
+    """Shortens a line to `POINTS`; a point that stands for several has their maximum, or their mean."""
     if len(values) <= POINTS:
         return values
     pool = adaptive_max_pool1d if name.startswith("max") else adaptive_avg_pool1d

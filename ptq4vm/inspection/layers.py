@@ -1,7 +1,7 @@
-"""What quantization did to each linear, and what the linears of any model see.
+"""Measures the error of each quantized linear, and the inputs of the linears of any model.
 
-Graphs run node by node, and a quantized one side by side with its floating-point original, so that no more is held than
-one forward of each needs. Shapes: B images, L tokens, D channels in, N out.
+Graphs run node by node, a quantized one side by side with its floating-point original, so that no more is held than one
+forward of each needs. Shapes: B images, L tokens, D channels in, N out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
@@ -41,26 +41,27 @@ COLUMNS = {
     "token_variance": "token variance",
     "channel_outliers": "channel outliers",
 }
-"""Headings of what is measured."""
+"""Headings of the figures, by their keys."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """What was seen of one linear."""
+    """Measurements of one linear."""
 
     name: str
     input: Fidelity = field(default_factory=Fidelity)
-    """Of x · inv_smooth and the values of its codes."""
+    """Compares x · inv_smooth with the values of its codes."""
     values: int = 0
     clipped: int = 0
-    """Values whose code, before it was clamped, was out of bounds."""
+    """Values whose code was out of bounds before it was clamped."""
     output: Fidelity | None = None
-    """Of the floating-point model's output here, and the quantized one's."""
+    """Compares the output in the floating-point model with the output in the quantized one."""
     weight: Fidelity | None = None
-    """Of W · s and the values of its integers."""
+    """Compares W · s with the values of its integers."""
     activation: Activation | None = None
 
     def row(self) -> dict[str, Any]:
+        """Returns the figures by the keys of `COLUMNS`."""
         row: dict[str, Any] = {"name": self.name}
         if self.output is not None:
             row |= {"output_sqnr_db": self.output.sqnr, "output_cosine": self.output.cosine}
@@ -71,23 +72,32 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What pictures are drawn of."""
+    """Contents of the pictures and of the HTML page."""
 
     title: str
     facts: Mapping[str, str]
     columns: Mapping[str, str]
     """Keys of the rows that a table shows, and their headings."""
     rows: Sequence[Mapping[str, Any]]
-    """The worst first."""
+    """One row per linear, the worst first."""
     layers: Sequence[Layer]
-    """In graph order, each with its activation."""
+    """Linears in graph order, each with its activation."""
 
 
 def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphModule:
-    """The graph of a floating-point model, whose linears must be those of the quantized one."""
-    record = record_of(quantized)
-    graph = floating(model, images, exclude=record.config.exclude, rotation=record.config.rotation)
-    have, want = record_of(graph).linears, record.linears
+    """Returns the graph of the floating-point model that `quantized` was made from.
+
+    Args:
+        quantized: a converted graph.
+        model: the floating-point model.
+        images: example input (B, C, H, W).
+
+    Raises:
+        ValueError: the linears of `model` are not those of `quantized`.
+    """
+    metadata = metadata_of(quantized)
+    graph = floating(model, images, exclude=metadata.config.exclude, rotation=metadata.config.rotation)
+    have, want = metadata_of(graph).linears, metadata.linears
     if have != want:
         pairs = ((a, b) for a, b in zip(have, want, strict=False) if a != b)
         a, b = next(pairs, (None, None))
@@ -104,16 +114,47 @@ def _shape(linear: Any) -> str:
 
 
 def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
-    """The graph of a model, with the linears marked that quantization would take; `changes` of the config."""
+    """Returns the graph of a floating-point model in which the linears to quantize are marked.
+
+    Args:
+        model: the floating-point model.
+        images: example input (B, C, H, W).
+        changes: options of `QuantConfig`, such as `exclude`.
+
+    Example:
+        >>> import timm, torch, ptq4vm.models
+        >>> model, images = timm.create_model("vim_nano_patch4_32").eval(), torch.randn(4, 3, 32, 32)
+        >>> layers = watch(floating(model, images), [images])
+        >>> layers[0].name, layers[0].activation.tokens
+        ('layers.0.mixer.in_proj', 65)
+    """
     return prepared_graph(model, (images,), QuantConfig.minmax(8, **changes))
 
 
 def measure(
     quantized: GraphModule, batches: Sequence[Tensor], *, against: GraphModule | None = None, figures: bool = False
 ) -> list[Layer]:
-    """Every integer linear of a lowered graph, in graph order; `against` is what `original` gives.
+    """Measures every integer linear of a lowered graph.
 
-    With `figures` the layers keep what their pictures need. Raises ValueError for a graph that is not lowered.
+    Args:
+        quantized: a lowered graph.
+        batches: images (B, C, H, W).
+        against: the floating-point graph that `original` returns; without it only the inputs are measured.
+        figures: keep the activations, of which pictures are drawn.
+
+    Returns:
+        The measurements of the linears, in graph order.
+
+    Raises:
+        ValueError: the graph is not lowered, or values in it are not finite.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(4, 5, 8)
+        >>> quantized = ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+        >>> (layer,) = measure(quantized, [images], against=original(quantized, model, images))
+        >>> layer.output.sqnr > 30
+        True
     """
     sites = {node: _Site(node) for node in quantized.graph.find_nodes(op="call_function", target=ops.linear.default)}
     if not sites:
@@ -126,17 +167,28 @@ def measure(
     with torch.inference_mode():
         for images in _bar(batches):
             outputs = repeat(None) if against is None else (y for _, (_, y) in _see(against, images))
-            # the quantized graph first: it is the one that ends
+            # the quantized graph first, since it is the one that ends
             for (node, values), exact in zip(walk(quantized, images, watched), outputs, strict=False):
-                _gather(layers[node], sites[node], values, exact, figures)
+                _add_batch(layers[node], sites[node], values, exact, figures)
     return list(layers.values())
 
 
 def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
-    """What the linears of a floating-point model see; `model` is what `floating` gives."""
+    """Measures the inputs of the linears of a floating-point graph.
+
+    Args:
+        model: the graph that `floating` returns.
+        batches: images (B, C, H, W).
+
+    Returns:
+        The linears in graph order, each with its activation.
+
+    Raises:
+        ValueError: an input has values that are not finite.
+    """
     layers = {
         linear.name: Layer(name=linear.name, activation=Activation(linear.tokens, linear.in_features))
-        for linear in record_of(model).linears
+        for linear in metadata_of(model).linears
     }
     with torch.inference_mode():
         for images in _bar(batches):
@@ -149,7 +201,7 @@ def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
 
 
 def quantized_rows(quantized: GraphModule, layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    """What was measured of each linear and what the recipe chose for it, the worst first."""
+    """Returns the figures of each linear, and the choices of the recipe for it, the worst first."""
     choices = {row["name"]: row for row in linear_rows(quantized)}
     rows = [layer.row() | choices[layer.name] for layer in layers]
     return sorted(rows, key=_badness)
@@ -161,8 +213,8 @@ def _badness(row: dict[str, Any]) -> float:
 
 
 def floating_rows(model: GraphModule, layers: Sequence[Layer]) -> list[dict[str, Any]]:
-    """The figures of each linear's input, the hardest for one range first."""
-    facts = {linear.name: linear for linear in record_of(model).linears}
+    """Returns the figures of each linear's input, the hardest to quantize with one range first."""
+    facts = {linear.name: linear for linear in metadata_of(model).linears}
     rows: list[dict[str, Any]] = []
     for layer in layers:
         activation, fact = layer.activation, facts[layer.name]
@@ -173,7 +225,7 @@ def floating_rows(model: GraphModule, layers: Sequence[Layer]) -> list[dict[str,
 
 
 class _Site:
-    """An `ops.linear` of a lowered graph, and the nodes whose values tell what it does."""
+    """`ops.linear` in a lowered graph, and the nodes whose values are measured."""
 
     def __init__(self, node: Node) -> None:
         codes, scale, zero_point, weight, weight_scale, *_ = node.args
@@ -189,7 +241,7 @@ class _Site:
         self.watched = (x, inv_scale, inv_smooth, codes, scale, zero_point, node)
 
 
-def _gather(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | None, figures: bool) -> None:
+def _add_batch(layer: Layer, site: _Site, values: Sequence[Any], exact: Tensor | None, figures: bool) -> None:
     x, inv_scale, inv_smooth, codes, scale, zero_point, output = values
     _check_finite(layer.name, x)
     smoothed = x.float() if inv_smooth is None else x.float() * inv_smooth
@@ -213,7 +265,7 @@ def _check_finite(name: str, x: Tensor, what: str = "input") -> None:
 
 
 def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fidelity:
-    """Of W · s (N, D), rotated where the input is, and its integers times their scales; weight is that for s = 1."""
+    """Compares W · s, rotated if the input is, with the integers times their scales; `weight` is W (N, D)."""
     integers = attribute(quantized, site.weight)
     if integers.dtype == torch.uint8:
         integers = layouts.unpack_int4(integers, weight.shape[1])
@@ -236,16 +288,16 @@ def _linears(model: GraphModule) -> list[QuantizedLinear]:
 
 
 def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
-    """Name, input and output of every linear of a prepared graph, one after the other."""
+    """Yields name, input and output of every linear of a prepared graph."""
     names = {linear.node: linear.name for linear in _linears(model)}
     for node, values in walk(model, images, {node: (node.args[0], node) for node in names}):
         yield names[node], values
 
 
 def walk(gm: GraphModule, images: Tensor, watched: Mapping[Node, Sequence[Any]]) -> Iterator[tuple[Node, list[Any]]]:
-    """Runs a graph and pauses at some nodes, with the values of the nodes that each of them names.
+    """Runs a graph; yields each watched node and the values of the nodes that `watched` lists for it.
 
-    What is no node is its own value. A value lives only as long as something still needs it.
+    An entry that is no node is its own value. A value is freed as soon as nothing needs it.
     """
     last: dict[Node, Node] = {}
     for node in gm.graph.nodes:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ptq4vm.metadata import Stage, prepared_record
-from ptq4vm.passes.quantized import quantized_linears, tap_inputs
+from ptq4vm.metadata import Stage, prepared_metadata
+from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
 
 
@@ -47,17 +47,18 @@ def phenomena(x: Tensor) -> Phenomena:
 @torch.no_grad()
 def observe(prepared: GraphModule, batches: Iterable[Tensor]) -> dict[str, Phenomena]:
     """The figures of every quantized linear's floating-point input; `prepared` is not calibrated yet."""
-    record = prepared_record(prepared)
-    if record.stage is Stage.CALIBRATED:
+    metadata = prepared_metadata(prepared)
+    if metadata.stage is Stage.CALIBRATED:
         raise ValueError("observe needs a prepared model that is not calibrated yet, to see floating-point values")
     linears = quantized_linears(prepared)
-    seen = tap_inputs(linears)
     for linear in linears:
-        linear.input.mode = Mode.PASS
+        linear.input.forget()
+        linear.input.mode = Mode.OBSERVE
     try:
         for batch in batches:
             prepared(batch)
-        return {linear.name: phenomena(torch.cat(seen[linear.input])) for linear in linears}
+        return {linear.name: phenomena(torch.cat(linear.input.observations)) for linear in linears}
     finally:
         for linear in linears:
-            linear.input.tap = None
+            linear.input.forget()
+            linear.input.mode = Mode.PASS

@@ -1,4 +1,4 @@
-"""What is gathered of tensors batch by batch, in memory that does not grow with the number of images.
+"""Statistics of tensors, accumulated batch by batch in memory that does not grow with the number of images.
 
 Shapes: B images, L tokens, D channels; G groups of neighbouring tokens.
 """
@@ -13,43 +13,48 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 PERCENTILES = (0, 1, 25, 50, 75, 99, 100)
-"""0 and 100 are the smallest and the largest value."""
+"""Percentiles in figures; 0 and 100 are the smallest and the largest value."""
 
 FINEST = 128
-"""Tokens, or channels, that a surface or a band tells apart: a figure has no room for more."""
+"""Largest number of tokens, or channels, in a surface or a band: a figure has no room for more."""
 
 BINS = 512
 
 QUANTIZED = "after quantization"
-"""What figures call the values of codes; `s` in other names is the smoothing."""
+"""Name of the dequantized values in figures; `s` in other names is the smoothing."""
 
 
 @dataclass(slots=True)
 class Fidelity:
-    """How close tensors came to those they stand for."""
+    """Similarity of approximate tensors y to exact ones x."""
 
     signal: float = 0.0
-    """Σ x² of the exact ones; `other` is that of the approximate ones."""
+    """Σ x²"""
     other: float = 0.0
+    """Σ y²"""
     product: float = 0.0
+    """Σ x·y"""
     noise: float = 0.0
+    """Σ (x − y)²"""
 
     def add(self, exact: Tensor, approximate: Tensor) -> None:
+        """Adds a pair of tensors; raises ValueError if their squares are not finite."""
         x, y = exact.float(), approximate.float()
         self.signal += _total(x.square())
         self.other += _total(y.square())
         self.product += _total(x * y)
         self.noise += _total((x - y).square())
         if not math.isfinite(self.signal + self.other + self.noise):
-            raise ValueError("values of which no signal to noise ratio can be told: their squares are not finite")
+            raise ValueError("these values have no signal to noise ratio: their squares are not finite")
 
     @property
     def sqnr(self) -> float | None:
-        """Signal to quantization noise in dB; None where one of the two is zero."""
+        """Signal to quantization noise ratio in dB; None where signal or noise is zero."""
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0 and self.noise > 0 else None
 
     @property
     def cosine(self) -> float | None:
+        """Cosine of the angle between both; None where one is zero."""
         size = math.sqrt(self.signal * self.other)
         return self.product / size if size > 0 else None
 
@@ -59,10 +64,10 @@ def _total(x: Tensor) -> float:
 
 
 class Histogram:
-    """Values of x (B, L, D) by group of tokens, in bins around zero that widen as values grow.
+    """Counts of the values of x (B, L, D) by group of tokens, in bins around zero that widen as values grow.
 
-    Widths are powers of two and wider bins are sums of narrower ones, so the counts do not depend on how values come
-    in batches.
+    Widths are powers of two and wider bins are sums of narrower ones, so the counts do not depend on the division into
+    batches.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -89,7 +94,7 @@ class Histogram:
         self.width *= 2
 
     def percentiles(self) -> Tensor:
-        """`PERCENTILES` (7, G), exact at both ends and within half a bin between them."""
+        """Returns `PERCENTILES` (7, G), exact at both ends and within half a bin between them."""
         below = self.counts.cumsum(1)
         bins = torch.stack([(below < share / 100 * below[:, -1:]).sum(1) for share in PERCENTILES])
         values = ((bins + 0.5 - BINS // 2) * self.width).clamp(self.low, self.high)
@@ -98,21 +103,22 @@ class Histogram:
 
 
 class Activation:
-    """The input x (B, L, D) of one linear; of a quantized one also what its codes stand for."""
+    """Statistics of the input x (B, L, D) of one linear, and of the dequantized codes if the linear is quantized."""
 
     def __init__(self, tokens: int, channels: int) -> None:
         self.tokens, self.channels = tokens, channels
         self.images = 0
         self.inv_smooth: Tensor | None = None
         self.sizes = torch.zeros(tokens, channels)
-        """Σ |x| over images; `quantized_sizes` is that of the dequantized codes."""
+        """Σ |x| over images."""
         self.quantized_sizes: Tensor | None = None
+        """Σ |x| over images, of the dequantized codes."""
         self.squares = 0.0
         self.peaks = torch.zeros(tokens)
-        """Σ max|x| of the token over images."""
+        """Σ over images of the token's max|x|."""
         self.token_max, self.channel_max = torch.zeros(tokens), torch.zeros(channels)
         self.values = Histogram(tokens)
-        """Of x · inv_smooth, which is quantized."""
+        """Values of x · inv_smooth, which is quantized."""
         self.quantized_values: Histogram | None = None
 
     def add(self, x: Tensor, inv_smooth: Tensor | None = None, dequantized: Tensor | None = None) -> None:
@@ -135,21 +141,22 @@ class Activation:
 
     @property
     def peak(self) -> float:
-        """max|x| over the root mean square: what one range for all values costs."""
+        """max|x| over the root mean square: the cost of one range for all values."""
         mean = self.squares / max(1, self.images * self.sizes.numel())
         return float(self.channel_max.max()) / math.sqrt(max(mean, torch.finfo(torch.float32).tiny))
 
     @property
     def token_variance(self) -> float:
-        """As `ptq4vm.inspection.phenomena.Phenomena` has it."""
+        """Token variance as defined in `ptq4vm.inspection.phenomena.Phenomena`."""
         return float(self.peaks.max() / self.peaks.min().clamp(min=torch.finfo(torch.float32).tiny))
 
     @property
     def channel_outliers(self) -> float:
+        """Channel outliers as defined in `ptq4vm.inspection.phenomena.Phenomena`."""
         return float(self.channel_max.max() / self.channel_max.median().clamp(min=torch.finfo(torch.float32).tiny))
 
     def surfaces(self) -> dict[str, Tensor]:
-        """Means over images (tokens, channels); a cell that stands for several of them has their highest."""
+        """Returns means over images (tokens, channels); a cell that stands for several has the highest of them."""
         sizes = {"|x|": self.sizes}
         if self.inv_smooth is not None:
             sizes["|x / s|"] = self.sizes * self.inv_smooth
@@ -166,7 +173,7 @@ class Activation:
         return lines if self.inv_smooth is None else lines | {"max|x / s|": self.channel_max * self.inv_smooth}
 
     def bands(self) -> dict[str, Tensor]:
-        """`PERCENTILES` (7, G) over images and channels, before and after quantization."""
+        """Returns `PERCENTILES` (7, G) over images and channels, before and after quantization."""
         name = "x" if self.inv_smooth is None else "x / s"
         bands = {name: self.values.percentiles()}
         return bands if self.quantized_values is None else bands | {QUANTIZED: self.quantized_values.percentiles()}

@@ -1,7 +1,9 @@
-"""Visual Mamba models with their public parameter names. Importing this package adds them to timm's registry.
+"""Visual Mamba models with the parameter names of their public checkpoints.
 
-import timm, ptq4vm.models
-model = timm.create_model("vim_tiny_patch16_224", checkpoint_path="vim_t_midclstok_76p1acc.pth")
+Importing this package adds the models to timm's registry:
+
+    >>> import timm, ptq4vm.models
+    >>> model = timm.create_model("vim_nano_patch4_32.digits", pretrained=True)
 """
 
 from ptq4vm.models.local_vim import LocalVim

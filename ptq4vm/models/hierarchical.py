@@ -1,6 +1,6 @@
-"""What VMamba and LocalVMamba share: stages of residual blocks on channels-last maps, each half the size of the last.
+"""Base of VMamba and LocalVMamba: stages of residual blocks on channels-last maps, each half the size of the last.
 
-Shapes: B images, H×W maps, C channels of a stage, E inner channels, K directions, S states, R rank of the step
+Shapes: B images, H×W maps, C channels of a stage, E inner channels, K directions, S states, R rank of the dt
 projection. The official VMamba is channels-first with 1×1 convolutions; the parameters are the same.
 """
 
@@ -17,7 +17,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from ptq4vm.models.scan_order import Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import Direction, initial_dt_, initial_states, scan_tokens
 
 
 class Permute(nn.Module):
@@ -38,7 +38,7 @@ def to_channels_first() -> Permute:
 
 
 class SS2D(nn.Module):
-    """2-D selective scan: (B, H, W, C) → (B, H, W, C) by one scan a direction, with stacked weights, and their sum."""
+    """2-D selective scan, (B, H, W, C) → (B, H, W, C): the sum of one scan per direction, with stacked weights."""
 
     def __init__(self, dim: int, inner: int, state: int, directions: Sequence[Direction], gated: bool = False) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class SS2D(nn.Module):
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
         nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
-        initial_steps_(self.dt_projs_weight, self.dt_projs_bias)
+        initial_dt_(self.dt_projs_weight, self.dt_projs_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_proj(self.out_norm(self.scan(self.in_proj(x))))
 
     def scan(self, x: Tensor) -> Tensor:
-        """Depth-wise convolution, SiLU, and the sum over directions: (B, H, W, E) → (B, H, W, E)."""
+        """Applies depth-wise convolution and SiLU, and sums over directions: (B, H, W, E) → (B, H, W, E)."""
         height, width = x.shape[1:3]
         convolved = F.silu(self.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         tokens = convolved.flatten(1, 2)
@@ -69,7 +69,7 @@ class SS2D(nn.Module):
         return merged.unflatten(1, (height, width))
 
     def branch(self, k: int, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Direction k, there and back: (B, L, E) → (B, L, E), row-major both."""
+        """Scans in direction k and returns to row-major order: (B, L, E) → (B, L, E)."""
         direction = self.directions[k]
         return direction.restore(self.scan_direction(k, direction.scan(tokens, height, width)), height, width)
 
@@ -79,7 +79,7 @@ class SS2D(nn.Module):
 
 
 class VSSBlock(nn.Module):
-    """x + op(norm(x)), then x + mlp(norm2(x)) where there is an MLP: (B, H, W, C) → the same."""
+    """Residual block, (B, H, W, C) → (B, H, W, C): x + op(norm(x)), then x + mlp(norm2(x)) where there is an MLP."""
 
     def __init__(self, dim: int, op: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class VSSBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks on maps of one size; `downsample` halves them and doubles the channels for the next stage."""
+    """Blocks on maps of one size; `downsample` halves the maps and doubles the channels for the next stage."""
 
     def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class Stage(nn.Module):
 
 
 class Classifier(nn.Module):
-    """(B, H, W, C) → logits (B, num_classes): norm, mean over the map, linear."""
+    """Norm, mean over the map, linear: (B, H, W, C) → logits (B, num_classes)."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -129,11 +129,11 @@ RENAMED = {
     "norm.": "classifier.norm.",
     "head.": "classifier.head.",
 }
-"""Beginnings of names in the oldest checkpoints, and what they are now."""
+"""Beginnings of names in the oldest checkpoints, and in the models here."""
 
 
 def released_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of any release under today's names; 1×1 convolutions (N, C, 1, 1) as the linears (N, C) they are."""
+    """Returns the weights of any release under the names used here, 1×1 convolutions (N, C, 1, 1) as linears (N, C)."""
     return {_renamed(name): _matrix(name, value) for name, value in state.items()}
 
 
@@ -151,8 +151,12 @@ def _matrix(name: str, value: Tensor) -> Tensor:
 class HierarchicalMamba(nn.Module):
     """Classifier: (B, C, H, W) images → (B, num_classes) logits.
 
-    `dim` are the channels of the first stage, `depths` the blocks of every stage; `mixer(index, channels)` makes the
-    op of the index-th block of the model, `downsample(channels)` what doubles the channels between stages.
+    Args:
+        patch_embed: images → maps (B, H / 4, W / 4, dim).
+        dim: channels of the first stage; each later stage has twice as many.
+        depths: blocks of every stage.
+        mixer: makes the op of a block from the block's index in the model and its channels.
+        downsample: makes the module between two stages from the channels of the first one.
     """
 
     checkpoint_filter = staticmethod(released_weights)
@@ -160,7 +164,6 @@ class HierarchicalMamba(nn.Module):
     def __init__(
         self,
         patch_embed: nn.Module,
-        stride: int,
         dim: int,
         depths: Sequence[int],
         mixer: Callable[[int, int], nn.Module],
@@ -185,7 +188,7 @@ class HierarchicalMamba(nn.Module):
         self.layers = nn.ModuleList(stages)
         self.classifier = Classifier(channels[-1], num_classes)
         self.feature_info = [
-            {"num_chs": width, "reduction": stride * 2**i, "module": f"layers.{i}"} for i, width in enumerate(channels)
+            {"num_chs": width, "reduction": 4 * 2**i, "module": f"layers.{i}"} for i, width in enumerate(channels)
         ]
         self.apply(_initialize)
 
@@ -201,7 +204,7 @@ class HierarchicalMamba(nn.Module):
         self.classifier.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's map (B, H, W, C), channels last."""
+        """Returns the map of the last stage, (B, H, W, C)."""
         x = self.patch_embed(x)
         stage: Any
         for stage in self.layers:
@@ -216,7 +219,7 @@ class HierarchicalMamba(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """As the official training code."""
+    """Initializes a linear as the official training code does."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -224,11 +227,23 @@ def _initialize(module: nn.Module) -> None:
 
 
 class FeatureMaps(nn.Module):
-    """A detection or segmentation backbone: images (B, C, H, W) → the chosen stages' maps, all by default.
+    """Backbone for detection or segmentation: images (B, C, H, W) → the maps of the chosen stages, channels first.
 
-    The maps are channels-first. Each has a norm of its own, `outnorm0` …, as in the official detectors; a classifier's
-    checkpoint has none. What `timm.create_model(name, features_only=True)` returns; `feature_info` tells channels and
-    strides.
+    `timm.create_model(name, features_only=True)` returns it. Each map has a norm, `outnorm0` …, as in the official
+    detectors; a classifier's checkpoint has none. `feature_info` has channels and strides.
+
+    Args:
+        model: its stages are shared, not copied.
+        out_indices: stages, counted from the end if negative; None for all.
+
+    Raises:
+        ValueError: there is no such stage.
+
+    Example:
+        >>> import timm, torch, ptq4vm.models
+        >>> model = timm.create_model("vmamba_nano_32", features_only=True)
+        >>> [tuple(x.shape) for x in model(torch.zeros(2, 3, 32, 32))]
+        [(2, 24, 8, 8), (2, 48, 4, 4), (2, 96, 2, 2)]
     """
 
     checkpoint_filter = staticmethod(released_weights)

@@ -1,4 +1,4 @@
-"""Which of our registered models a file of weights is for, told by the names and shapes of its tensors alone.
+"""Identifies the registered model that a file of weights is for, by the names and shapes of the tensors alone.
 
 Every registered model is built on the meta device, which costs no memory, and compared with the file.
 """
@@ -20,22 +20,28 @@ from ptq4vm.text import escaped
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 
-KIN = 0.5
-"""Of the names in a file or a model, all blocks counted as one: the share that both must have to be of one family.
-Models of timm with blocks of similar names (Swin, DeiT) reach half of it."""
+MIN_NAME_OVERLAP = 0.5
+"""Share of the names in a file or a model that both must have to be of one family; all blocks count as one.
+Other models of timm with similar names (Swin, DeiT) reach half of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Differences:
-    """Names of tensors that a file lacks, has beyond a model's, or has in another shape (the file's, the model's)."""
+    """Names of tensors that a file lacks, has in addition, or has in another shape (the file's, the model's)."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     misshapen: Mapping[str, tuple[Shape, Shape]]
 
     @classmethod
-    def between(cls, file: Shapes, model: Shapes) -> Self:
-        return cls(**_differences(file, model))
+    def between(cls, file: Shapes, model: Shapes, **facts: Any) -> Self:
+        """Compares a file with a model; `facts` are the other fields of a subclass."""
+        return cls(
+            missing=tuple(name for name in model if name not in file),
+            unexpected=tuple(name for name in file if name not in model),
+            misshapen={name: (file[name], model[name]) for name in model if file.get(name, model[name]) != model[name]},
+            **facts,
+        )
 
     @property
     def fits(self) -> bool:
@@ -43,12 +49,12 @@ class Differences:
 
     @property
     def only_ends(self) -> bool:
-        """A classifier's file for a backbone: only the classifier and the norms of the maps differ."""
+        """Whether a classifier's file meets a backbone: only the classifier and the norms of the maps differ."""
         norms = bool(self.missing) and all(name.startswith("outnorm") for name in self.missing)
         return norms and not self.misshapen and all(name.startswith("classifier.") for name in self.unexpected)
 
     def lines(self) -> list[str]:
-        """One of each kind, for people."""
+        """Returns one line of text for each kind of difference."""
         shapes = [f"{name} (file {file}, model {model})" for name, (file, model) in self.misshapen.items()]
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "wrong shape": shapes}
         return [f"{kind}: {listing(names)}" for kind, names in kinds.items() if names]
@@ -56,15 +62,15 @@ class Differences:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match(Differences):
-    """A registered model, and what differs between a file and the model that is created with `arguments`."""
+    """Registered model, created with `arguments`, and the differences between a file and it."""
 
     name: str
     family: str
     features_only: bool
     arguments: Mapping[str, int]
-    """What timm.create_model needs beside the name, as far as the shapes tell it."""
+    """Arguments of timm.create_model that the shapes tell."""
     agreement: float
-    """The share of all tensors, the file's and the model's, that both have in the same shape."""
+    """Share of all tensors, the file's and the model's, that both have in the same shape."""
 
     def __str__(self) -> str:
         options = ", ".join(f"{key}={value}" for key, value in self.options.items())
@@ -72,21 +78,23 @@ class Match(Differences):
 
     @property
     def options(self) -> dict[str, Any]:
-        """All that timm.create_model needs beside the name."""
+        """All arguments of timm.create_model beside the name."""
         return {"features_only": True, **self.arguments} if self.features_only else dict(self.arguments)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the differences mean and the way out, where that is known."""
-        means = {
+        """Messages with the meaning of the differences and the way out, as far as it is known."""
+        meanings = {
             "num_classes": "head for {} classes",
             "in_chans": "images of {} channels",
             "img_size": "positions for images of {0}×{0} pixels",
         }
-        notes = [f"{means[key].format(value)}: create it with {key}={value}" for key, value in self.arguments.items()]
+        notes = [
+            f"{meanings[key].format(value)}: create it with {key}={value}" for key, value in self.arguments.items()
+        ]
         if self.only_ends:
             norms = sorted({name.partition(".")[0] for name in self.missing})
-            notes.append(f"weights of a classifier: load them with strict=False, {listing(norms)} stay as they begin")
+            notes.append(f"weights of a classifier: load them with strict=False, {listing(norms)} stay as created")
         if varies := _varying(self, "pos_embed", axis=1):
             file, model = (_side(tokens) for tokens in varies)
             if _overlapping(file, model):
@@ -97,32 +105,44 @@ class Match(Differences):
         return tuple(notes)
 
 
-def recognize(weights: Mapping[str, Tensor]) -> tuple[Match, ...]:
-    """The models of the family whose weights these are, best first; empty for a family that is not ours.
+def identify(weights: Mapping[str, Tensor]) -> tuple[Match, ...]:
+    """Compares weights with the registered models.
 
-    Several fit where models differ in what no tensor holds, such as the directions of their scans.
+    Several models fit where they differ in something that no tensor holds, such as the directions of their scans.
+
+    Args:
+        weights: tensors by name.
+
+    Returns:
+        All models of the family that the weights belong to, the best first; none for other families.
+
+    Example:
+        >>> import timm, ptq4vm.models
+        >>> match, *others = identify(timm.create_model("vmamba_nano_32", num_classes=7).state_dict())
+        >>> str(match), match.fits
+        ('vmamba_nano_32 with num_classes=7', True)
     """
     blueprints = [blueprint for name in registered() for blueprint in _blueprints(name)]
-    kinship, family = max((_kinship(b.translated(weights), b.shapes), b.family) for b in blueprints)
-    if kinship < KIN:
+    overlap, family = max((name_overlap(b.translated(weights), b.shapes), b.family) for b in blueprints)
+    if overlap < MIN_NAME_OVERLAP:
         return ()
     matches = [_match(b, weights) for b in blueprints if b.family == family]
     return tuple(sorted(matches, key=lambda m: (-m.agreement, len(m.arguments), m.features_only, len(m.missing))))
 
 
 def match(name: str, weights: Mapping[str, Tensor]) -> Match:
-    """How the weights differ from one registered classifier's."""
+    """Compares weights with one registered classifier."""
     return _match(_blueprints(name)[0], weights)
 
 
 def names_of(name: str) -> frozenset[str]:
-    """Names of the tensors of one registered classifier."""
+    """Returns the names of the tensors of one registered classifier."""
     return frozenset(_blueprints(name)[0].shapes)
 
 
 @functools.cache
 def registered() -> Mapping[str, str]:
-    """The families of our models, by the models' names in timm's registry."""
+    """Returns the families of this package's models by their names in timm's registry."""
     modules = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
     ours = f"{__name__.rpartition('.')[0]}."
     return {name: module.removeprefix(ours) for name, module in modules.items() if module.startswith(ours)}
@@ -133,7 +153,7 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
 
 
 def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights under the names that the model has today."""
+    """Returns the weights of an older release under the names that the model has now."""
     translate = getattr(model, "checkpoint_filter", None)
     return weights if translate is None else translate(weights)
 
@@ -146,7 +166,7 @@ def listing(names: Iterable[object]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Blueprint:
-    """What is to be known of a registered model: it is on the meta device, without values."""
+    """Registered model on the meta device, without values."""
 
     name: str
     model: nn.Module
@@ -166,7 +186,7 @@ class _Blueprint:
 
 @functools.cache
 def _blueprints(name: str, **arguments: Any) -> tuple[_Blueprint, ...]:
-    """The classifier, and its backbone where it has one."""
+    """Returns the classifier, and its backbone if it has one."""
     with torch.device("meta"):
         model: Any = timm.create_model(name, **arguments)
         hierarchical = isinstance(model, HierarchicalMamba)
@@ -180,18 +200,19 @@ def _match(blueprint: _Blueprint, weights: Mapping[str, Tensor]) -> Match:
     if arguments:
         shapes = _blueprints(blueprint.name, **arguments)[blueprint.features_only].shapes
     agreeing = sum(file[name] == shapes[name] for name in file.keys() & shapes.keys())
-    return Match(
+    return Match.between(
+        file,
+        shapes,
         name=blueprint.name,
         family=blueprint.family,
         features_only=blueprint.features_only,
         arguments=arguments,
         agreement=agreeing / len(file.keys() | shapes.keys()),
-        **_differences(file, shapes),
     )
 
 
 def _arguments(found: Differences, name: str) -> dict[str, int]:
-    """What of the differences is nothing but a number of classes or channels, or a size of images."""
+    """Returns the arguments that explain differences: the number of classes or channels, the size of images."""
     cfg: Any = timm.get_pretrained_cfg(name)
     arguments = {}
     if varies := _varying(found, f"{cfg.classifier}.weight", axis=0):
@@ -206,7 +227,7 @@ def _arguments(found: Differences, name: str) -> dict[str, int]:
 
 
 def _varying(found: Differences, name: str, axis: int) -> tuple[int, int] | None:
-    """The sizes in the file and in the model, where the shapes of a tensor differ along this axis alone."""
+    """Returns the sizes in the file and in the model if the shapes of a tensor differ along this axis alone."""
     file, model = found.misshapen.get(name, ((), ()))
     if len(file) != len(model) or [i for i in range(len(file)) if file[i] != model[i]] != [axis]:
         return None
@@ -214,28 +235,20 @@ def _varying(found: Differences, name: str, axis: int) -> tuple[int, int] | None
 
 
 def _side(tokens: int) -> int:
-    """Patches along a side of the square that the tokens, with or without a class token, are; 0 where they are none."""
+    """Returns the patches along a side of a square of tokens, with or without a class token; 0 if it is no square."""
     side = math.isqrt(tokens)
     return side if tokens - side**2 <= 1 else 0
 
 
 def _overlapping(file: int, model: int) -> bool:
-    """Whether so many patches lie on the model's images at half the stride.
+    """Whether the file's patches overlap by half: there are as many at half the stride.
 
-    Vim was also released with such patches, and their positions would fit a model for larger images.
+    Vim was also released with such patches; their positions would fit a model for larger images.
     """
     return file == 2 * model - 1
 
 
-def _differences(file: Shapes, model: Shapes) -> dict[str, Any]:
-    both = [name for name in model if name in file]
-    return {
-        "missing": tuple(name for name in model if name not in file),
-        "unexpected": tuple(name for name in file if name not in model),
-        "misshapen": {name: (file[name], model[name]) for name in both if file[name] != model[name]},
-    }
-
-
-def _kinship(file: Iterable[str], model: Iterable[str]) -> float:
+def name_overlap(file: Iterable[str], model: Iterable[str]) -> float:
+    """Returns the share of all names that both have; numbers of blocks do not matter."""
     mine, other = ({re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in names} for names in (file, model))
     return len(mine & other) / len(mine | other)

@@ -1,6 +1,6 @@
-"""What Vim and LocalVim share: equal pre-norm blocks on the patches of an image, the residual carried beside them.
+"""Base of Vim and LocalVim: equal pre-norm blocks on the patches of an image, with the residual stream beside them.
 
-Shapes: B images, H×W patches, L tokens, D model width, E inner width, S states, R rank of the step projection.
+Shapes: B images, H×W patches, L tokens, D model width, E inner width, S states, R rank of the dt projection.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from timm.layers import DropPath, PatchEmbed, trunc_normal_
 from torch import Tensor, nn
 
 from ptq4vm import ops
-from ptq4vm.models.scan_order import Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import Direction, initial_dt_, initial_states, scan_tokens
 
 
 class RotaryEmbedding(nn.Module):
@@ -43,7 +43,7 @@ class RotaryEmbedding(nn.Module):
 class Mixer(nn.Module):
     """Mamba's mixer with several directions, each with weights of its own: (B, L, D) → (B, L, D).
 
-    `directions` are the scans by the suffix of their parameters' names; subclasses say how their results are merged.
+    `directions` has the scans by the suffix of their parameters' names. Subclasses merge the results.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class Mixer(nn.Module):
         self.out_proj = nn.Linear(inner, dim, bias=False)
         for suffix in directions:
             dt_proj: Any = self.get_submodule(f"dt_proj{suffix}")
-            initial_steps_(dt_proj.weight, dt_proj.bias)
+            initial_dt_(dt_proj.weight, dt_proj.bias)
 
     def branch(self, xz: Tensor, suffix: str) -> Tensor:
-        """One direction, in its own order: input and gate (B, L, 2E) → (B, L, E)."""
+        """Scans one direction, whose order the tokens are in already: input and gate (B, L, 2E) → (B, L, E)."""
         parts: list[Any] = [self.get_submodule(name + suffix) for name in ("conv1d", "x_proj", "dt_proj")]
         conv, x_proj, dt_proj = parts
         A_log, D = self.get_parameter(_state_name(suffix)), self.get_parameter(f"D{suffix}")
@@ -92,8 +92,8 @@ class Block(nn.Module):
         return self.mixer(self.norm(residual)), residual
 
 
-class PlainMamba(nn.Module):
-    """Classifier: (B, C, H, W) images → (B, num_classes) logits, from a class token in the middle or the mean token."""
+class IsotropicMamba(nn.Module):
+    """Classifier, (B, C, H, W) images → (B, num_classes) logits, from a class token in the middle or the mean token."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class PlainMamba(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """As the official training code: truncated normal, residual projections scaled down by depth."""
+        """Initializes as the official training code does: truncated normal, residual projections scaled by depth."""
         if self.cls_index is not None:
             trunc_normal_(self.cls_token, std=0.02)
         trunc_normal_(self.pos_embed, std=0.02)
@@ -153,7 +153,7 @@ class PlainMamba(nn.Module):
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes > 0 else nn.Identity()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Normalized tokens (B, L, D) after the last block."""
+        """Returns the normalized tokens (B, L, D) after the last block."""
         hidden: Tensor = self.patch_embed(x)
         residual: Tensor | None = None
         if self.cls_index is not None:
@@ -176,5 +176,5 @@ class PlainMamba(nn.Module):
 
 
 def _is_state(leaf: str) -> bool:
-    """A_log, A_b_log, A_log_3, D, D_b, D_3: what the scan holds beside its projections."""
+    """Whether a parameter belongs to the scan itself, not to its projections: A_log, A_b_log, A_log_3, D, D_b, D_3."""
     return leaf.startswith("A_") or leaf == "D" or leaf.startswith("D_")

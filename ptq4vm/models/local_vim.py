@@ -1,6 +1,6 @@
-"""LocalVim (Huang et al. 2024): Vim's blocks with four searched directions a block, some through local windows.
+"""LocalVim (Huang et al. 2024): Vim's blocks with four scan directions each, found by search, some in local windows.
 
-Parameter names are those of the public checkpoints (hunto/LocalMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (hunto/LocalMamba), which load strictly.
 """
 
 from __future__ import annotations
@@ -11,47 +11,31 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.isotropic import Mixer, PlainMamba
-from ptq4vm.models.registry import cifar10, create, digits, imagenet
+from ptq4vm.models.isotropic import IsotropicMamba, Mixer
+from ptq4vm.models.registry import preprocessing, register
 from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table
 
 SEARCHED = direction_table(
     """
-    h v_flip w7 w7_flip
-    h_flip w2_flip w7 w7_flip
-    h h_flip v w7
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h_flip v v_flip w7
-    h_flip v v_flip w2_flip
-    h h_flip v v_flip
-    h h_flip v v_flip
-    h v v_flip w2
-    h v v_flip w2_flip
-    h h_flip v_flip w7
-    h_flip v v_flip w2
-    h h_flip v v_flip
-    h v w2 w2_flip
-    v v_flip w2 w7
-    h h_flip v w2
-    h h_flip w2_flip w7
-    v v_flip w2 w2_flip
+    h v_flip w7 w7_flip | h_flip w2_flip w7 w7_flip | h h_flip v w7 | h h_flip v v_flip
+    h h_flip v v_flip | h h_flip v v_flip | h_flip v v_flip w7 | h_flip v v_flip w2_flip
+    h h_flip v v_flip | h h_flip v v_flip | h v v_flip w2 | h v v_flip w2_flip
+    h h_flip v_flip w7 | h_flip v v_flip w2 | h h_flip v v_flip | h v w2 w2_flip
+    v v_flip w2 w7 | h h_flip v w2 | h h_flip w2_flip w7 | v v_flip w2 w2_flip
     """
 )
-"""The published search's directions of every block."""
+"""Directions of every block, as the published search found them."""
 
 FIXED = (("h", "h_flip", "w2", "w2_flip"),) * 20
-"""The second definition of `local_vim_small` in the official file, which timm's registry sees there."""
+"""Directions of `local_vim_small`: the official file defines the name twice, and registers the second."""
 
 NANO = (("h", "v_flip", "w2", "w2_flip"), ("h_flip", "v", "w4", "w4_flip")) * 2
 
 
 class LocalVimMixer(Mixer):
-    """The sum of the directions' scans, each through the block's channel gate; a class token keeps its place."""
+    """Sum of the scans of all directions, each through the block's channel gate; a class token keeps its place."""
 
     def __init__(
         self, dim: int, state: int, directions: Sequence[str], grid: tuple[int, int], class_token: bool
@@ -74,7 +58,7 @@ class LocalVimMixer(Mixer):
         return self.attn(self._join(direction.restore(y, *self.grid), y_cls))
 
     def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens without the class token, and the class token (B, 1, C)."""
+        """Returns the tokens without the class token, and the class token (B, 1, C)."""
         assert self.cls_index is not None
         before, cls, after = x.tensor_split((self.cls_index, self.cls_index + 1), dim=1)
         return torch.cat((before, after), 1), cls
@@ -83,11 +67,25 @@ class LocalVimMixer(Mixer):
         return torch.cat((x[:, : self.cls_index], cls, x[:, self.cls_index :]), 1)
 
 
-class LocalVim(PlainMamba):
+class LocalVim(IsotropicMamba):
     """LocalVim classifier: (B, C, H, W) images → (B, num_classes) logits.
 
-    `directions` names the scans of every block (`Direction.parse`) and so gives the depth. With `class_token` the
-    logits come from a token in the middle, without it from the mean token of rotary-embedded ones.
+    Args:
+        img_size: height and width of the images, or one number for both.
+        patch_size: side of a patch.
+        in_chans: C.
+        num_classes: 0 leaves the classifier out.
+        embed_dim: channels of a token.
+        directions: names of the scans of every block (`Direction.parse`); there are as many blocks.
+        state: states of a channel.
+        class_token: read the logits from a token in the middle; otherwise from the mean token, with rotary embedding.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Example:
+        >>> import torch
+        >>> model = LocalVim(img_size=32, patch_size=4, num_classes=10, embed_dim=16, directions=[("h", "v_flip")])
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -115,53 +113,18 @@ class LocalVim(PlainMamba):
         )
 
 
-ENDS = ("patch_embed.proj", "head")
+_SMALL_IMAGES: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_classes": 10, "directions": NANO}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "local_vim_tiny": imagenet(*ENDS),
-        "local_vim_tiny_middle_cls": imagenet(*ENDS),
-        "local_vim_small": imagenet(*ENDS),
-        "local_vim_small_searched": imagenet(*ENDS),
-        "local_vim_nano_patch4_32.digits": digits(*ENDS, "local_vim_nano_patch4_32.digits.safetensors"),
-        "local_vim_micro_patch4_32.cifar10": cifar10(*ENDS, "local_vim_micro_patch4_32.cifar10.safetensors"),
-    }
-)
+SIZES: dict[str, dict[str, Any]] = {
+    "local_vim_tiny": {"embed_dim": 192},
+    "local_vim_tiny_middle_cls": {"embed_dim": 192, "class_token": True},
+    "local_vim_small": {"embed_dim": 384, "directions": FIXED},
+    "local_vim_small_searched": {"embed_dim": 384, "directions": SEARCHED},
+    # 64 tokens, for 32×32 images
+    "local_vim_nano_patch4_32": {**_SMALL_IMAGES, "embed_dim": 48, "state": 8},
+    "local_vim_micro_patch4_32": {**_SMALL_IMAGES, "embed_dim": 64, "state": 4},
+}
+BUNDLED = {"local_vim_nano_patch4_32": ("digits",), "local_vim_micro_patch4_32": ("cifar10",)}
 
-
-@register_model
-def local_vim_tiny(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    return create(LocalVim, "local_vim_tiny", pretrained, {"embed_dim": 192}, kwargs)
-
-
-@register_model
-def local_vim_tiny_middle_cls(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    defaults = {"embed_dim": 192, "class_token": True}
-    return create(LocalVim, "local_vim_tiny_middle_cls", pretrained, defaults, kwargs)
-
-
-@register_model
-def local_vim_small(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """With the directions of the official registry; `directions=SEARCHED` (or the next name) are the searched ones."""
-    defaults = {"embed_dim": 384, "directions": FIXED}
-    return create(LocalVim, "local_vim_small", pretrained, defaults, kwargs)
-
-
-@register_model
-def local_vim_small_searched(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    defaults = {"embed_dim": 384, "directions": SEARCHED}
-    return create(LocalVim, "local_vim_small_searched", pretrained, defaults, kwargs)
-
-
-@register_model
-def local_vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """64 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 48, "directions": NANO, "state": 8}
-    return create(LocalVim, "local_vim_nano_patch4_32", pretrained, defaults, kwargs)
-
-
-@register_model
-def local_vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> LocalVim:
-    """64 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "directions": NANO, "state": 4}
-    return create(LocalVim, "local_vim_micro_patch4_32", pretrained, defaults, kwargs)
+default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")
+register(LocalVim, SIZES)

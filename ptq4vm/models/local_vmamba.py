@@ -1,6 +1,6 @@
-"""LocalVMamba (Huang et al. 2024): VMamba's stages with gated blocks and four searched directions a block.
+"""LocalVMamba (Huang et al. 2024): VMamba's stages with gated blocks and four scan directions each, found by search.
 
-Parameter names are those of the public checkpoints (hunto/LocalMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (hunto/LocalMamba), which load strictly.
 """
 
 from __future__ import annotations
@@ -9,70 +9,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_last
-from ptq4vm.models.registry import cifar10, create, digits, imagenet
+from ptq4vm.models.registry import preprocessing, register
 from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table, transpose_map
 
 TINY = direction_table(
     """
-    h h_flip w7 w7_flip
-    h_flip v_flip w2 w2_flip
-    h_flip v_flip w2_flip w7
-    h_flip v v_flip w2
-    h h_flip v_flip w2_flip
-    h_flip v_flip w2 w2_flip
-    h w2_flip w7 w7_flip
-    h h_flip v v_flip
-    h v_flip w7 w7_flip
-    h_flip v w2 w7_flip
-    v v_flip w2 w7_flip
-    h h_flip v_flip w2_flip
-    v_flip w2_flip w7 w7_flip
-    h_flip v_flip w2_flip w7_flip
-    h_flip v w7 w7_flip
+    h h_flip w7 w7_flip | h_flip v_flip w2 w2_flip | h_flip v_flip w2_flip w7 | h_flip v v_flip w2
+    h h_flip v_flip w2_flip | h_flip v_flip w2 w2_flip | h w2_flip w7 w7_flip | h h_flip v v_flip
+    h v_flip w7 w7_flip | h_flip v w2 w7_flip | v v_flip w2 w7_flip | h h_flip v_flip w2_flip
+    v_flip w2_flip w7 w7_flip | h_flip v_flip w2_flip w7_flip | h_flip v w7 w7_flip
     """
 )
 SMALL = direction_table(
     """
-    h v v_flip w7_flip
-    h h_flip v w7
-    h_flip v v_flip w7
-    h_flip v w2_flip w7
-    h_flip v w2_flip w7
-    h_flip v_flip w2 w7_flip
-    h_flip v v_flip w7
-    h v v_flip w7
-    h v v_flip w7
-    h v v_flip w7_flip
-    h h_flip v v_flip
-    h v v_flip w2
-    v v_flip w2_flip w7
-    h h_flip v w2
-    h_flip v v_flip w7_flip
-    h h_flip v v_flip
-    h v v_flip w7_flip
-    h v v_flip w7_flip
-    h h_flip v_flip w7
-    h_flip v_flip w2_flip w7
-    h_flip v v_flip w7_flip
-    v v_flip w7 w7_flip
-    h v v_flip w7_flip
-    h_flip v v_flip w2
-    h v v_flip w2_flip
-    h h_flip v w7
-    h h_flip w7 w7_flip
-    h v_flip w2 w2_flip
-    h v_flip w2 w7
-    h v v_flip w7_flip
-    h_flip v w2_flip w7
-    h_flip v_flip w7 w7_flip
+    h v v_flip w7_flip | h h_flip v w7 | h_flip v v_flip w7 | h_flip v w2_flip w7
+    h_flip v w2_flip w7 | h_flip v_flip w2 w7_flip | h_flip v v_flip w7 | h v v_flip w7
+    h v v_flip w7 | h v v_flip w7_flip | h h_flip v v_flip | h v v_flip w2
+    v v_flip w2_flip w7 | h h_flip v w2 | h_flip v v_flip w7_flip | h h_flip v v_flip
+    h v v_flip w7_flip | h v v_flip w7_flip | h h_flip v_flip w7 | h_flip v_flip w2_flip w7
+    h_flip v v_flip w7_flip | v v_flip w7 w7_flip | h v v_flip w7_flip | h_flip v v_flip w2
+    h v v_flip w2_flip | h h_flip v w7 | h h_flip w7 w7_flip | h v_flip w2 w2_flip
+    h v_flip w2 w7 | h v v_flip w7_flip | h_flip v w2_flip w7 | h_flip v_flip w7 w7_flip
     h v w7 w7_flip
     """
 )
-"""The published searches' directions of every block."""
+"""Directions of every block, as the published searches found them."""
 
 NANO = (
     ("h", "h_flip", "w2", "w2_flip"),
@@ -84,7 +48,7 @@ MICRO = (*NANO, NANO[0])
 
 
 class MultiScan(nn.Module):
-    """Holds the channel gate, where the checkpoints have it."""
+    """Channel gate under the name that it has in the checkpoints."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,7 +56,7 @@ class MultiScan(nn.Module):
 
 
 class LocalSS2D(SS2D):
-    """SS2D gated by a second half of in_proj, every direction through the block's channel gate."""
+    """SS2D gated by the second half of in_proj's output; every direction goes through the block's channel gate."""
 
     def __init__(self, dim: int, inner: int, state: int, directions: Sequence[str]) -> None:
         super().__init__(dim, inner, state, [Direction.parse(name) for name in directions], gated=True)
@@ -103,9 +67,9 @@ class LocalSS2D(SS2D):
         return self.out_proj(self.out_norm(self.scan(x)) * F.silu(z))
 
     def branch(self, k: int, tokens: Tensor, height: int, width: int) -> Tensor:
-        """As the official code: all sequences of a block are as long as its longest, padded with zeros at their ends.
+        """Scans with zeros at the end, so that all sequences of a block are as long as its longest.
 
-        That changes no result, since what follows a token does not reach it; it is how many tokens the linears see.
+        The official code does so. No result changes, since a scan is causal; the linears see more tokens.
         """
         direction = self.directions[k]
         own = direction.length(height, width)
@@ -116,9 +80,9 @@ class LocalSS2D(SS2D):
 
 
 def _restore(direction: Direction, y: Tensor, height: int, width: int) -> Tensor:
-    """The official inverse, which for columns is one on square maps only; the published weights were trained with it.
+    """Returns row-major tokens as the official code does, with which the published weights were trained.
 
-    It takes the columns of the H×W map, as the scan did, where those of the W×H map would undo the scan.
+    For columns it transposes an H×W map where the inverse of the scan transposes a W×H map: right on square maps only.
     """
     if not direction.columns:
         return direction.restore(y, height, width)
@@ -128,7 +92,25 @@ def _restore(direction: Direction, y: Tensor, height: int, width: int) -> Tensor
 class LocalVMamba(HierarchicalMamba):
     """LocalVMamba classifier: (B, C, H, W) images → (B, num_classes) logits.
 
-    `directions` names the scans of every block (`Direction.parse`), stage after stage.
+    Args:
+        in_chans: C.
+        num_classes: 0 leaves the classifier out.
+        embed_dim: channels of the first stage; each later stage has twice as many.
+        depths: blocks of every stage.
+        directions: names of the scans of every block (`Direction.parse`), stage after stage.
+        ssm_ratio: inner channels of a block per channel.
+        state: states of a channel.
+        mlp_ratio: hidden channels of a block's MLP per channel; 0 leaves the MLP out.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Raises:
+        ValueError: `directions` and `depths` have different numbers of blocks.
+
+    Example:
+        >>> import torch
+        >>> model = LocalVMamba(num_classes=10, embed_dim=16, depths=(1, 1), directions=[("h", "w2")] * 2, state=4)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -145,11 +127,10 @@ class LocalVMamba(HierarchicalMamba):
     ) -> None:
         if len(directions) != sum(depths):
             raise ValueError(
-                f"directions names the scans of {len(directions)} blocks, depths={tuple(depths)} has others"
+                f"directions has the scans of {len(directions)} blocks, depths={tuple(depths)} has {sum(depths)}"
             )
         super().__init__(
             nn.Sequential(nn.Conv2d(in_chans, embed_dim, 4, stride=4), to_channels_last(), nn.LayerNorm(embed_dim)),
-            4,
             embed_dim,
             depths,
             lambda index, dim: LocalSS2D(dim, int(ssm_ratio * dim), state, directions[index]),
@@ -161,7 +142,7 @@ class LocalVMamba(HierarchicalMamba):
 
 
 class PatchMerging(nn.Module):
-    """(B, H, W, C) → (B, ceil(H / 2), ceil(W / 2), 2C): norm and linear of every 2×2 pixels, left column first."""
+    """Norm and linear of every 2×2 pixels, left column first: (B, H, W, C) → (B, ceil(H / 2), ceil(W / 2), 2C)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -174,38 +155,14 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
 
 
-ENDS = ("patch_embed.0", "classifier.head")
+SIZES: dict[str, dict[str, Any]] = {
+    "local_vmamba_tiny": {},
+    "local_vmamba_small": {"depths": (2, 2, 27, 2), "directions": SMALL},
+    # maps of 8², 4², 2² tokens, for 32×32 images
+    "local_vmamba_nano_32": {"num_classes": 10, "embed_dim": 24, "depths": (1, 1, 2), "directions": NANO, "state": 8},
+    "local_vmamba_micro_32": {"num_classes": 10, "embed_dim": 40, "depths": (1, 2, 2), "directions": MICRO, "state": 4},
+}
+BUNDLED = {"local_vmamba_nano_32": ("digits",), "local_vmamba_micro_32": ("cifar10",)}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "local_vmamba_tiny": imagenet(*ENDS),
-        "local_vmamba_small": imagenet(*ENDS),
-        "local_vmamba_nano_32.digits": digits(*ENDS, "local_vmamba_nano_32.digits.safetensors"),
-        "local_vmamba_micro_32.cifar10": cifar10(*ENDS, "local_vmamba_micro_32.cifar10.safetensors"),
-    }
-)
-
-
-@register_model
-def local_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    return create(LocalVMamba, "local_vmamba_tiny", pretrained, {}, kwargs, FeatureMaps)
-
-
-@register_model
-def local_vmamba_small(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    defaults = {"depths": (2, 2, 27, 2), "directions": SMALL}
-    return create(LocalVMamba, "local_vmamba_small", pretrained, defaults, kwargs, FeatureMaps)
-
-
-@register_model
-def local_vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    defaults = {"num_classes": 10, "embed_dim": 24, "depths": (1, 1, 2), "directions": NANO, "state": 8}
-    return create(LocalVMamba, "local_vmamba_nano_32", pretrained, defaults, kwargs, FeatureMaps)
-
-
-@register_model
-def local_vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> LocalVMamba:
-    """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    defaults = {"num_classes": 10, "embed_dim": 40, "depths": (1, 2, 2), "directions": MICRO, "state": 4}
-    return create(LocalVMamba, "local_vmamba_micro_32", pretrained, defaults, kwargs, FeatureMaps)
+default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.0", classifier="classifier.head")
+register(LocalVMamba, SIZES, FeatureMaps)

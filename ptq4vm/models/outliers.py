@@ -1,12 +1,12 @@
-"""Models made hard to quantize without changing what they compute.
+"""Injects outlier channels, which are hard to quantize, and leaves the function of a model as it is.
 
 Published Visual Mambas have activation channels far larger than the rest; small models trained on small images have
-few. A channel can grow while the function stays where a norm's weight (and bias) stands against the columns of the
-linear that reads it, and where a row of x_proj (its step part, which is linear up to dt_proj) stands against the
-columns of dt_proj. Factors are powers of two, so that nothing is even rounded.
+few. A channel can grow and leave the function as it is in two places: a norm's weight (and bias) against the columns
+of the linear that reads the norm, and a row of x_proj (its dt part, which is linear up to dt_proj) against the columns
+of dt_proj. Factors are powers of two, so nothing is rounded.
 
 Tokens cannot be rescaled in the same way: every path between two linears passes a norm, a SiLU or a GELU, which a
-factor that differs between tokens would change; the differences between tokens are those that training gave the model.
+factor per token would change. Differences between tokens remain as training made them.
 """
 
 from __future__ import annotations
@@ -16,33 +16,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vm.models.hierarchical import SS2D, VSSBlock
+from ptq4vm.models.hierarchical import VSSBlock
 from ptq4vm.models.isotropic import Block
 
 CHANNEL_FACTORS = (64.0, 32.0, 16.0)
-"""Of three channels of every norm's output that a linear reads."""
-STEP_FACTOR = 16.0
-"""Of one channel of every dt_proj input."""
+"""Factors of three channels of each norm's output."""
+DT_FACTOR = 16.0
+"""Factor of one channel of each dt_proj's input."""
 
 
 @torch.no_grad()
-def harden(model: nn.Module, seed: int = 0) -> None:
-    """Rescales a Vim, LocalVim, VMamba or LocalVMamba in place; `seed` chooses the channels."""
+def inject_outliers(model: nn.Module, seed: int = 0) -> None:
+    """Rescales channels of a Vim, LocalVim, VMamba or LocalVMamba in place; the outputs stay bit for bit.
+
+    Args:
+        model: any module; blocks of other models are left alone.
+        seed: chooses the channels.
+
+    Example:
+        >>> import timm, ptq4vm.models
+        >>> model = timm.create_model("vim_nano_patch4_32.digits", pretrained=True)
+        >>> before = model.layers[0].norm.weight.clone()
+        >>> inject_outliers(model)
+        >>> (model.layers[0].norm.weight / before).unique().tolist()
+        [1.0, 16.0, 32.0, 64.0]
+    """
     generator = torch.Generator().manual_seed(seed)
     for block in model.modules():
         if isinstance(block, Block):
-            _grow(block.norm, block.mixer.in_proj, generator)
-            _grow_plain_steps(block.mixer, generator)
+            mixer: Any = block.mixer
+            _scale_norm(block.norm, mixer.in_proj, generator)
+            for suffix in mixer.directions:
+                x_proj, dt_proj = (mixer.get_submodule(name + suffix).weight for name in ("x_proj", "dt_proj"))
+                _scale_dt(x_proj, dt_proj, generator)
         elif isinstance(block, VSSBlock):
-            assert isinstance(block.op, SS2D)
-            _grow(block.norm, block.op.in_proj, generator)
-            _grow_stacked_steps(block.op, generator)
-            _grow(block.op.out_norm, block.op.out_proj, generator)
+            op: Any = block.op
+            _scale_norm(block.norm, op.in_proj, generator)
+            for x_proj, dt_proj in zip(op.x_proj_weight, op.dt_projs_weight, strict=True):
+                _scale_dt(x_proj, dt_proj, generator)
+            _scale_norm(op.out_norm, op.out_proj, generator)
             if block.mlp is not None:
-                _grow(block.norm2, block.mlp.fc1, generator)
+                _scale_norm(block.norm2, block.mlp.fc1, generator)
 
 
-def _grow(norm: Any, linear: Any, generator: torch.Generator) -> None:
+def _scale_norm(norm: Any, linear: Any, generator: torch.Generator) -> None:
+    """Scales channels of a norm's output, and the columns of the linear that reads it by the inverse."""
     factors = torch.ones_like(norm.weight)
     chosen = torch.randperm(len(factors), generator=generator)[: len(CHANNEL_FACTORS)]
     factors[chosen] = torch.tensor(CHANNEL_FACTORS)
@@ -52,22 +70,8 @@ def _grow(norm: Any, linear: Any, generator: torch.Generator) -> None:
     linear.weight /= factors
 
 
-def _grow_plain_steps(mixer: Any, generator: torch.Generator) -> None:
-    for suffix in mixer.directions:
-        x_proj, dt_proj = (mixer.get_submodule(name + suffix) for name in ("x_proj", "dt_proj"))
-        factors = _step_factors(dt_proj.in_features, generator)
-        x_proj.weight[: len(factors)] *= factors.unsqueeze(1)
-        dt_proj.weight /= factors
-
-
-def _grow_stacked_steps(op: SS2D, generator: torch.Generator) -> None:
-    for x_proj, dt_proj in zip(op.x_proj_weight, op.dt_projs_weight, strict=True):
-        factors = _step_factors(dt_proj.shape[1], generator)
-        x_proj[: len(factors)] *= factors.unsqueeze(1)
-        dt_proj /= factors
-
-
-def _step_factors(rank: int, generator: torch.Generator) -> Tensor:
-    factors = torch.ones(rank)
-    factors[torch.randint(rank, (), generator=generator)] = STEP_FACTOR
-    return factors
+def _scale_dt(x_proj: Tensor, dt_proj: Tensor, generator: torch.Generator) -> None:
+    """Scales one row of x_proj (R + 2S, E), and the column of dt_proj (E, R) that reads it by the inverse."""
+    row = torch.randint(dt_proj.shape[1], (), generator=generator)
+    x_proj[row] *= DT_FACTOR
+    dt_proj[:, row] /= DT_FACTOR

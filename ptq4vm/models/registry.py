@@ -1,68 +1,93 @@
-"""How our models enter timm's registry."""
+"""Registers the models of this package with timm."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+"""Folder of the bundled weights, `<name>.<tag>.safetensors`."""
 
 NOT_ARCHITECTURE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-"""What timm passes on beside the arguments of the model."""
+"""Arguments of timm's `create_model` that are not arguments of the model."""
+
+_STATISTICS = {
+    "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+}
+"""Mean and standard deviation of the pixels, by the dataset, with which the tags of bundled weights begin."""
 
 
-def imagenet(first_conv: str, classifier: str, **changes: Any) -> dict[str, Any]:
-    """timm's description of a model for 224×224 images: preprocessing, and the names of its ends."""
-    base = {
+def preprocessing(names: Iterable[str], bundled: Mapping[str, Sequence[str]], **ends: Any) -> Any:
+    """Returns timm's `default_cfgs` for a family.
+
+    Args:
+        names: models of the family. Those that are not in `bundled` take ImageNet's images, 224×224.
+        bundled: tags of the bundled weights by model; these models take 32×32 images of 10 classes.
+        ends: names of the parts at both ends of the model, `first_conv` and `classifier`.
+    """
+    cfgs: Any = {name: _imagenet() | ends for name in names if name not in bundled}
+    small = {f"{name}.{tag}": _small_images(name, tag) | ends for name, tags in bundled.items() for tag in tags}
+    return generate_default_cfgs(cfgs | small)
+
+
+def _imagenet() -> dict[str, Any]:
+    return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "crop_pct": 0.875,
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": first_conv,
-        "classifier": classifier,
     }
-    return base | changes
 
 
-def digits(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
-    """The same for a bundled model that reads scikit-learn's digits."""
-    return _small_images(first_conv, classifier, file, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+def _small_images(name: str, tag: str) -> dict[str, Any]:
+    mean, std = _STATISTICS[tag.partition("_")[0]]
+    changes = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
+    return _imagenet() | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
 
 
-def cifar10(first_conv: str, classifier: str, file: str) -> dict[str, Any]:
-    """The same for a bundled model of CIFAR-10."""
-    return _small_images(first_conv, classifier, file, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
-
-
-def _small_images(
-    first_conv: str, classifier: str, file: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> dict[str, Any]:
-    changes: dict[str, Any] = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
-    return imagenet(first_conv, classifier, file=str(PRETRAINED / file), **changes)
-
-
-def create(
-    model_class: Callable[..., nn.Module],
-    name: str,
-    pretrained: bool,
-    defaults: dict[str, Any],
-    changes: dict[str, Any],
+def register(
+    model_class: type[nn.Module],
+    sizes: Mapping[str, Mapping[str, Any]],
     features: Callable[..., nn.Module] | None = None,
-) -> Any:
-    """The model that timm's `create_model` returns; `features` makes a backbone of it for `features_only=True`.
+) -> None:
+    """Adds models to timm's registry; the module of `model_class` must have `default_cfgs`.
 
-    Its attribute `model_args` holds the arguments it was asked for, so that a saved model can be made again.
+    Args:
+        model_class: class of the models.
+        sizes: arguments of the class by the name of the model.
+        features: makes a backbone of a model, for `features_only=True`.
     """
-    if changes.get("features_only") and features is None:
-        raise ValueError(f"{name} has one resolution and no feature maps: features_only is for hierarchical models")
-    feature_cfg = {"feature_cls": features, "out_indices": None}  # of all stages
-    model: Any = build_model_with_cfg(model_class, name, pretrained, feature_cfg=feature_cfg, **(defaults | changes))
-    model.model_args = {key: value for key, value in changes.items() if key not in NOT_ARCHITECTURE}
-    return model
+    module = sys.modules[model_class.__module__]
+    for name, arguments in sizes.items():
+        setattr(module, name, register_model(_entrypoint(model_class, name, arguments, features)))
+
+
+def _entrypoint(
+    model_class: type[nn.Module], name: str, arguments: Mapping[str, Any], features: Callable[..., nn.Module] | None
+) -> Callable[..., Any]:
+    """Returns the function that timm calls to create the model.
+
+    The model's attribute `model_args` holds the arguments it was asked for, so that a saved model can be made again.
+    """
+
+    def create(pretrained: bool = False, **changes: Any) -> Any:
+        if changes.get("features_only") and features is None:
+            raise ValueError(f"{name} has one resolution and no feature maps: features_only is for hierarchical models")
+        feature_cfg = {"feature_cls": features, "out_indices": None}  # None: maps of all stages
+        options = {**arguments, **changes}
+        model: Any = build_model_with_cfg(model_class, name, pretrained, feature_cfg=feature_cfg, **options)
+        model.model_args = {key: value for key, value in changes.items() if key not in NOT_ARCHITECTURE}
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__module__ = model_class.__module__
+    return create

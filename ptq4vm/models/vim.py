@@ -1,6 +1,6 @@
 """Vision Mamba (Zhu et al. 2024), the "bimamba v2, middle class token, divided output" models that were released.
 
-Parameter names are those of the public checkpoints (hustvl/Vim), so that they load strictly.
+Parameters have the names of the public checkpoints (hustvl/Vim), which load strictly.
 """
 
 from __future__ import annotations
@@ -8,16 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 from timm.layers import PatchEmbed
-from timm.models import generate_default_cfgs, register_model
 from torch import Tensor
 
-from ptq4vm.models.isotropic import Mixer, PlainMamba
-from ptq4vm.models.registry import cifar10, create, digits, imagenet
+from ptq4vm.models.isotropic import IsotropicMamba, Mixer
+from ptq4vm.models.registry import preprocessing, register
 from ptq4vm.models.scan_order import ROWS, ROWS_FLIP
 
 
 class VimMixer(Mixer):
-    """Bidirectional ("bimamba v2"): the mean of a scan of the tokens and a scan of the reversed tokens."""
+    """Mean of a scan of the tokens and a scan of the reversed tokens ("bimamba v2")."""
 
     def __init__(self, dim: int, state: int) -> None:
         super().__init__(dim, {"": ROWS, "_b": ROWS_FLIP}, state)
@@ -31,8 +30,25 @@ class VimMixer(Mixer):
         return self.out_proj((forward + backward) / 2)
 
 
-class Vim(PlainMamba):
-    """Vision Mamba classifier: (B, C, H, W) images → (B, num_classes) logits."""
+class Vim(IsotropicMamba):
+    """Vision Mamba classifier: (B, C, H, W) images → (B, num_classes) logits.
+
+    Args:
+        img_size: height and width of the images, or one number for both.
+        patch_size: side of a patch.
+        in_chans: C.
+        num_classes: 0 leaves the classifier out.
+        embed_dim: channels of a token.
+        depth: number of blocks.
+        state: states of a channel.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Example:
+        >>> import torch
+        >>> model = Vim(img_size=32, patch_size=4, num_classes=10, embed_dim=16, depth=2)
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
 
     def __init__(
         self,
@@ -56,44 +72,17 @@ class Vim(PlainMamba):
         )
 
 
-ENDS = ("patch_embed.proj", "head")
+_SMALL_IMAGES: dict[str, Any] = {"img_size": 32, "patch_size": 4, "num_classes": 10, "depth": 6}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vim_tiny_patch16_224": imagenet(*ENDS),
-        "vim_small_patch16_224": imagenet(*ENDS),
-        "vim_base_patch16_224": imagenet(*ENDS),
-        "vim_nano_patch4_32.digits": digits(*ENDS, "vim_nano_patch4_32.digits.safetensors"),
-        "vim_nano_patch4_32.digits_hard": digits(*ENDS, "vim_nano_patch4_32.digits_hard.safetensors"),
-        "vim_micro_patch4_32.cifar10": cifar10(*ENDS, "vim_micro_patch4_32.cifar10.safetensors"),
-    }
-)
+SIZES: dict[str, dict[str, Any]] = {
+    "vim_tiny_patch16_224": {"embed_dim": 192},
+    "vim_small_patch16_224": {"embed_dim": 384},
+    "vim_base_patch16_224": {"embed_dim": 768},
+    # 65 tokens, for 32×32 images
+    "vim_nano_patch4_32": {**_SMALL_IMAGES, "embed_dim": 64},
+    "vim_micro_patch4_32": {**_SMALL_IMAGES, "embed_dim": 96, "state": 4},
+}
+BUNDLED = {"vim_nano_patch4_32": ("digits", "digits_hard"), "vim_micro_patch4_32": ("cifar10",)}
 
-
-@register_model
-def vim_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
-    return create(Vim, "vim_tiny_patch16_224", pretrained, {"embed_dim": 192}, kwargs)
-
-
-@register_model
-def vim_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
-    return create(Vim, "vim_small_patch16_224", pretrained, {"embed_dim": 384}, kwargs)
-
-
-@register_model
-def vim_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> Vim:
-    return create(Vim, "vim_base_patch16_224", pretrained, {"embed_dim": 768}, kwargs)
-
-
-@register_model
-def vim_nano_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
-    """65 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 64, "depth": 6}
-    return create(Vim, "vim_nano_patch4_32", pretrained, defaults, kwargs)
-
-
-@register_model
-def vim_micro_patch4_32(pretrained: bool = False, **kwargs: Any) -> Vim:
-    """65 tokens, for 32×32 images."""
-    defaults = {"img_size": 32, "patch_size": 4, "num_classes": 10, "embed_dim": 96, "depth": 6, "state": 4}
-    return create(Vim, "vim_micro_patch4_32", pretrained, defaults, kwargs)
+default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")
+register(Vim, SIZES)

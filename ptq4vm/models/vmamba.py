@@ -1,6 +1,6 @@
 """VMamba (Liu et al. 2024), the "v05_noz" models that were released: four directions, no gate, an MLP in every block.
 
-Parameter names are those of the public checkpoints (MzeroMiko/VMamba), so that they load strictly.
+Parameters have the names of the public checkpoints (MzeroMiko/VMamba), which load strictly.
 """
 
 from __future__ import annotations
@@ -8,18 +8,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_first, to_channels_last
-from ptq4vm.models.registry import cifar10, create, digits, imagenet
+from ptq4vm.models.registry import preprocessing, register
 from ptq4vm.models.scan_order import COLUMNS, COLUMNS_FLIP, ROWS, ROWS_FLIP
 
 CROSS_SCAN = (ROWS, COLUMNS, ROWS_FLIP, COLUMNS_FLIP)
 
 
 class VMamba(HierarchicalMamba):
-    """VMamba classifier: (B, C, H, W) images → (B, num_classes) logits."""
+    """VMamba classifier: (B, C, H, W) images → (B, num_classes) logits.
+
+    Args:
+        in_chans: C.
+        num_classes: 0 leaves the classifier out.
+        embed_dim: channels of the first stage; each later stage has twice as many.
+        depths: blocks of every stage.
+        ssm_ratio: inner channels of a block per channel.
+        state: states of a channel.
+        mlp_ratio: hidden channels of a block's MLP per channel; 0 leaves the MLP out.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Example:
+        >>> import torch
+        >>> model = VMamba(num_classes=10, embed_dim=16, depths=(1, 1))
+        >>> model(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+    """
 
     def __init__(
         self,
@@ -45,7 +61,6 @@ class VMamba(HierarchicalMamba):
         )
         super().__init__(
             stem,
-            4,
             embed_dim,
             depths,
             lambda _, dim: SS2D(dim, int(ssm_ratio * dim), state, CROSS_SCAN),
@@ -62,63 +77,18 @@ def _downsample(dim: int) -> nn.Module:
     )
 
 
-ENDS = ("patch_embed.0", "classifier.head")
+SIZES: dict[str, dict[str, Any]] = {
+    "vmamba_tiny_s1l8": {"embed_dim": 96, "depths": (2, 2, 8, 2), "ssm_ratio": 1.0},
+    "vmamba_tiny_s2l5": {"embed_dim": 96, "depths": (2, 2, 5, 2), "ssm_ratio": 2.0},
+    "vmamba_small_s2l15": {"embed_dim": 96, "depths": (2, 2, 15, 2), "ssm_ratio": 2.0},
+    "vmamba_small_s1l20": {"embed_dim": 96, "depths": (2, 2, 20, 2), "ssm_ratio": 1.0},
+    "vmamba_base_s2l15": {"embed_dim": 128, "depths": (2, 2, 15, 2), "ssm_ratio": 2.0},
+    "vmamba_base_s1l20": {"embed_dim": 128, "depths": (2, 2, 20, 2), "ssm_ratio": 1.0},
+    # maps of 8², 4², 2² tokens, for 32×32 images
+    "vmamba_nano_32": {"num_classes": 10, "embed_dim": 24, "depths": (1, 1, 2)},
+    "vmamba_micro_32": {"num_classes": 10, "embed_dim": 48, "depths": (1, 2, 2)},
+}
+BUNDLED = {"vmamba_nano_32": ("digits",), "vmamba_micro_32": ("cifar10",)}
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vmamba_tiny_s1l8": imagenet(*ENDS),
-        "vmamba_tiny_s2l5": imagenet(*ENDS),
-        "vmamba_small_s2l15": imagenet(*ENDS),
-        "vmamba_small_s1l20": imagenet(*ENDS),
-        "vmamba_base_s2l15": imagenet(*ENDS),
-        "vmamba_base_s1l20": imagenet(*ENDS),
-        "vmamba_nano_32.digits": digits(*ENDS, "vmamba_nano_32.digits.safetensors"),
-        "vmamba_micro_32.cifar10": cifar10(*ENDS, "vmamba_micro_32.cifar10.safetensors"),
-    }
-)
-
-
-def _create(name: str, pretrained: bool, changes: dict[str, Any], **defaults: Any) -> VMamba:
-    return create(VMamba, name, pretrained, defaults, changes, FeatureMaps)
-
-
-@register_model
-def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_tiny_s1l8", pretrained, kwargs, embed_dim=96, depths=(2, 2, 8, 2), ssm_ratio=1.0)
-
-
-@register_model
-def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_tiny_s2l5", pretrained, kwargs, embed_dim=96, depths=(2, 2, 5, 2), ssm_ratio=2.0)
-
-
-@register_model
-def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_small_s2l15", pretrained, kwargs, embed_dim=96, depths=(2, 2, 15, 2), ssm_ratio=2.0)
-
-
-@register_model
-def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_small_s1l20", pretrained, kwargs, embed_dim=96, depths=(2, 2, 20, 2), ssm_ratio=1.0)
-
-
-@register_model
-def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_base_s2l15", pretrained, kwargs, embed_dim=128, depths=(2, 2, 15, 2), ssm_ratio=2.0)
-
-
-@register_model
-def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    return _create("vmamba_base_s1l20", pretrained, kwargs, embed_dim=128, depths=(2, 2, 20, 2), ssm_ratio=1.0)
-
-
-@register_model
-def vmamba_nano_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    return _create("vmamba_nano_32", pretrained, kwargs, num_classes=10, embed_dim=24, depths=(1, 1, 2))
-
-
-@register_model
-def vmamba_micro_32(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """Maps of 8², 4², 2² tokens, for 32×32 images."""
-    return _create("vmamba_micro_32", pretrained, kwargs, num_classes=10, embed_dim=48, depths=(1, 2, 2))
+default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.0", classifier="classifier.head")
+register(VMamba, SIZES, FeatureMaps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ class QuantizedLinear:
     """Whether x / s and W · s are rotated."""
 
     def smoothed(self, x: Tensor) -> Tensor:
-        """What has come to its input (…, D) when s was 1, as it comes now."""
+        """Returns what came to its input (…, D) when s was 1, as it comes now."""
         if self.smooth is None:
             return x
         inverse = self.smooth.detach().exp().reciprocal()
@@ -107,7 +106,7 @@ def quantized_linears(prepared: GraphModule) -> list[QuantizedLinear]:
 
 
 def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
-    """What was decided about the fake-quantizers of a prepared graph before calibration, in graph order."""
+    """Returns the settings of a prepared graph's fake-quantizers, which calibration does not change, in graph order."""
     found = [(node.name, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
     return [
         (name, [f"{key}={value}" for key, value in vars(fake).items() if key in _SETTINGS])
@@ -116,12 +115,4 @@ def quantizer_settings(prepared: GraphModule) -> list[tuple[str, list[str]]]:
     ]
 
 
-_SETTINGS = ("spec", "name", "granularity", "kept", "follows", "axis", "power_of_two")
-
-
-def tap_inputs(linears: Sequence[QuantizedLinear]) -> dict[ActivationFakeQuantize, list[Tensor]]:
-    """What will reach each linear's input, piece by piece, until its tap is None; some linears share one."""
-    seen: dict[ActivationFakeQuantize, list[Tensor]] = {linear.input: [] for linear in linears}
-    for quantizer, pieces in seen.items():
-        quantizer.tap = pieces.append
-    return seen
+_SETTINGS = ("spec", "name", "granularity", "float_token_index", "shares_qparams_with", "axis", "power_of_two")

@@ -1,8 +1,8 @@
-"""A converted graph as the bytes of one safetensors file: its tensors, and in the header its graph and its record.
+"""Writes a converted graph as the bytes of one safetensors file, and reads it.
 
 The header's metadata has one key, `ptq4vm`, whose JSON holds `format_version`, `graph` (see `graph_json`), `tensors`
-(what a tensor's bytes do not tell), `model` (the record) and `sha256`, the digest of all of this and of the tensors.
-Nothing in it is ever unpickled, no code of the model is needed, and no network.
+(facts that a tensor's bytes do not tell), `model` (the quantization metadata) and `sha256`, the digest of all of this
+and of the tensors. Reading unpickles nothing, and needs neither the model's code nor a network.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute, set_tensor
-from ptq4vm.metadata import FUSIONS, LinearRecord, Record, Stage, record_of, set_record
+from ptq4vm.metadata import FUSIONS, LinearMetadata, QuantizationMetadata, Stage, metadata_of, set_metadata
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
 from ptq4vm.serialization.operators import GraphFormatError, operator_name
 
@@ -36,15 +36,15 @@ KEY = "ptq4vm"
 
 
 class CheckpointError(ValueError):
-    """A saved model that cannot be loaded."""
+    """Raised for a saved model that cannot be loaded."""
 
 
 class NotPortable(CheckpointError):
-    """A file of weights without a graph: format version 1, or no model of ours."""
+    """Raised for a file of weights without a graph: of format version 1, or no model of ptq4vm's."""
 
 
 class PortableGraph(GraphModule):
-    """A graph that pickle, copy and torch.save bring back equal, or refuse at once with the way out."""
+    """Graph that pickle, copy and torch.save bring back equal, or refuse at once with the way out."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if FUSIONS in self.meta:
@@ -52,7 +52,7 @@ class PortableGraph(GraphModule):
                 "a fused model is laid out for this machine: pickle the one that ptq4vm.fuse was given, and fuse it "
                 "where it is loaded"
             )
-        if record_of(self).stage is not Stage.CONVERTED:
+        if metadata_of(self).stage is not Stage.CONVERTED:
             raise TypeError(
                 "a prepared graph cannot be pickled: ptq4vm.convert it first; calibrate(resume_dir=…) keeps the "
                 "blocks that are finished"
@@ -73,7 +73,7 @@ def portable(gm: GraphModule, name: str) -> PortableGraph:
 
 
 def _foreign_operators(gm: GraphModule) -> tuple[str, ...]:
-    """Names of the operators that a file of this graph would not be allowed."""
+    """Returns the names of the operators of a graph that `loads` does not allow by itself."""
     called = {node.target for node in gm.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
     return tuple(sorted(operator_name(target) for target in called if target.namespace not in ("aten", "ptq4vm")))
 
@@ -82,7 +82,7 @@ def _foreign_operators(gm: GraphModule) -> tuple[str, ...]:
 
 
 def dumps(gm: GraphModule) -> bytes:
-    """The file of a converted graph. Raises ValueError, which names it, for what a file cannot hold."""
+    """Returns the file of a converted graph; raises ValueError, which names anything that a file cannot hold."""
     check_qparams(gm)
     graph = describe(gm)
     stored, facts = _stored_tensors(gm)
@@ -91,7 +91,7 @@ def dumps(gm: GraphModule) -> bytes:
         "ptq4vm_version": __version__,
         "graph": graph,
         "tensors": facts,
-        "model": describe_record(record_of(gm)),
+        "model": describe_metadata(metadata_of(gm)),
     }
     data = serialize(stored)
     text = json.dumps({"sha256": "", **content}, separators=(",", ":"), allow_nan=False)
@@ -100,7 +100,7 @@ def dumps(gm: GraphModule) -> bytes:
 
 
 def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Every tensor's bytes once, by name, and what else makes it what it is."""
+    """Returns every distinct tensor once, by name, and the facts that its bytes do not tell."""
     facts: dict[str, Any] = {"parameters": [], "not_persistent": [], "aliases": {}, "dim_orders": {}, "complex": []}
     stored: dict[str, Tensor] = {}
     first: dict[Any, str] = {}
@@ -128,30 +128,30 @@ def _stored_tensors(gm: GraphModule) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _dim_order(value: Tensor) -> list[int] | None:
-    """The order of axes in which a tensor that is not contiguous lies densely in memory; None where it does not."""
+    """Returns the order of axes in which a tensor lies densely in memory; None if there is none."""
     strides = value.stride()
     order = sorted(range(value.dim()), key=lambda axis: (-strides[axis], axis))
     return order if value.permute(order).is_contiguous() else None
 
 
-def describe_record(record: Record) -> dict[str, Any]:
-    """The record in the layout of timm's config.json, with `quantization_config` beside what timm reads."""
-    architecture = record.architecture or {}
+def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
+    """Returns the metadata in the layout of timm's config.json, with `quantization_config` beside timm's keys."""
+    architecture = metadata.architecture or {}
     arguments = architecture.get("arguments", {})
     return {
         "architecture": architecture.get("name"),
         "num_classes": arguments.get("num_classes"),
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": architecture.get("preprocessing", {}),
-        "input_shapes": [list(shape) for shape in record.input_shapes],
+        "input_shapes": [list(shape) for shape in metadata.input_shapes],
         "quantization_config": {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "ptq4vm_version": __version__,
             "torch_version": torch.__version__,
-            "config": record.config.to_dict(),
-            "linears": [dataclasses.asdict(linear) for linear in record.linears],
-            "blocks": list(record.blocks),
+            "config": metadata.config.to_dict(),
+            "linears": [dataclasses.asdict(linear) for linear in metadata.linears],
+            "blocks": list(metadata.blocks),
         },
     }
 
@@ -160,27 +160,27 @@ def describe_record(record: Record) -> dict[str, Any]:
 
 
 def loads(data: bytes, operators: Sequence[str] = ()) -> GraphModule:
-    """The graph of a file that `dumps` made; raises CheckpointError for any other bytes.
+    """Returns the graph of a file that `dumps` made; raises CheckpointError for any other bytes.
 
-    `operators` are names of operators that are allowed besides ours and aten's.
+    `operators` are names of operators that are allowed beside those of ptq4vm and aten.
     """
     return assemble(read_content(data), data, operators)
 
 
 def assemble(content: dict[str, Any], data: bytes, operators: Sequence[str] = ()) -> GraphModule:
-    """The graph of a file, from what `read_content` found in it; raises CheckpointError."""
-    with _refusing(), torch.inference_mode(False):  # tensors that were made in that mode cannot be learned or copied
-        record = read_record(content["model"])
+    """Returns the graph of a file whose `content` `read_content` returned; raises CheckpointError."""
+    with _refusing(), torch.inference_mode(False):  # tensors made in that mode cannot be learned or copied
+        metadata = read_metadata(content["model"])
         root = _place_tensors(deserialize(data), content["tensors"])
         graph, name = build(content["graph"], root, operators)
         gm = PortableGraph(root, graph, name)
         check_qparams(gm)
-    return set_record(gm, record)
+    return set_metadata(gm, metadata)
 
 
 @contextlib.contextmanager
 def _refusing() -> Iterator[None]:
-    """Whatever is wrong with a file is a CheckpointError."""
+    """Makes a CheckpointError of every error that a wrong file leads to."""
     try:
         yield
     except CheckpointError:
@@ -193,7 +193,7 @@ def _refusing() -> Iterator[None]:
 
 
 def read_content(data: bytes) -> dict[str, Any]:
-    """What the header's metadata holds, its digest checked. Raises CheckpointError."""
+    """Returns the JSON in the header's metadata, after checking its digest; raises CheckpointError."""
     with _refusing():
         table, body = _split(data)
         text = table.pop("__metadata__", {}).get(KEY)
@@ -213,7 +213,7 @@ def read_content(data: bytes) -> dict[str, Any]:
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
-    """The header of a safetensors file, and what follows it."""
+    """Returns the header of a safetensors file, and the bytes after it."""
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise CheckpointError(f"it is truncated: {len(data)} bytes are fewer than its header says")
@@ -224,14 +224,14 @@ _UNSIGNED = '"sha256":""'
 
 
 def _digest(text: str, table: dict[str, Any], body: memoryview) -> str:
-    """SHA-256 of the text without a digest, of names, types and places of the tensors, and of their bytes."""
+    """Returns the SHA-256 of the text without a digest, of the tensors' names, types and places, and of their bytes."""
     digest = hashlib.sha256(json.dumps([text, sorted(table.items())]).encode())
     digest.update(body)
     return digest.hexdigest()
 
 
 def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Module:
-    """A module that holds the tensors at their paths, as they lay in memory when they were saved."""
+    """Returns a module with the tensors at their paths, in the memory layouts that they were saved with."""
     root = nn.Module().eval()
     parameters, hidden = set(facts["parameters"]), set(facts["not_persistent"])
     values = {}
@@ -254,20 +254,20 @@ def _place_tensors(stored: dict[str, Tensor], facts: dict[str, Any]) -> nn.Modul
 
 
 def _aligned(value: Tensor) -> Tensor:
-    """A copy, since matrix products round differently where memory is not aligned; by numpy, on one thread."""
+    """Copies a tensor by numpy, on one thread: matrix products round differently where memory is not aligned."""
     copied = torch.empty(value.shape, dtype=value.dtype)
     if value.numel():
         copied.view(-1).view(torch.uint8).numpy()[:] = value.reshape(-1).view(torch.uint8).numpy()
     return copied
 
 
-def read_record(model: dict[str, Any]) -> Record:
-    """The record that `describe_record` was given; raises CheckpointError."""
+def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
+    """Undoes `describe_metadata`; raises CheckpointError."""
     with _refusing():
         details = model["quantization_config"]
-        return Record(
+        return QuantizationMetadata(
             config=QuantConfig.from_dict(details["config"] if "config" in details else _flat_config(details)),
-            linears=tuple(LinearRecord(**linear) for linear in details["linears"]),
+            linears=tuple(LinearMetadata(**linear) for linear in details["linears"]),
             input_shapes=tuple(tuple(shape) for shape in model["input_shapes"]),
             architecture=_architecture(model),
             stage=Stage.CONVERTED,
@@ -322,4 +322,4 @@ def _check_zero_point(name: str, value: Tensor) -> None:
 
 
 _CHECKS = (("scale", _check_scale), ("zero_point", _check_zero_point))
-"""By the end of an operator's argument's name."""
+"""Checks by the end of the name of an operator's argument."""

@@ -9,11 +9,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
-from ptq4vm.passes.prepare.pipeline import (
-    prepared_graph,
-)
+from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized import (
     convolution_weight,
     quantized_convolutions,
@@ -25,9 +23,9 @@ from ptq4vm.specs import Granularity
 
 
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
-    """The lowered graph of a model with scales of one: the structure into which saved tensors are loaded."""
+    """Returns the lowered graph of a model with scales of one, into which saved tensors are loaded."""
     prepared = prepared_graph(model, example_inputs, config)
-    for linear, fact in zip(quantized_linears(prepared), record_of(prepared).linears, strict=True):
+    for linear, fact in zip(quantized_linears(prepared), metadata_of(prepared).linears, strict=True):
         if not linear.input.dynamic:
             count = fact.tokens if linear.input.per_token else 1
             linear.input.set_qparams(torch.ones(count), torch.zeros(count, dtype=torch.int32))

@@ -1,7 +1,7 @@
-"""Which operators a graph in a file may call, by name, and with what kinds of arguments.
+"""Allow-list of the operators that a graph in a file may call, and of the kinds of their arguments.
 
 Allowed are integer arithmetic on sizes, and operators of ptq4vm and aten that compute their result from their
-arguments and do nothing else: none that changes an argument, opens a file, or is run for its effect.
+arguments and do nothing else: none that changes an argument, opens a file, or is run for a side effect.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ptq4vm.graph.capture import check_input
 
 
 class GraphFormatError(ValueError):
-    """A graph that cannot be written, or a description that is not one of a graph that may be run."""
+    """Raised for a graph that cannot be written, or a description of no graph that may be run."""
 
 
 _ARITHMETIC = [
@@ -46,6 +46,7 @@ _ASSERTIONS = {"_assert_async", "_assert_scalar", "sym_constrain_range", "sym_co
 
 
 def operator_name(target: Any) -> str:
+    """Returns the name under which a file has an operator; raises GraphFormatError for one that is not allowed."""
     if isinstance(target, torch._ops.OpOverload):
         namespace, _, base = target._schema.name.partition("::")
         name = f"{namespace}::{base}.{target._overloadname}"
@@ -58,7 +59,7 @@ def operator_name(target: Any) -> str:
 
 
 def find_operator(name: Any, allowed: Collection[str]) -> Callable[..., Any]:
-    """The operator of that name; raises GraphFormatError for one that is not allowed or not there."""
+    """Returns the operator of that name; raises GraphFormatError for one that is not allowed or not defined."""
     if isinstance(name, str) and name in _PYTHON:
         return _PYTHON[name]
     match = re.fullmatch(r"([A-Za-z_]\w*)::([A-Za-z_]\w*)\.(\w+)", name, re.ASCII) if isinstance(name, str) else None
@@ -84,7 +85,7 @@ def find_operator(name: Any, allowed: Collection[str]) -> Callable[..., Any]:
 
 
 def _define_decomposed() -> None:
-    """torch defines `quantized_decomposed::` where this module of its own is imported."""
+    """Imports the module that defines the operators `quantized_decomposed::`."""
     try:
         import torch.ao.quantization.fx._decomposed  # noqa: F401
     except ImportError:
@@ -92,7 +93,7 @@ def _define_decomposed() -> None:
 
 
 def _impurity(found: Any, namespace: str, base: str) -> str | None:
-    """Why an operator does more than compute its result from its arguments; None for one that does not."""
+    """Returns how an operator does more than compute its result from its arguments; None if it does not."""
     schema = found._schema
     if not torch._C._dispatch_has_kernel(found.name()):
         return "is not an operator on tensors"
@@ -104,7 +105,7 @@ def _impurity(found: Any, namespace: str, base: str) -> str | None:
     if base.startswith("_unsafe_") and base != "_unsafe_view":
         return "does not check its arguments"
     if (not schema.returns and base not in _ASSERTIONS) or (namespace == "ptq4vm" and base.startswith("_")):
-        return "is run for what it does besides computing"
+        return "is run for a side effect"
     return None
 
 
@@ -127,19 +128,19 @@ _ACCEPTED: tuple[tuple[str, tuple[type, ...]], ...] = (
     ("str", (str,)),
     ("Device", (torch.device,)),
 )
-"""By the type in a schema, what may be given besides nodes; torch shows dtypes, layouts and formats as int."""
+"""Python types that a type in a schema accepts, beside nodes; torch shows dtypes, layouts and formats as int."""
 
 
 @functools.cache
 def _kinds(target: Any) -> tuple[tuple[tuple[str, str], ...], dict[str, str]]:
-    """Names and types of an operator's arguments: of those that have a place, and of all."""
+    """Returns names and types of an operator's positional arguments, and of all its arguments."""
     arguments = target._schema.arguments
     placed = tuple((argument.name, str(argument.type)) for argument in arguments if not argument.kwarg_only)
     return placed, {argument.name: str(argument.type) for argument in arguments}
 
 
 def _check_arguments(target: Any, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
-    """Raises GraphFormatError for an argument too many, unknown, or of a kind that the schema does not have."""
+    """Raises GraphFormatError for arguments that are too many, unknown, or of a kind that the schema does not have."""
     placed, known = _kinds(target)
     if len(arguments) > len(placed):
         raise GraphFormatError(f"{target} takes {len(placed)} arguments, not {len(arguments)}")
@@ -169,5 +170,6 @@ def _accepts(kind: str, given: Any) -> bool:
 
 
 def shortened(value: Any) -> str:
+    """Returns the repr of a value, in 80 characters at most."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,4 +1,4 @@
-"""Types and shapes of the values of a graph that was loaded, which has recorded only those of its inputs."""
+"""Works out types and shapes of the values of a loaded graph, which records only dtypes and shapes of its inputs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.fx import GraphModule
 from ptq4vm.graph.insert import attribute, to_fake, value_of
 
 RECORDED = "ptq4vm.input"
-"""The key in the meta of a placeholder of a loaded graph: dtype and shape, whose dynamic axes have a name."""
+"""Key in the meta of a loaded graph's placeholder: dtype and shape, in which dynamic axes have a name."""
 
 
 def example_inputs(gm: GraphModule, batch: int) -> tuple[Any, ...]:
-    """Zeros of the dtypes and shapes that a graph takes; inputs that are no tensors as they were captured."""
+    """Returns zeros of the dtypes and shapes that a graph takes; inputs that are no tensors, as they were captured."""
     made = []
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
@@ -27,7 +27,7 @@ def example_inputs(gm: GraphModule, batch: int) -> tuple[Any, ...]:
 
 
 def with_values(gm: GraphModule) -> GraphModule:
-    """Every value's type and shape in a graph that was loaded, which has recorded only those of its inputs."""
+    """Works out type and shape of every value of a loaded graph, and keeps them in its nodes' meta."""
     placeholders = [node for node in gm.graph.find_nodes(op="placeholder") if RECORDED in node.meta]
     if all("val" in node.meta for node in placeholders):
         return gm
@@ -48,11 +48,11 @@ def with_values(gm: GraphModule) -> GraphModule:
 
 
 _BATCH_HINT = 13
-"""A batch that equals no other size, for values whose shapes are worked out anew."""
+"""Example of a dynamic size that equals no other size."""
 
 
 def _fake_input(dtype: torch.dtype, shape: Sequence[int | str], name: str, device: torch.device, mode: Any) -> Tensor:
-    """An input whose named axes are dynamic, those of one name with one symbol."""
+    """Returns an input whose named axes are dynamic; axes of one name share a symbol."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 

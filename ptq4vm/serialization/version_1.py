@@ -1,8 +1,8 @@
-"""Folders of format version 1: tensors without a graph.
+"""Loads folders of format version 1, which have tensors without a graph.
 
-The floating-point model is built by the name that config.json has, captured, given the same structure, and filled with
-the saved tensors. A config.json may come from a stranger: only names of ours and timm's registry are built, with
-plain arguments, and no model that is larger than its tensors say.
+The floating-point model is built by the name in config.json, captured, given the same structure, and filled with the
+saved tensors. A config.json may come from a stranger: only models in timm's registry are built, with simple arguments,
+and none that is larger than its tensors say.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from safetensors.torch import load as deserialize
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ptq4vm.metadata import Record, set_record
-from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_record
+from ptq4vm.metadata import QuantizationMetadata, set_metadata
+from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_metadata
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MOST = 2**15
-"""The largest number among the arguments of a model that is built from a file."""
+MAX_ARGUMENT = 2**15
+"""Largest number among the arguments of a model that is built from a file."""
 
 
 class OtherVersionError(CheckpointError):
-    """config.json is of another version than the file beside it."""
+    """Raised for a config.json of another version than the file beside it."""
 
 
 def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
-    """The model whose `model.safetensors` holds `data`; raises CheckpointError."""
-    from ptq4vm.serialization.empty_model import empty_quantized_model  # passes, which other versions do without
+    """Returns the model whose `model.safetensors` holds `data`; raises CheckpointError."""
+    from ptq4vm.serialization.empty_model import empty_quantized_model  # imports passes, which only version 1 needs
 
-    config, record = read_config(folder)
+    config, metadata = read_config(folder)
     if hashlib.sha256(data).hexdigest() != config.get("weights_sha256"):
         raise CheckpointError(
             f"{folder / WEIGHTS} is not the file that was saved (its SHA-256 differs from {CONFIG}'s): it was "
@@ -49,16 +49,16 @@ def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
         raise CheckpointError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
     if model is None:
         try:
-            model = build_model(record.architecture, folder, sum(value.numel() for value in tensors.values()))
+            model = build_model(metadata.architecture, folder, sum(value.numel() for value in tensors.values()))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; load(folder, model=your_model)") from error
-    examples = tuple(torch.zeros(2, *shape) for shape in record.input_shapes)
+    examples = tuple(torch.zeros(2, *shape) for shape in metadata.input_shapes)
     try:
-        quantized = empty_quantized_model(model, examples, record.config)
+        quantized = empty_quantized_model(model, examples, metadata.config)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit {type(model).__name__}: {error}") from error
     _fill(quantized, tensors, folder, type(model).__name__)
-    return set_record(quantized, record)
+    return set_metadata(quantized, metadata)
 
 
 def _fill(quantized: GraphModule, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
@@ -80,8 +80,8 @@ def _fill(quantized: GraphModule, tensors: dict[str, Tensor], folder: Path, name
         raise CheckpointError(f"{folder / WEIGHTS}: {error}") from error
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
-    """config.json, as it is and as the record of the model; raises CheckpointError."""
+def read_config(folder: Path) -> tuple[dict[str, Any], QuantizationMetadata]:
+    """Returns the content of config.json, and the model's metadata in it; raises CheckpointError."""
     path = folder / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a saved model: it has no {CONFIG}")
@@ -102,13 +102,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Record]:
             "copy the folder again or quantize the model again"
         )
     try:
-        return config, read_record(config)
+        return config, read_metadata(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is corrupt: {error}") from error
 
 
 def build_model(architecture: dict[str, Any] | None, folder: str | Path, elements: int | None = None) -> nn.Module:
-    """A floating-point model with random weights, as a file names it.
+    """Builds the floating-point model that a file names, with random weights.
 
     Raises CheckpointError for a name that timm's registry does not have, for arguments that reach files or the
     network, and for a model of far more parameters than the file has `elements`.
@@ -123,7 +123,7 @@ def build_model(architecture: dict[str, Any] | None, folder: str | Path, element
     if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and timm.is_model(name)):
         raise CheckpointError(f"{folder}: timm cannot build the model ({name!r:.80} is not in its registry)")
     for key, value in arguments.items():
-        if key.startswith(("pretrained", "checkpoint")) or key in ("cache_dir", "scriptable") or not _is_plain(value):
+        if key.startswith(("pretrained", "checkpoint")) or key in ("cache_dir", "scriptable") or not _is_simple(value):
             raise CheckpointError(f"{folder}: the argument {key}={value!r:.80} of {name} is refused")
     try:
         with torch.device("meta"):
@@ -137,10 +137,12 @@ def build_model(architecture: dict[str, Any] | None, folder: str | Path, element
         raise CheckpointError(f"{folder}: timm cannot build the model ({error})") from error
 
 
-def _is_plain(value: Any) -> bool:
-    """Numbers of a sane size, words, and short lists of these."""
+def _is_simple(value: Any) -> bool:
+    """Whether an argument is a number of moderate size, a word, or a short list of these."""
     if isinstance(value, (list, tuple)):
-        return len(value) <= 64 and all(_is_plain(item) for item in value)
+        return len(value) <= 64 and all(_is_simple(item) for item in value)
     if isinstance(value, str):
         return re.fullmatch(r"\w{0,64}", value, re.ASCII) is not None
-    return value is None or (isinstance(value, (bool, int, float)) and math.isfinite(value) and abs(value) <= MOST)
+    return value is None or (
+        isinstance(value, (bool, int, float)) and math.isfinite(value) and abs(value) <= MAX_ARGUMENT
+    )

@@ -14,7 +14,7 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.inspection.phenomena import observe
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.specs import Learning
 
 pytest.importorskip("sklearn")
@@ -101,7 +101,7 @@ def test_learning_streams_across_downsampling(digits):
     model = timm.create_model("vmamba_nano_32", pretrained=True).eval()
     config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, learning=Learning(epochs=4, batch_size=16))
     prepared = calibrate(prepare(model, (test[0][0][:2],), config), calibration, progress=False)
-    blocks = record_of(prepared).blocks
+    blocks = metadata_of(prepared).blocks
     assert [block["block"] for block in blocks] == [
         f"layers.{i}.blocks.{j}" for i, j in ((0, 0), (1, 0), (2, 0), (2, 1))
     ]

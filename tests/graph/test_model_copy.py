@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 
 from ptq4vm import QuantConfig, calibrate, prepare
 from ptq4vm.graph.model_copy import copied_model, own_tensors
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 
 X = normal(3, 5, 6)
 
@@ -54,7 +54,7 @@ def test_weights_that_are_computed_before_every_forward_are_quantized(kind):
     model = computed(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     prepared = prepare(model, (X,), QuantConfig.recipe("pts", 8))
-    assert [linear.name for linear in record_of(prepared).linears] == ["0", "2"]
+    assert [linear.name for linear in metadata_of(prepared).linears] == ["0", "2"]
     assert torch.equal(prepared(X), model(X))
     error = calibrate(prepared, [X], progress=False)(X) - model(X)
     assert 0 < error.norm() < 0.05 * model(X).norm()

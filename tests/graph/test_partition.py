@@ -10,8 +10,8 @@ from helpers.strategies import normal
 from torch.utils._pytree import tree_leaves
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.graph.partition import cut
-from ptq4vm.metadata import record_of
+from ptq4vm.graph.partition import partition_blocks
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.quantized import quantized_linears
 
 X = normal(8, 5, 8)
@@ -85,7 +85,7 @@ def test_a_block_learns_from_what_its_output_is_computed_from(reduce):
     """Where that has no batch, or no gradient."""
     model = blocks(block=Reducing, flow=lambda m, x: (m.head(m.layers[1](x).mean(1)), m.layers[0](x, reduce)))
     prepared = prepare(model, (X[:2],), LEARNED)
-    report = record_of(calibrate(prepared, [X], progress=False)).blocks
+    report = metadata_of(calibrate(prepared, [X], progress=False)).blocks
     assert {block["block"] for block in report} == {"layers.0", "layers.1"}
     assert all(0 < block["loss_after"] <= block["loss_before"] and block["cosine_loss"] > 0 for block in report)
 
@@ -107,7 +107,7 @@ def test_the_pieces_compute_the_graph(flow):
     prepared = prepare(model, (X,), LEARNED)
     linears = quantized_linears(prepared)
     values, returned = {"x": X}, {}
-    for part in cut(prepared, [linear.node for linear in linears]):
+    for part in partition_blocks(prepared, [linear.node for linear in linears]):
         values |= part({name: values[name] for name in part.inputs})
         returned |= {name: values[name] for name in part.results}
         assert all(len(values[name]) == len(X) for name in part.outputs)

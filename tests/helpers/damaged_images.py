@@ -1,4 +1,4 @@
-"""Files that stand where an image should."""
+"""Writes damaged files in place of images."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Files of models with a right digest, as somebody who means harm would make them."""
+"""Forges files of models with a right digest."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ptq4vm.serialization.content import KEY, read_content
 
 
 def signed(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
-    """A file of these tensors and this content."""
+    """Returns a file of these tensors and this content."""
     content = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps({"sha256": "", **content}, separators=(",", ":"))
     digest = module._digest(text, *module._split(serialize(tensors)))
@@ -21,7 +21,7 @@ def signed(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
 
 
 def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> bytes:
-    """The file after `change` of its content and tensors, in place."""
+    """Returns the file after `change` has edited its content and tensors in place."""
     content, tensors = read_content(data), deserialize(data)
     change(content, tensors)
     return signed(content, tensors)

@@ -17,18 +17,18 @@ from ptq4vm.cli import main as cli
 CLEAR = ("used as it is", "clear error")
 BAD = ("unclear error", "crash", "hang", "silent difference")
 SECONDS = 30
-"""A case that takes longer hangs, unless it is known to take long."""
+"""Seconds after which a case counts as hanging, unless it is known to take long."""
 MEMORY = 6 << 30
-"""Bytes a child may ask for beside what it has: a huge claim must not take the machine."""
+"""Bytes that a child may allocate in addition: a huge claim must not take the machine."""
 
 Case = Callable[[], str]
-"""Returns one of the outcomes, and what else there is to say after a colon."""
+"""Returns one of the outcomes, and details after a colon."""
 
 
 def run_all(
     cases: Sequence[tuple[str, Case]], folder: Path, at_once: int = 40, seconds: float = SECONDS
 ) -> list[dict[str, str]]:
-    """The outcome of every case, in order; after a crash or a hang the next child goes on behind it."""
+    """Returns the outcome of every case, in order; after a crash or a hang a new child goes on with the next case."""
     found: list[dict[str, str]] = []
     while len(found) < len(cases):
         log = folder / f"outcomes_{len(found)}.jsonl"
@@ -40,7 +40,7 @@ def run_all(
 
 
 def _child(cases: Sequence[tuple[str, Case]], log: Path, seconds: float) -> str | None:
-    """None where the child came to the end of its cases; else `crash` or `hang`."""
+    """Returns None if the child finished its cases, else `crash` or `hang`."""
     process = os.fork()
     if process == 0:
         with contextlib.suppress(BaseException):
@@ -80,7 +80,7 @@ def _watch(process: int, log: Path, seconds: float) -> str | None:
 
 
 def of_command(argv: Sequence[Any], word: str = "") -> str:
-    """How a command ends: with exit 1 and one line that has the word, or with exit 2 and usage, or with a result."""
+    """Returns how a command ends: exit 1 and one line with the word, exit 2 and usage, or a result."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -102,7 +102,7 @@ def of_command(argv: Sequence[Any], word: str = "") -> str:
 
 
 def table(found: Sequence[dict[str, str]]) -> str:
-    """Kinds by outcomes."""
+    """Returns a table of kinds by outcomes."""
     counts = Counter((row["kind"], row["outcome"]) for row in found)
     names, kinds = (*CLEAR, *BAD), list(dict.fromkeys(row["kind"] for row in found))
     lines = [["", *names], *([kind, *(str(counts[kind, name]) for name in names)] for kind in [*kinds])]
@@ -112,7 +112,7 @@ def table(found: Sequence[dict[str, str]]) -> str:
 
 
 def report(name: str, found: Sequence[dict[str, str]]) -> None:
-    """Prints the table, keeps the counts where PTQ4VM_HOSTILE_JSON says, and fails for what may not be."""
+    """Prints the table, writes the counts to PTQ4VM_HOSTILE_JSON, and fails for bad outcomes."""
     print(f"\n{name}\n{table(found)}")
     if path := os.environ.get("PTQ4VM_HOSTILE_JSON"):
         file = Path(path)

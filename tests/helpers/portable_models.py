@@ -1,4 +1,4 @@
-"""Small models of many kinds with inputs for each: what a saved folder must bring back."""
+"""Small models of many kinds, with inputs, which a saved folder must bring back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from helpers.public_models import NANO, SHORT
 from helpers.strategies import normal
+from ptq4vm import QuantConfig, calibrate, convert, prepare
 
 Maps = namedtuple("Maps", "early late")
 
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
 
 class Tokens(nn.Module):
-    """Tokens (B, 5, 8) through two blocks; subclasses say what comes before and after."""
+    """Two blocks on tokens (B, 5, 8); subclasses add the parts before and after."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Tokens(nn.Module):
 
 
 class Words(Tokens):
-    """Integer inputs."""
+    """Takes integers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class Words(Tokens):
 
 
 class Pair(Tokens):
-    """Two inputs of different types, several outputs of several kinds."""
+    """Takes two inputs of different types, and returns outputs of several kinds."""
 
     def forward(self, x: Tensor, keep: Tensor) -> Any:
         x = torch.where(keep.unsqueeze(-1), x, float("-inf")).softmax(-1).nan_to_num()
@@ -70,7 +71,7 @@ class Pair(Tokens):
 
 
 class Constants(Tokens):
-    """Buffers that are not persistent, complex ones, and one tensor in two places."""
+    """Has buffers that are not persistent, complex ones, and one tensor in two places."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ class Constants(Tokens):
 
 
 class Picture(Tokens):
-    """A stem whose weights lie channels last."""
+    """Has a stem whose weights lie channels last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class Picture(Tokens):
 
 
 class Raw(nn.Module):
-    """Linears that read one input as it is, also those of different blocks."""
+    """Has linears, also in different blocks, that read one input as it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ def _named(name: str, **options: Any) -> nn.Module:
 
 
 def _by_hand() -> nn.Module:
-    """A model whose name does not tell what it is: another head, another epsilon, another activation."""
+    """Returns a model that differs from its name in head, epsilon and activation."""
     model = _named("vim_nano_patch4_32", depth=1)
     model.head = nn.Sequential(nn.Linear(model.head.in_features, 7), nn.Hardswish())
     for module in model.modules():
@@ -143,7 +144,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
     ),
     **{name: (lambda name=name: _named(name, **SHORT[name]), lambda: (normal(4, 3, 32, 32),)) for name in NANO},
 }
-"""Each with its inputs, four of everything."""
+"""Models, each with inputs of batch four."""
 
 
 def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -151,3 +152,13 @@ def made(name: str) -> tuple[nn.Module, tuple[Tensor, ...]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return make().eval(), inputs()
+
+
+CONFIG = {"weights": {"bits": 4}, "smoothing": None, "range_search": False}
+
+
+def quantized_model(name, config=None):
+    model, inputs = made(name)
+    prepared = prepare(model, inputs, config or QuantConfig(**CONFIG))
+    calibrate(prepared, [inputs], progress=False)
+    return convert(prepared), inputs

@@ -1,4 +1,4 @@
-"""The public models by their timm names, what is known of their checkpoints, and small versions of them."""
+"""Public models by their timm names, facts about their checkpoints, and small versions of them."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ FILES = {
     "local_vmamba_tiny": "local_vmamba_tiny",
     "local_vmamba_small": "local_vmamba_small",
 }
-"""What the files in golden/ call each model."""
+"""Names of the models in the files of golden/."""
 
 BACKBONES = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15", "local_vmamba_tiny", "local_vmamba_small")
 MICRO = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 NANO = ("vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32")
-"""For 32×32 images, one a family."""
+"""Models for 32×32 images, one of each family."""
 
 
 def slow_but(fast: Collection[str], names: Iterable[str]) -> list[Any]:
-    """For `parametrize`: all names, of which those that are not `fast` are slow tests."""
+    """Returns all names for `parametrize`; names that are not `fast` are slow tests."""
     return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 SAMPLED = slow_but(("vim_nano_patch4_32", "vmamba_nano_32"), NANO)
-"""Of the small ones Vim and VMamba every time, the Local ones where there is time."""
+"""Small models for `parametrize`: Vim and VMamba every time, the Local ones in slow tests."""
 
 SHORT: dict[str, dict[str, Any]] = {
     "vim_nano_patch4_32": {"depth": 1},
@@ -59,17 +59,17 @@ SHORT: dict[str, dict[str, Any]] = {
     "vmamba_nano_32": {"depths": (1, 1)},
     "local_vmamba_nano_32": {"depths": (1, 1), "directions": local_vmamba.NANO[:2]},
 }
-"""Arguments with which those have fewer blocks."""
+"""Arguments that leave the small models few blocks."""
 
 
 def facts(name: str, features_only: bool = False) -> dict[str, Any]:
-    """Names and shapes of the public checkpoint's tensors, and the linears that the paper quantizes."""
+    """Returns names and shapes of the public checkpoint's tensors, and the linears that the paper quantizes."""
     file = FILES[name] + ("_det" if features_only else "")
     return json.loads(gzip.decompress((GOLDEN / f"{file}.json.gz").read_bytes()))
 
 
 def shrunken(name: str) -> dict[str, Any]:
-    """Arguments for the first block of every stage alone (of a plain model, the first two blocks)."""
+    """Returns arguments that keep the first block of every stage (two blocks of an isotropic model)."""
     if name.startswith("vim"):
         return {"depth": 2}
     if name.startswith("local_vim"):
@@ -87,7 +87,7 @@ def kept(linear: str) -> bool:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """The model in evaluation mode, with weights that depend on their names and shapes alone."""
+    """Returns the model in evaluation mode, with weights that depend on their names and shapes alone."""
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     model.load_state_dict({name: torch.from_numpy(value) for name, value in fill_state_dict(shapes).items()})
     return model.eval()
@@ -98,7 +98,7 @@ def create(name: str, **options: Any) -> Any:
 
 
 def order(name: str, height: int, width: int) -> list[int | None]:
-    """The tokens in the order of a direction, from its definition; None is padding."""
+    """Returns the tokens in the order of a direction, by its definition; None is padding."""
     path, _, flip = name.partition("_")
     if path == "h":
         places = list(itertools.product(range(height), range(width)))

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.forgery import forged
+from helpers.hostile_mutations import BYTES, MEANING
 from helpers.hostile_outcomes import Case, report, run_all
 from helpers.portable_models import made
 
@@ -27,7 +27,7 @@ from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.checkpoint import CheckpointError
 
 SEEDS = int(os.environ.get("PTQ4VM_HOSTILE_SEEDS", "250"))
-"""Of each kind of mutation."""
+"""Number of mutations of each kind."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -36,153 +36,23 @@ FILES = ("model.safetensors", "config.json")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, tuple[torch.Tensor, ...], torch.Tensor]:
-    """A small model's folder, inputs, and what it makes of them."""
+    """Returns a small model's folder, inputs and outputs."""
     model, inputs = made("raw")
     prepared = calibrate(prepare(model, inputs, QuantConfig.recipe("pts", 4)), [inputs], progress=False)
     quantized = convert(prepared)
     return save(quantized, tmp_path_factory.mktemp("saved") / "model"), inputs, quantized(*inputs)
 
 
-# --- mutations of bytes ---
-
-
-def flip(random: random.Random, data: bytearray) -> None:
-    for _ in range(random.choice((1, 1, 1, 8))):
-        data[random.randrange(len(data))] ^= 1 << random.randrange(8)
-
-
-def truncate(random: random.Random, data: bytearray) -> None:
-    del data[random.randrange(len(data)) :]
-
-
-def insert(random: random.Random, data: bytearray) -> None:
-    at = random.randrange(len(data))
-    data[at:at] = random.randbytes(random.choice((1, 7, 4096)))
-
-
-def overwrite(random: random.Random, data: bytearray) -> None:
-    at = random.randrange(len(data))
-    data[at : at + 8] = random.choice((b"\0" * 8, b"\xff" * 8, struct.pack("<q", -1), struct.pack("<q", 2**62)))
-
-
-def claim(random: random.Random, data: bytearray) -> None:
-    """The length of the header, which comes first."""
-    data[:8] = struct.pack("<Q", random.choice((0, 1, 2, len(data), 2**31, 2**63, random.getrandbits(64))))
-
-
-def digits(random: random.Random, data: bytearray) -> None:
-    """A number in the text becomes another."""
-    places = [i for i in range(len(data)) if 48 <= data[i] <= 57]
-    if places:
-        at = random.choice(places)
-        data[at : at + 1] = str(random.choice((0, 1, 9, 10**9, 10**30, -1))).encode()
-
-
-def swap(random: random.Random, data: bytearray) -> None:
-    size = random.choice((1, 16, 256))
-    one, two = (random.randrange(max(1, len(data) - size)) for _ in range(2))
-    data[one : one + size], data[two : two + size] = data[two : two + size], data[one : one + size]
-
-
-BYTES: tuple[Callable[[random.Random, bytearray], None], ...] = (flip, truncate, insert, overwrite, claim, digits, swap)
-
-
-# --- mutations of what a file says, with a right digest ---
-
-
-def _walk(random: random.Random, value: Any) -> tuple[Any, Any]:
-    """A container somewhere in a value, and one of its keys."""
-    while True:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = random.choice(keys)
-        inner = value[key]
-        if not isinstance(inner, (dict, list)) or not inner or random.random() < 0.2:
-            return value, key
-        value = inner
-
-
-STRANGE: tuple[Any, ...] = (
-    *(None, True, -1, 0, 2**31, 2**63, 1e308, [], {}, [[]]),
-    *("", "x", "../../etc/passwd", "__class__", "a; import os", "\u202e", "\x1b[2J", "x" * 5000),
-    *("aten::from_file.default", "aten::relu_.default", "ptq4vm::quantize.default"),
-    *({"node": "x"}, {"tuple": []}, {"dtype": "float64"}, {"float": "nan"}),
-    *({"dict": [[[], 1]]}, {"slice": [None, 1, 0]}),
-)
-
-
-def replace_value(random: random.Random, content: Any, tensors: dict) -> None:
-    container, key = _walk(random, content)
-    container[key] = random.choice(STRANGE)
-
-
-def delete_value(random: random.Random, content: Any, tensors: dict) -> None:
-    container, key = _walk(random, content)
-    del container[key]
-
-
-def repeat_node(random: random.Random, content: Any, tensors: dict) -> None:
-    nodes = content["graph"]["nodes"]
-    nodes.insert(random.randrange(len(nodes)), dict(random.choice(nodes)))
-
-
-def reorder_nodes(random: random.Random, content: Any, tensors: dict) -> None:
-    nodes = content["graph"]["nodes"]
-    one, two = random.randrange(len(nodes)), random.randrange(len(nodes))
-    nodes[one], nodes[two] = nodes[two], nodes[one]
-
-
-def call_another(random: random.Random, content: Any, tensors: dict) -> None:
-    every = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith(("aten::", "ptq4vm::", "prim"))]
-    called = random.choice([entry for entry in content["graph"]["nodes"] if "call" in entry])
-    name = random.choice(every)
-    called["call"] = name if "." in name else f"{name}.default"
-
-
-def nest(random: random.Random, content: Any, tensors: dict) -> None:
-    value: Any = 1
-    for _ in range(random.choice((20, 100, 400))):
-        value = {"tuple": [value]} if random.random() < 0.5 else [value]
-    container, key = _walk(random, content)
-    container[key] = value
-
-
-def rename_tensor(random: random.Random, content: Any, tensors: dict) -> None:
-    name = random.choice(list(tensors))
-    tensors[random.choice([str(word) for word in STRANGE])] = tensors.pop(name)
-
-
-def retype_tensor(random: random.Random, content: Any, tensors: dict) -> None:
-    name = random.choice(list(tensors))
-    value = tensors[name]
-    tensors[name] = random.choice(
-        (value.double(), value.to(torch.int8), value[:0], value.unsqueeze(0), value.flatten()[:1], value.bool())
-    )
-
-
-def spoil_tensor(random: random.Random, content: Any, tensors: dict) -> None:
-    name = random.choice([name for name in tensors if name.endswith(("scale", "zero_point"))])
-    number = random.choice((0, -1, 200, float("nan"), float("inf"), 1e-45))
-    if tensors[name].is_floating_point() or (number == number and abs(number) < 1e9):
-        tensors[name] = torch.full_like(tensors[name], number)
-
-
-MEANING: tuple[Callable[..., None], ...] = (
-    replace_value, delete_value, repeat_node, reorder_nodes, call_another, nest, rename_tensor, retype_tensor,
-    spoil_tensor,
-)  # fmt: skip
-
-
-# --- outcomes ---
-
-
 def outcome(folder: Path, inputs: tuple, wanted: torch.Tensor, *, by_forger: bool) -> str:
-    """A refusal that names the folder, or the function that was saved. A forger's function may be another one, and
-    what it does with inputs may be an error, but a clear one."""
+    """Loads a folder: it is refused by name, or is the function that was saved.
+
+    A forger's function may be another one, and may raise for inputs, but with a clear error.
+    """
     try:
         loaded = load(folder)
     except CheckpointError as error:
-        plain = str(error).isprintable() and len(str(error)) < 2000
-        return "clear error" if str(folder) in str(error) and plain else f"unclear error: {error!r:.300}"
+        printable = str(error).isprintable() and len(str(error)) < 2000
+        return "clear error" if str(folder) in str(error) and printable else f"unclear error: {error!r:.300}"
     except BaseException as error:
         return f"unclear error: {type(error).__name__}: {error}"
     try:
@@ -210,7 +80,7 @@ def change_bytes(mutate: Callable[[random.Random, bytearray], None], seed: int, 
 
 
 def change_header(mutate: Callable[[random.Random, bytearray], None], seed: int, folder: Path) -> None:
-    """The header alone, whose length stays right."""
+    """Mutates the header alone, and keeps its length right."""
     data = (folder / FILES[0]).read_bytes()
     end = 8 + struct.unpack("<Q", data[:8])[0]
     header = bytearray(data[8:end])
@@ -243,8 +113,6 @@ def test_forged_folders_are_refused_or_only_compute(saved, tmp_path):
             cases.append((mutate.__name__, case(saved, tmp_path / "model", change, by_forger=True)))
     report("saved folders, forged with a right digest", run_all(cases, tmp_path, at_once=100))
 
-
-# --- processes that are killed ---
 
 WRITER = """
 import sys, torch, ptq4vm
@@ -286,7 +154,7 @@ CALIBRATION = """
 import sys, torch, ptq4vm
 sys.path[:0] = [sys.argv[1]]
 torch.set_num_threads(1)
-from portable_models import made
+from helpers.portable_models import made
 model, inputs = made("vim_nano_patch4_32")
 config = ptq4vm.QuantConfig.w4a4(learning=ptq4vm.Learning(epochs=3))
 prepared = ptq4vm.prepare(model, inputs, config)
@@ -329,9 +197,6 @@ def test_a_calibration_that_is_killed_goes_on_to_the_same_bytes(tmp_path):
 
     cases: list[tuple[str, Case]] = [("killed calibration", functools.partial(killed, seed)) for seed in range(20)]
     report("calibrations that are killed", run_all(cases, tmp_path, seconds=600))
-
-
-# --- places that cannot be written ---
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no file that is always full")

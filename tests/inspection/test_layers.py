@@ -6,7 +6,7 @@ from ptq4vm import QuantConfig, convert, prepare
 from ptq4vm.inspection.layers import floating, floating_rows, measure, original, quantized_rows, walk, watch
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.inspection.statistics import QUANTIZED
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.models import Vim
 
 MINMAX8, MINMAX4 = QuantConfig.minmax(8), QuantConfig.minmax(4)
@@ -15,7 +15,7 @@ SMOOTH4 = QuantConfig.smoothquant(4)
 
 @pytest.fixture(scope="module")
 def quantized(roads):
-    """By config."""
+    """Returns the quantized model of a config, made once."""
     made = {}
 
     def make(config):
@@ -47,7 +47,7 @@ def test_a_value_lives_as_long_as_it_is_named(quantized, images):
 def test_every_linear_has_a_row_and_the_worst_is_first(quantized, small_vim, images, config):
     graph = quantized(config)
     layers = measure(graph, images.split(5), against=original(graph, small_vim, images[:2]))
-    names = [linear.name for linear in record_of(graph).linears]
+    names = [linear.name for linear in metadata_of(graph).linears]
     rows = quantized_rows(graph, layers)
     assert [layer.name for layer in layers] == names and sorted(row["name"] for row in rows) == sorted(names)
     found = [row["output_sqnr_db"] for row in rows]
@@ -76,7 +76,7 @@ def test_eight_bits_are_closer_than_four(quantized, small_vim, images):
 
 @pytest.mark.parametrize("smoothing", [None, 0.5])
 def test_rotated_weights_are_compared_with_rotated_ones(quantized, small_vim, images, smoothing):
-    """A rotation and smoothing cost nothing: what is left is the error of 8 bits."""
+    """Rotation and smoothing cost nothing: the error of 8 bits remains."""
     graph = quantized(QuantConfig.minmax(8, rotation=True, smoothing=smoothing))
     rows = quantized_rows(graph, measure(graph, [images]))
     assert all((row["smooth_min"] is None) == (smoothing is None) for row in rows)

@@ -10,6 +10,7 @@ from hypothesis import given
 from ptq4vm.config import QuantConfig
 from ptq4vm.inspection.phenomena import Phenomena, observe, phenomena
 from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.quantizers import Mode
 
 
 @given(positive_sizes, positive_sizes, positive_sizes, seeds)
@@ -45,7 +46,7 @@ def test_a_model_is_observed_in_floating_point_over_all_batches(roads, images):
     assert torch.equal(gm(images), before)
     linears = quantized_linears(gm)
     assert list(found) == [linear.name for linear in linears] and len(found) == 12
-    assert all(linear.input.tap is None for linear in linears)
+    assert all(linear.input.observations == [] and linear.input.mode is Mode.PASS for linear in linears)
     assert found == observe(gm, [images])
 
 

@@ -13,7 +13,7 @@ SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 def integers(*shape, seed: int = 0) -> torch.Tensor:
-    """Their sums are exact in any order."""
+    """Returns tensors whose sums are exact in any order."""
     return torch.randint(-100, 100, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 

@@ -1,4 +1,4 @@
-"""What holds for every public model: its parameters, its logits, its linears, and the whole road."""
+"""Laws of every public model: its parameters, logits and linears, and the whole way from prepare to load."""
 
 import re
 
@@ -24,7 +24,7 @@ from helpers.public_models import (
 )
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 
 WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny_s1l8", "local_vmamba_tiny")
 CONFIG = QuantConfig(range_search=False, learning=None)
@@ -48,7 +48,7 @@ def test_parameters_are_those_of_the_public_checkpoint(name, features_only):
 
 @pytest.mark.parametrize("name", WITH_GOLDEN)
 def test_logits_and_taps_are_those_of_the_official_code(name):
-    """Taps are mean, deviation, minimum and maximum of what a module gives, whatever the order of its axes."""
+    """Compares mean, deviation, minimum and maximum of a module's output, whatever the order of its axes."""
     selftest()  # NumPy's random streams are those of the golden files
     with np.load(GOLDEN / f"{FILES[name]}.npz") as file:
         golden = dict(file)
@@ -85,7 +85,7 @@ def test_logits_and_taps_are_those_of_the_official_code(name):
 
 
 def listed(name: str, linears: list) -> set:
-    """Facts' linears under our names: `x_proj3` and `x_proj_weight[3]` are both `x_proj_weight.3`."""
+    """Returns the facts' linears under our names: `x_proj3` and `x_proj_weight[3]` are both `x_proj_weight.3`."""
     found = set()
     for path, inputs, outputs, _, tokens in linears:
         path = re.sub(r"_weight\[(\d)\]$", r"_weight.\1", path)
@@ -97,7 +97,7 @@ def listed(name: str, linears: list) -> set:
 
 
 def walk(model, images, tmp_path):
-    """The whole road; the quantized model, saved and loaded, gives the same bits. Returns the prepared model."""
+    """Quantizes, saves and loads a model, which must return the same bits; returns the prepared model."""
     prepared = calibrate(prepare(model, (images,), CONFIG), [images], progress=False)
     quantized = convert(prepared)
     with torch.inference_mode():
@@ -111,10 +111,10 @@ def walk(model, images, tmp_path):
 
 @pytest.mark.parametrize("name", slow_but(("vim_tiny_patch16_224",), FILES))
 def test_the_whole_road_at_one_block_a_stage(name, tmp_path):
-    """The quantizer sees the public list of linears; what is saved is what is loaded."""
+    """The public list of linears is quantized, and loading restores the saved model."""
     torch.manual_seed(0)
     prepared = walk(create(name, **shrunken(name)).eval(), torch.from_numpy(make_input()), tmp_path)
-    linears = record_of(prepared).linears
+    linears = metadata_of(prepared).linears
     have = {(linear.name, linear.tokens, linear.in_features, linear.out_features) for linear in linears}
     assert have == {linear for linear in listed(name, facts(name)["linears"]) if kept(linear[0])}
     assert len(have) == len(linears)
@@ -125,7 +125,7 @@ def test_the_whole_road_at_one_block_a_stage(name, tmp_path):
 def test_the_whole_road_at_full_size(name, tmp_path):
     torch.manual_seed(0)
     prepared = walk(create(name).eval(), torch.from_numpy(make_input()), tmp_path)
-    linears = record_of(prepared).linears
+    linears = metadata_of(prepared).linears
     have = {(linear.name, linear.tokens, linear.in_features, linear.out_features) for linear in linears}
     assert have == listed(name, facts(name)["linears"])
     assert len(have) == len(linears) == len(facts(name)["linears"])
@@ -142,7 +142,7 @@ def test_a_backbone_walks_the_road_on_maps_that_are_not_square(name, tmp_path):
     assert shapes == [(2, 24, 9, 14), (2, 96, 3, 4)]
     assert model.feature_info.channels() == [24, 96] and model.feature_info.reduction() == [4, 16]
     prepared = walk(model, images, tmp_path)
-    assert check(prepared, images) == len(record_of(prepared).linears)
+    assert check(prepared, images) == len(metadata_of(prepared).linears)
 
 
 @pytest.mark.slow
@@ -150,16 +150,16 @@ def test_a_backbone_walks_the_road_on_maps_that_are_not_square(name, tmp_path):
 def test_a_backbone_at_full_size_walks_the_road(name, tmp_path):
     torch.manual_seed(0)
     prepared = walk(create(name, features_only=True).eval(), torch.from_numpy(make_input(2, 160, 224)), tmp_path)
-    assert len(record_of(prepared).linears) == len(facts(name)["linears"])
+    assert len(metadata_of(prepared).linears) == len(facts(name)["linears"])
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_every_code_and_accumulator_is_the_calibrated_one(name):
-    """Drawn images; integers equal those of the Q/DQ graph in every linear."""
+    """Integers of every linear equal the Q/DQ graph's, on drawn images."""
     torch.manual_seed(0)
     images = torch.randn(5, 3, 32, 32)
     prepared = calibrate(prepare(create(name).eval(), (images,), CONFIG), [images], progress=False)
-    assert check(prepared, torch.randn(3, 3, 32, 32)) == len(record_of(prepared).linears)
+    assert check(prepared, torch.randn(3, 3, 32, 32)) == len(metadata_of(prepared).linears)
 
 
 @pytest.mark.parametrize("name", NANO)

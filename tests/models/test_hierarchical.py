@@ -30,7 +30,7 @@ def test_directions_are_the_published_ones(name):
 
 @torch.no_grad()
 def test_a_transposed_image_with_transposed_weights_gives_transposed_maps():
-    """On maps that are not square: rows and columns change places, nothing else does."""
+    """Only rows and columns change places, also on maps that are not square."""
     model = filled(create("vmamba_nano_32", features_only=True))
     other = create("vmamba_nano_32", features_only=True).eval()
     state = {}
@@ -116,13 +116,13 @@ def test_feature_maps_are_the_stages_outputs_normalized(name):
 
 
 def test_directions_and_depths_must_agree():
-    with pytest.raises(ValueError, match=r"names the scans of 15 blocks, depths=\(1, 1\)"):
+    with pytest.raises(ValueError, match=r"directions has the scans of 15 blocks, depths=\(1, 1\) has 2"):
         create("local_vmamba_tiny", depths=(1, 1))
     assert len(local_vmamba.TINY) == 15 and len(local_vmamba.SMALL) == 33
 
 
 def test_weights_of_old_releases_load_under_todays_names(tmp_path):
-    """Old names, and linears as 1×1 convolutions."""
+    """Returns weights under old names, with linears as 1×1 convolutions."""
     model = filled(create("vmamba_nano_32"))
     old = {}
     for name, value in model.state_dict().items():

@@ -4,17 +4,17 @@ import pytest
 import timm
 import torch
 from helpers.public_models import BACKBONES, FILES, MICRO, NANO, create, facts, slow_but
+from helpers.weights import read_checkpoint
 from torch import Tensor
 
-from ptq4vm.models.checkpoints import read_checkpoint
 from ptq4vm.models.hierarchical import RENAMED
-from ptq4vm.models.identify import match, recognize, registered
+from ptq4vm.models.identify import identify, match, registered
 
 NAMES = [*FILES, *NANO, *MICRO]
 FIRST = ("vim_tiny_patch16_224", "local_vim_small", "vmamba_tiny_s1l8", "local_vmamba_nano_32")
-"""One a family, the twins among them."""
+"""One model of each family, with one of the twins."""
 TWINS = {"local_vim_small", "local_vim_small_searched"}
-"""Differ in the directions of their scans alone."""
+"""Models that differ only in the directions of their scans."""
 
 
 def twins(name: str) -> set[str]:
@@ -22,19 +22,19 @@ def twins(name: str) -> set[str]:
 
 
 def weights(name: str, **options) -> dict[str, Tensor]:
-    """A model's tensors, without values."""
+    """Returns a model's tensors, without values."""
     with torch.device("meta"):
         return create(name, **options).state_dict()
 
 
 def published(name: str, features_only: bool = False) -> dict[str, Tensor]:
-    """The tensors of the public checkpoint, without values."""
+    """Returns the tensors of the public checkpoint, without values."""
     shapes = facts(name, features_only)["state_dict"]
     return {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
 
 
 def fitting(state: dict[str, Tensor]) -> set[str]:
-    return {str(found) for found in recognize(state) if found.fits}
+    return {str(found) for found in identify(state) if found.fits}
 
 
 def family(name: str) -> str:
@@ -48,7 +48,7 @@ def test_all_our_models_are_known_by_family():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_fits_itself_and_its_twins_alone(name):
     assert fitting(weights(name)) == twins(name)
-    best = recognize(weights(name))[0]
+    best = identify(weights(name))[0]
     assert best.name in twins(name) and best.family == family(name) and best.agreement == 1
     assert not best.arguments and not best.notes and not best.lines()
 
@@ -81,12 +81,12 @@ def test_what_is_missing_and_what_is_beyond_is_named(name):
     gone = list(state)[len(state) // 2]
     state["extra.weight"] = torch.empty(1)
     shape = tuple(state.pop(gone).shape)
-    best = recognize(state)[0]
+    best = identify(state)[0]
     assert best.name in twins(name) and not best.fits and 0.9 < best.agreement < 1
     assert best.missing == (gone,) and best.unexpected == ("extra.weight",) and not best.misshapen
     state[gone] = torch.empty(1, 2, 3, 4, 5)
-    assert recognize(state)[0].misshapen == {gone: ((1, 2, 3, 4, 5), shape)}
-    assert match(name, state).misshapen == recognize(state)[0].misshapen
+    assert identify(state)[0].misshapen == {gone: ((1, 2, 3, 4, 5), shape)}
+    assert match(name, state).misshapen == identify(state)[0].misshapen
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_is_missing_and_what_is_beyond_is_named(name):
     ],
 )
 def test_another_number_of_classes_or_channels_is_told(name, options):
-    best = recognize(weights(name, **options))[0]
+    best = identify(weights(name, **options))[0]
     assert best.name in twins(name) and best.fits and best.arguments == best.options == options
     assert len(best.notes) == len(options) and all(
         f"{key}={value}" in str(best.notes) for key, value in options.items()
@@ -116,20 +116,20 @@ def test_another_number_of_classes_or_channels_is_told(name, options):
 )
 def test_another_image_size_is_told(name):
     size = 3 * timm.get_pretrained_cfg(name).input_size[-1]
-    best = recognize(weights(name, img_size=size))[0]
+    best = identify(weights(name, img_size=size))[0]
     assert best.name in twins(name) and best.fits and best.arguments == {"img_size": size}
     assert f"img_size={size}" in best.notes[0] and f"img_size={size}" in str(best)
 
 
 def test_overlapping_patches_are_not_taken_for_larger_images():
     state = weights("vim_tiny_patch16_224") | {"pos_embed": torch.empty(1, 27**2 + 1, 192)}
-    best = recognize(state)[0]
+    best = identify(state)[0]
     assert list(best.misshapen) == ["pos_embed"] and not best.arguments and "overlap" in best.notes[0]
 
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_classifier_for_a_backbone_is_told(name):
-    found = {str(found): found for found in recognize(weights(name))}[f"{name} with features_only=True"]
+    found = {str(found): found for found in identify(weights(name))}[f"{name} with features_only=True"]
     assert found.only_ends and not found.fits and "strict=False" in found.notes[0]
     assert all(name.startswith("outnorm") for name in found.missing) and len(found.missing) == 8
 
@@ -140,14 +140,14 @@ def test_a_model_of_unknown_depth_is_the_closest_of_its_family(name, blocks):
     deeper = re.compile(r"layers\.\d+\.blocks\.(\d+)|layers\.(\d+)\.mixer")
     depth = {tensor: int(found[1] or found[2]) for tensor in weights(name) if (found := deeper.match(tensor))}
     state = {tensor: value for tensor, value in weights(name).items() if depth.get(tensor, 0) < blocks}
-    best = recognize(state)[0]
+    best = identify(state)[0]
     assert best.family == family(name) and not best.unexpected and not best.misshapen
     assert set(best.missing) >= {tensor for tensor, place in depth.items() if place == 2}
 
 
 @pytest.mark.parametrize("name", ["vim_tiny_patch16_224", "vmamba_tiny_s1l8"])
 def test_a_model_of_unknown_width_is_of_its_family(name):
-    best = recognize(weights(name, embed_dim=80))[0]
+    best = identify(weights(name, embed_dim=80))[0]
     assert best.family == family(name) and not best.fits and len(best.misshapen) > 50
 
 
@@ -155,17 +155,17 @@ def test_a_model_of_unknown_width_is_of_its_family(name):
     "name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet18", "mambaout_tiny"]
 )
 def test_a_model_of_another_family_is_none_of_ours(name):
-    assert recognize(weights(name)) == ()
+    assert identify(weights(name)) == ()
 
 
 @pytest.mark.parametrize("state", [{}, {"a": torch.ones(1)}, {"head.weight": torch.ones(2, 2)}])
 def test_next_to_nothing_is_none_of_ours(state):
-    assert recognize(state) == ()
+    assert identify(state) == ()
 
 
 def test_looking_draws_no_random_numbers():
     before = torch.get_rng_state()
-    recognize(weights("vim_tiny_patch16_224", num_classes=11))
+    identify(weights("vim_tiny_patch16_224", num_classes=11))
     assert torch.equal(torch.get_rng_state(), before)
 
 

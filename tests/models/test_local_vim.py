@@ -1,4 +1,4 @@
-"""What LocalVim adds to Vim: windows, rotations, the channel gate, a class token that keeps its place."""
+"""Additions of LocalVim to Vim: windows, rotations, the channel gate, a class token that keeps its place."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_rotations_are_those_of_complex_numbers():
 
 
 def test_the_residual_is_rotated_before_every_block():
-    """Blocks that add nothing: a token has turned once a block when it reaches the last norm."""
+    """If blocks add nothing, a token has turned once per block when it reaches the last norm."""
     model = create("local_vim_nano_patch4_32").eval()
     for block in model.layers:
         torch.nn.init.zeros_(block.mixer.out_proj.weight)
@@ -83,7 +83,7 @@ def test_without_a_class_token_the_mean_token_is_classified():
 
 
 def test_a_class_token_keeps_its_place_in_every_order():
-    """The scan of a reordered map sees it at the same index, and it comes back there."""
+    """The class token has the same index before, in and after the scan of a reordered map."""
     model = filled(create("local_vim_tiny_middle_cls", img_size=64, directions=SEARCHED[:1]))
     mixer, seen = model.layers[0].mixer, []
     mixer.branch = lambda xz, suffix: seen.append(xz) or xz[..., :384]

@@ -7,7 +7,7 @@ from helpers.public_models import order
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm.models.scan_order import ChannelGate, Direction, initial_states, initial_steps_, scan_tokens
+from ptq4vm.models.scan_order import ChannelGate, Direction, initial_dt_, initial_states, scan_tokens
 from ptq4vm.ops import scans
 
 names = st.builds(
@@ -70,7 +70,7 @@ def test_initial_values_are_mambas():
     torch.manual_seed(0)
     assert torch.equal(initial_states(5, 4), torch.arange(1, 5).log().expand(5, 4))
     weight, bias = torch.empty(4, 500, 3), torch.empty(4, 500)
-    initial_steps_(weight, bias)
+    initial_dt_(weight, bias)
     step = F.softplus(bias)
     assert 0.99e-3 <= step.min() < 1.2e-3 and 0.09 < step.max() <= 0.101
     assert weight.abs().max() <= 3**-0.5

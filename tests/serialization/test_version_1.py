@@ -14,7 +14,7 @@ from ptq4vm import load, save
 from ptq4vm.checkpoint import CheckpointError, is_saved
 
 SAVED = Path(__file__).parents[1] / "golden" / "format_version_1"
-"""A Vim of one block at W4A4, saved by ptq4vm 0.1.0 at commit 39c74e5, with images and the logits it had there."""
+"""Vim of one block at W4A4, saved by ptq4vm 0.1.0 at commit 39c74e5, with images and its logits."""
 
 
 @pytest.fixture

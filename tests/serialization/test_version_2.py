@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from ptq4vm import QuantConfig, load, save
 from ptq4vm.checkpoint import CheckpointError
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 
 SAVED = Path(__file__).parents[1] / "golden" / "format_version_2"
 """A Vim of one block at W4A6 with a quantized state, saved by ptq4vm 0.1.0 at commit a2b6a1a, with images and the
@@ -34,7 +34,7 @@ def test_an_old_folder_loads(folder, expected):
 def test_its_config_is_the_one_it_was_made_with(folder):
     learning = {"epochs": 1, "batch_size": 4}
     changes = {"activations": {"bits": 6}, "seed": 3, "exclude": ("*.dt_proj_b",), "learning": learning}
-    assert record_of(load(folder)).config == QuantConfig.recipe("ptq4vm+state", 4, **changes)
+    assert metadata_of(load(folder)).config == QuantConfig.recipe("ptq4vm+state", 4, **changes)
 
 
 def test_an_old_folder_is_saved_anew_in_the_new_format(folder, expected):
@@ -42,7 +42,7 @@ def test_an_old_folder_is_saved_anew_in_the_new_format(folder, expected):
     save(old, folder)
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["format_version"] == 3
     assert torch.equal(load(folder)(expected["images"]), old(expected["images"]))
-    assert record_of(load(folder)) == record_of(old)
+    assert metadata_of(load(folder)) == metadata_of(old)
 
 
 def test_an_edit_is_still_refused(folder):

@@ -27,7 +27,7 @@ MODULES = {
     "linear_packed": "linear",
     "linear_gelu_quantize": "linear",
 }
-"""Where each operator is."""
+"""The module of each operator."""
 
 OLDEST = (8, 0)
 """The compute capability that Triton needs."""
@@ -44,7 +44,7 @@ def problem() -> str | None:
 
 
 def serves(name: str, device: torch.device | int) -> bool:
-    """Whether an operator has a kernel for this GPU."""
+    """Returns whether an operator has a kernel for this GPU."""
     return name in MODULES and problem() is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 

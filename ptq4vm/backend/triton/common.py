@@ -1,4 +1,4 @@
-"""What the kernels share: the rounding of codes, the launch, and checks of shapes.
+"""Shared by the kernels: the rounding of codes, the launch, and checks of shapes.
 
 Shapes as in `reference`. Offsets have 64 bits; a row's number has as many as the number of rows needs.
 """
@@ -29,7 +29,7 @@ def tile(channels: int, numbers: int) -> tuple[int, int]:
 
 @triton.jit
 def own_rows(at, rows, ROWS: tl.constexpr):
-    """Those of the tile number `at`; `rows` is an argument that is not specialized, and so has a type."""
+    """Returns the rows of the tile number `at`; `rows` is an argument that is not specialized, and so has a type."""
     return at.to(rows.dtype) * ROWS + tl.arange(0, ROWS)
 
 

@@ -285,7 +285,7 @@ def _steps(x: Tensor) -> tuple[int, int]:
 
 
 def _of_directions(x: Tensor, inv_scale: Tensor, zero_point: Tensor, directions: int) -> tuple[Tensor, Tensor, int]:
-    """Those of the codes of K directions of x (B, L, E): (K, L) or (K, 1)."""
+    """Returns the qparams of the codes of K directions of x (B, L, E): (K, L) or (K, 1)."""
     if inv_scale.dim() != 2:
         raise ValueError(f"scales must be ({directions}, L) or ({directions}, 1), not {tuple(inv_scale.shape)}")
     return read_qparams(x.expand(directions, *x.shape), inv_scale, zero_point, directions)

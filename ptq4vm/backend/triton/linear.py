@@ -58,7 +58,7 @@ def weights_in_rows(
 def weights_in_tiles(
     weight, n, d, features, channels, NIBBLES: tl.constexpr, FEATURES: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """The same of a packed weight, in whole tiles: beyond its sizes these hold zeros."""
+    """Loads a packed weight in whole tiles: beyond its sizes these hold zeros."""
     BYTES: tl.constexpr = 512 if NIBBLES else 1024
     GROUPS: tl.constexpr = FEATURES // 16
     STEPS: tl.constexpr = CHANNELS // 64
@@ -150,7 +150,7 @@ def linear_kernel(
 
 
 def tile_of(rows: int, features: int) -> dict[str, int]:
-    """Of a 128 by 128 tile, four warps' registers would spill on compute capability 8.x."""
+    """Returns the tile and its warps: eight for 128 by 128, as four would spill registers on compute capability 8.x."""
     if rows <= 32:
         return {"ROWS": 32, "FEATURES": 64, "warps": 4}
     if features <= 32:
@@ -209,7 +209,7 @@ def linear_gelu_quantize(
 
 
 def _check_weight(weight: Tensor, weight_scale: Tensor, channels: int) -> bool:
-    """Whether it lies in tiles."""
+    """Returns whether it lies in tiles."""
     *lead, features = weight_scale.shape
     nibbles = weight.dtype == torch.uint8
     tiles = (*lead, *layouts.tiles_shape(features, channels, nibbles))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm import tqdm
 
-from ptq4vm.passes.calibrate.jlss import Values
+from ptq4vm.graph.partition import NamedTensors
 
 MOST_IMAGES = 4096
 """Images that are taken from a loader without a length: one that never ends raises an error before memory is full."""
@@ -22,13 +22,13 @@ MOST_IMAGES = 4096
 
 def collect_inputs(
     gm: GraphModule, loader: Iterable[Any], max_images: int | None = None, ends: bool = True, progress: bool = False
-) -> Values:
-    """All calibration inputs by the name of their placeholder; the loader is read once and its batches are copied.
+) -> NamedTensors:
+    """Returns all calibration inputs by the name of their placeholder; reads the loader once and copies its batches.
 
     An item is a tensor, a tuple or list that begins with the inputs, or a mapping or named tuple that holds them by
     argument name; what else an item holds, such as labels, is ignored. Reads no more batches than `max_images` need.
     Raises ValueError, which names the batch (from 0), what came and what is wanted, and for a loader that is empty, or
-    that gives more than `MOST_IMAGES` and is not known to end.
+    that yields more than `MOST_IMAGES` and is not known to end.
     """
     if max_images is not None and max_images < 1:
         raise ValueError(f"max_images must be at least 1, got {max_images}")
@@ -42,7 +42,7 @@ def collect_inputs(
 def _limited(
     batches: Iterable[Sequence[Tensor]], limit: int | None, ends: bool, progress: bool
 ) -> Iterator[Sequence[Tensor]]:
-    """The first `limit` images, and no batch more than they need."""
+    """Yields the first `limit` images, and no batch more than they need."""
     seen = 0
     with tqdm(desc="images", unit="image", disable=not progress) as bar:
         for batch in batches:
@@ -83,7 +83,7 @@ def _batches(gm: GraphModule, inputs: Sequence[Node], loader: Iterable[Any]) -> 
 
 
 def select_inputs(item: Any, names: Sequence[str], place: str) -> list[Tensor]:
-    """The inputs that a loader's item holds, by argument name or in order, as ordinary tensors."""
+    """Returns the inputs that a loader's item holds, by argument name or in order, as ordinary tensors."""
     if isinstance(item, (tuple, list)) and item and isinstance(item[0], (Mapping, tuple, list)):
         item = item[0]  # (inputs, labels)
     if hasattr(item, "_asdict") and all(hasattr(item, name) for name in names):
@@ -104,7 +104,7 @@ def select_inputs(item: Any, names: Sequence[str], place: str) -> list[Tensor]:
 
 
 def _checked(node: Node, value: Tensor, place: str) -> Tensor:
-    """A copy in the example's type."""
+    """Returns a copy in the example's type."""
     want, name = node.meta.get("val"), str(node.target)
     if not isinstance(want, Tensor) or not want.dim():
         raise ValueError(f"the model's input {name!r} is no tensor with a batch; make it a constant of the model")

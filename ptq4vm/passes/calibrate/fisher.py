@@ -1,4 +1,4 @@
-"""How much a model's output depends on each entry of what its blocks hand on: the diagonal of a Fisher matrix.
+"""The diagonal of a Fisher matrix: how much a model's output depends on each entry that its blocks hand on.
 
 A small change Δ of a block's output changes the predicted distribution by a KL divergence of ½ E[(gᵀΔ)²], where g is
 the gradient of the logits along a random direction of their own Fisher matrix diag(p) - p pᵀ. BRECQ (Li et al. 2021)
@@ -7,37 +7,38 @@ has the labels' gradient in its place; here nothing needs a label.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ptq4vm.graph.partition import Part
-from ptq4vm.passes.calibrate.jlss import Values
+from ptq4vm.graph.partition import Block, NamedTensors
 
 BATCH = 8
 """Images whose activations in all blocks are held at once."""
 
 PROBES = 4
-"""Random directions an image."""
+"""Random directions for each image."""
 
 FLOOR = 0.1
-"""Added to every importance, as a share of the mean: what does not matter for these images may for others."""
+"""Added to every entry, as a share of the mean: one that does not matter for these images may for others."""
 
 
-def importance(parts: Sequence[Part], images: Values, seed: int, progress: bool) -> list[Values]:
-    """For every part the importance (…) of the entries of its outputs (images, …), with mean 1 + `FLOOR`.
+def fisher_diagonal(
+    blocks: Sequence[Block], images: NamedTensors, seed: int, report: Callable[[int, int], None]
+) -> list[NamedTensors]:
+    """Returns for every block the diagonal (…) for the entries of its outputs (images, …), with mean 1 + `FLOOR`.
 
-    `parts` compute in floating point. What no floating-point output of the model depends on is left out.
+    `blocks` compute in floating point; `report(batch, batches)` is called after every batch. Outputs on which no
+    floating-point output of the model depends are left out.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums: list[Values] = [{} for _ in parts]
+    sums: list[NamedTensors] = [{} for _ in blocks]
     batches = torch.arange(len(next(iter(images.values())))).split(BATCH)
-    for batch in tqdm(batches, desc="importance", unit="batch", disable=not progress):
-        found = _outputs(parts, {name: value[batch] for name, value in images.items()})
-        keys = [(i, name) for i, part in enumerate(parts) for name in part.outputs if found[i][name].requires_grad]
-        results = [found[i][name] for i, part in enumerate(parts) for name in part.results]
+    for number, batch in enumerate(batches, 1):
+        found = _outputs(blocks, {name: value[batch] for name, value in images.items()})
+        keys = [(i, name) for i, block in enumerate(blocks) for name in block.outputs if found[i][name].requires_grad]
+        results = [found[i][name] for i, block in enumerate(blocks) for name in block.results]
         results = [value for value in results if value.requires_grad]
         for _ in range(PROBES if results else 0):
             score = torch.stack([_score(value, generator) for value in results]).sum()
@@ -47,14 +48,15 @@ def importance(parts: Sequence[Part], images: Values, seed: int, progress: bool)
             for (i, name), grad in zip(keys, grads, strict=True):
                 if grad is not None:
                     sums[i][name] = sums[i].get(name, torch.zeros(())) + grad.square().sum(0)
+        report(number, len(batches))
     return [{name: value / value.mean().clamp(min=1e-30) + FLOOR for name, value in total.items()} for total in sums]
 
 
-def _outputs(parts: Sequence[Part], values: Values) -> list[Values]:
-    """Of every part, with the graph of all that follows the first values that parts hand on."""
-    found: list[Values] = []
-    for part in parts:
-        outputs = part(values)
+def _outputs(blocks: Sequence[Block], values: NamedTensors) -> list[NamedTensors]:
+    """Runs every block, with the autograd graph of all that follows the first values that blocks hand on."""
+    found: list[NamedTensors] = []
+    for block in blocks:
+        outputs = block(values)
         for value in outputs.values():
             if value.is_floating_point() and not value.requires_grad:
                 value.requires_grad_(True)
@@ -64,7 +66,7 @@ def _outputs(parts: Sequence[Part], values: Values) -> list[Values]:
 
 
 def _score(output: Tensor, generator: torch.Generator) -> Tensor:
-    """The output along a random direction; that of logits (images, classes) is one of their softmax's Fisher matrix."""
+    """Returns the output along a random direction; for logits (images, classes) it is one of their Fisher matrix."""
     direction = torch.randn(output.shape, generator=generator).to(output)
     if output.dim() == 2:
         p = output.detach().softmax(1)

@@ -18,14 +18,14 @@ DAMPING = 0.1
 """Added to the diagonal of x̂ᵀx̂ when codes are chosen, as a share of its mean."""
 
 MORE, TRIES = 10.0, 6
-"""What damping grows by where a factorization fails, and how often."""
+"""The factor by which damping grows where a factorization fails, and how often it does."""
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """The same when the weight is compensated, to choose from."""
 
 
 class Moments:
-    """x̂ᵀx̂ and xᵀx̂ of all rows, (2, D, D): of every other pair of images and of those between, added up in float64.
+    """The sums x̂ᵀx̂ and xᵀx̂ over all rows, (2, D, D) in float64: for every other pair of images, and for those between.
 
     A pair, since an image may be followed by its mirror image, which is no stranger to it.
     """
@@ -35,16 +35,16 @@ class Moments:
         self.cross = torch.zeros_like(self.own)
 
     def add(self, x: Tensor, seen: Tensor) -> None:
-        """x and x̂ (images, L, D) of the same images."""
+        """Adds x and x̂ (images, L, D) of the same images."""
         second = torch.arange(len(x), device=x.device) // 2 % 2 == 1
         for half, chosen in enumerate((~second, second)):
-            exact, rounded = (value[chosen].flatten(0, -2).float() for value in (x, seen))
-            self.own[half] += (rounded.t() @ rounded).double()
-            self.cross[half] += (exact.t() @ rounded).double()
+            exact, quantized = (value[chosen].flatten(0, -2).float() for value in (x, seen))
+            self.own[half] += (quantized.t() @ quantized).double()
+            self.cross[half] += (exact.t() @ quantized).double()
 
 
 def best_ridge(weight: Tensor, moments: Moments) -> float:
-    """Of `RIDGES` the one whose compensation, found on one half of the images, is best on the other half.
+    """Returns that of `RIDGES` whose compensation, found on one half of the images, is best on the other half.
 
     Late blocks have hardly more tokens in 256 images than channels, and would learn the images by heart. Raises
     ValueError for moments that are not finite.
@@ -73,14 +73,14 @@ def _damped(own: Tensor, share: float) -> Tensor:
 
 
 def compensated_weight(weight: Tensor, moments: Moments, ridge: float) -> Tensor:
-    """The W' (N, D) whose products with x̂ come nearest to W's with x: W' = W + W (xᵀx̂ - x̂ᵀx̂) (x̂ᵀx̂ + ridge)⁻¹."""
+    """Returns the W' whose products with x̂ come nearest to W's with x: W + W (xᵀx̂ - x̂ᵀx̂) (x̂ᵀx̂ + ridge)⁻¹, (N, D)."""
     own, cross = moments.own.sum(0), moments.cross.sum(0)
     change = _more_damped(lambda share: torch.linalg.solve(_damped(own, share), (cross - own).t()), ridge)
     return (weight.double() + weight.double() @ change.t()).float()
 
 
 def _more_damped(solve: Callable[[float], Tensor], share: float) -> Tensor:
-    """What `solve` returns for a share of damping, or for the next larger one for which that is finite."""
+    """Returns what `solve` does for a share of damping, or for the next larger one for which that is finite."""
     for _ in range(TRIES):
         with contextlib.suppress(torch.linalg.LinAlgError):
             if torch.isfinite(found := solve(share)).all():
@@ -90,12 +90,12 @@ def _more_damped(solve: Callable[[float], Tensor], share: float) -> Tensor:
 
 
 def _inverse_factor(hessian: Tensor) -> Tensor:
-    """The upper U (D, D) with UᵀU the inverse."""
+    """Returns the upper U (D, D) with UᵀU the inverse."""
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
 def gptq_codes(weight: Tensor, scale: Tensor, spec: IntegerRange, moments: Moments) -> Tensor:
-    """int8 codes (N, D) of W: channels one after another, the rounding error of each moved onto those that follow.
+    """Returns int8 codes (N, D) of W: one channel after another, its rounding error moved onto those that follow.
 
     Channels with the largest inputs come first (GPTQ section 3.3 and its "act order"). Raises ValueError where no
     damping makes x̂ᵀx̂ invertible, or where W is not finite.
@@ -106,11 +106,11 @@ def gptq_codes(weight: Tensor, scale: Tensor, spec: IntegerRange, moments: Momen
     order = own.diagonal().argsort(descending=True, stable=True)
     upper = _more_damped(lambda share: _inverse_factor(_damped(own, share)[order][:, order]), DAMPING)
     rest = weight.double()[:, order]
-    step, (low, high) = scale.double(), spec.bounds
+    scale, (low, high) = scale.double(), spec.bounds
     codes = torch.empty_like(rest, dtype=torch.int8)
     for channel, place in enumerate(order.tolist()):
-        chosen = (rest[:, channel] / step).round().clamp(low, high)
+        chosen = (rest[:, channel] / scale).round().clamp(low, high)
         codes[:, place] = chosen.to(torch.int8)
-        error = (rest[:, channel] - chosen * step) / upper[channel, channel]
+        error = (rest[:, channel] - chosen * scale) / upper[channel, channel]
         rest[:, channel + 1 :] -= error.unsqueeze(1) * upper[channel, channel + 1 :]
     return codes

@@ -1,4 +1,4 @@
-"""JLSS: joint learning of smoothing scales and step sizes, one block at a time (PTQ4VM section 4.3, stage 3).
+"""JLSS: joint learning of smoothing scales and quantizers' scales, one block at a time (PTQ4VM section 4.3, stage 3).
 
 The target is the block's output in floating point on floating-point inputs; what comes near it is the quantized
 block's output on the outputs of the quantized blocks before it. Weights are rounded again at every step with the
@@ -20,18 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ptq4vm.config import matches
-from ptq4vm.graph.partition import Part
+from ptq4vm.graph.partition import Block, NamedTensors
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.prepare.smooth import merge_smoothing
 from ptq4vm.passes.quantized import QuantizedLinear
 from ptq4vm.quantizers import constant
 from ptq4vm.specs import Learning, Loss
 
-Values = dict[str, Tensor]
 
-
-def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
-    """Mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
+def block_loss(outputs: NamedTensors, targets: NamedTensors, channels: int) -> Tensor:
+    """Returns the mean over tokens of 1 - cos over channels, summed over the outputs that have a target.
 
     `channels` says which axis of an output holds the channels: the last one, or the second one of (B, D, H, W).
     """
@@ -42,17 +40,17 @@ def block_loss(outputs: Values, targets: Values, channels: int) -> Tensor:
     return torch.stack(losses).sum()
 
 
-def weighted_error(outputs: Values, targets: Values, importance: Values) -> Tensor:
-    """Squared error of outputs (images, …), each entry times its importance (…), as a share of what exact ones have."""
+def weighted_error(outputs: NamedTensors, targets: NamedTensors, fisher: NamedTensors) -> Tensor:
+    """Returns the squared error of outputs (images, …), weighted by the Fisher diagonal (…), over that of zeros."""
     losses = []
     for name, target in targets.items():
-        error, whole = (value.square() * importance[name] for value in (outputs[name] - target, target))
+        error, whole = (value.square() * fisher[name] for value in (outputs[name] - target, target))
         losses.append(error.sum() / whole.sum().clamp(min=1e-12))
     return torch.stack(losses).sum()
 
 
-def streams(values: Values, targets: Sequence[str]) -> Values:
-    """The outputs that quantization changes, each with the others of its shape added.
+def residual_streams(values: NamedTensors, targets: Sequence[str]) -> NamedTensors:
+    """Returns the outputs that quantization changes, each with the others of its shape added.
 
     A block hands on its residual stream whole (VMamba), or as the mixer's output and the stream before it (Vim).
     """
@@ -63,13 +61,13 @@ def streams(values: Values, targets: Sequence[str]) -> Values:
 
 
 def _channel_axis(output: Tensor, channels: int) -> int:
-    """The last axis, unless only the second has as many entries as there are channels."""
+    """Returns the last axis, unless only the second has as many entries as there are channels."""
     first = output.dim() > 1 and output.shape[1] == channels != output.shape[-1]
     return 1 if first else -1
 
 
 def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dict[str, Any]]:
-    """Starts learning: an optimizer's groups of parameters, each parameter once."""
+    """Starts learning; returns an optimizer's groups of parameters, each parameter once."""
     inputs = list(dict.fromkeys(linear.input for linear in linears if linear.input.scale is not None))
     scales = [quantizer.start_learning() for quantizer in (*inputs, *(linear.weight for linear in linears))]
     smooth = [linear.smooth for linear in linears if linear.smooth is not None]
@@ -80,18 +78,18 @@ def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dic
 
 
 def weight_of(linear: QuantizedLinear) -> Tensor:
-    """The weight (N, D) as its fake-quantizer sees it: smoothed."""
+    """Returns the weight (N, D) as its fake-quantizer sees it: smoothed."""
     observer: Any = linear.node.args[1]
     graph_module = linear.node.graph.owning_module
     assert graph_module is not None
     return constant(graph_module, observer.args[0]).detach().float()
 
 
-def finish(linears: Sequence[QuantizedLinear]) -> None:
+def fold_learned_scales(linears: Sequence[QuantizedLinear]) -> None:
     """Folds what was learned into the scales."""
     for quantizer in dict.fromkeys(q for linear in linears for q in (linear.input, linear.weight)):
         if quantizer.log_factor is not None:
-            quantizer.finish_learning()
+            quantizer.fold_learned_scale()
     for linear in linears:
         if linear.smooth is not None:
             linear.smooth.requires_grad_(False)
@@ -99,46 +97,48 @@ def finish(linears: Sequence[QuantizedLinear]) -> None:
 
 
 def learn_block(
-    part: Part,
+    block: Block,
     linears: Sequence[QuantizedLinear],
-    inputs: Values,
-    targets: Values,
-    config: Learning,
+    inputs: NamedTensors,
+    targets: NamedTensors,
+    config: Learning | None,
     seed: int,
     report: Callable[[int, float], None],
-    importance: Values,
+    fisher: NamedTensors,
 ) -> tuple[float, float] | None:
-    """Learns in place; the loss over all images before and after. A block that got worse is put back.
+    """Learns in place; returns the loss over all images before and after. A block that got worse is put back.
 
-    `report(epoch, loss)` is called after every epoch with its mean loss. None for a block of which nothing learns.
-    `importance` is that of the outputs' entries, which `Loss.FISHER` alone reads; without any, all entries count alike.
+    `report(epoch, loss)` is called after every epoch with its mean loss. Returns None where nothing learns.
+    `fisher` is the diagonal for the outputs' entries, which `Loss.FISHER` alone reads; without it all count alike.
     """
-    channels = len(linears[-1].weight.calculate_qparams()[0])
+    if config is None:
+        return None
     chosen = [linear for linear in linears if not config.only or matches(linear.name, config.only)]
     if not chosen:
         return None
+    channels = len(linears[-1].weight.calculate_qparams()[0])
     groups = learnables(chosen, config)
     images = len(next(iter(targets.values())))
-    merged = _merged(part)
+    merged = _merged(block)
     # gradients tell which outputs the quantization changes
     one = merged({name: value[:1] for name, value in inputs.items()})
     changed = [name for name in targets if one[name].requires_grad]
     if not changed:
-        finish(chosen)
+        fold_learned_scales(chosen)
         return None
-    matter = [name for name in changed if name in importance]
-    weights = importance if matter else {name: torch.ones_like(targets[name][0]) for name in changed}
+    matter = [name for name in changed if name in fisher]
+    weights = fisher if matter else {name: torch.ones_like(targets[name][0]) for name in changed}
 
     def loss_of(batch: Tensor) -> Tensor:
         outputs = merged({name: value[batch] for name, value in inputs.items()})
         wanted = {name: value[batch] for name, value in targets.items()}
         if config.loss is Loss.FISHER:
             names = matter or changed
-            return weighted_error(streams(outputs, names), streams(wanted, names), weights)
+            return weighted_error(residual_streams(outputs, names), residual_streams(wanted, names), weights)
         return block_loss(outputs, {name: wanted[name] for name in changed}, channels)
 
     before, after = _descend(loss_of, groups, images, config, seed, report)
-    finish(chosen)
+    fold_learned_scales(chosen)
     return before, after
 
 
@@ -150,7 +150,7 @@ def _descend(
     seed: int,
     report: Callable[[int, float], None],
 ) -> tuple[float, float]:
-    """Adam on batches of image indices, rates falling along a cosine; the loss over all images before and after.
+    """Runs Adam on batches of image indices with rates falling along a cosine; returns the loss before and after.
 
     What got worse is put back.
     """
@@ -185,8 +185,8 @@ def _mean_loss(loss_of: Callable[[Tensor], Tensor], images: int, batch_size: int
     return sum(loss_of(batch).item() * len(batch) for batch in torch.arange(images).split(batch_size)) / images
 
 
-def _merged(part: Part) -> Part:
-    """The same piece, whose fake-quantizers do the smoothing."""
+def _merged(block: Block) -> Block:
+    """Returns the same block, whose fake-quantizers do the smoothing."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(part.module.graph, {}))
-    return dataclasses.replace(part, module=clean_up(merge_smoothing(fx.GraphModule(part.module, graph))))
+    graph.output(graph.graph_copy(block.module.graph, {}))
+    return dataclasses.replace(block, module=clean_up(merge_smoothing(fx.GraphModule(block.module, graph))))

@@ -21,8 +21,7 @@ from ptq4vm.backend import native
 from ptq4vm.config import QuantConfig
 from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
-from ptq4vm.graph.partition import Part
-from ptq4vm.passes.calibrate.jlss import Values
+from ptq4vm.graph.partition import Block, NamedTensors
 from ptq4vm.passes.quantized import quantizer_settings
 
 try:
@@ -43,28 +42,27 @@ class Finished:
         assert self.folder is not None
         return self.folder / f"block_{index:03d}.safetensors"
 
-    def read(self, index: int, device: torch.device) -> tuple[Values, dict[str, Any]] | None:
-        """The tensors and the report of a block, or None. Raises ValueError unless every bit is as it was written."""
+    def read(self, index: int) -> tuple[NamedTensors, dict[str, Any]] | None:
+        """Returns the state and the report of a block, or None; raises ValueError unless every bit is as it was."""
         if self.folder is None or not self._path(index).exists():
             return None
         try:
-            tensors, report = self._decoded(index, self._path(index).read_bytes())
+            return self._decoded(index, self._path(index).read_bytes())
         except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{self._path(index)} cannot be read ({error}); delete it and calibrate again") from error
-        return {name: value.to(device) for name, value in tensors.items()}, report
 
-    def write(self, index: int, tensors: Values, report: dict[str, Any]) -> None:
+    def write(self, index: int, tensors: NamedTensors, report: dict[str, Any]) -> None:
         if self.folder is not None:
             data = self._encoded(index, {name: value.cpu().clone() for name, value in tensors.items()}, report)
             replace_file(self._path(index), lambda temporary: temporary.write_bytes(data))
 
-    def _encoded(self, index: int, tensors: Values, report: dict[str, Any]) -> bytes:
-        """A safetensors file, the same for the same block; some tensors may share memory, so they come as copies."""
+    def _encoded(self, index: int, tensors: NamedTensors, report: dict[str, Any]) -> bytes:
+        """Returns a safetensors file, the same for the same block; tensors may share memory, so they come as copies."""
         text = json.dumps(report)
         digest = _digest({"run": self.fingerprint, "index": index, "report": text}, tensors)
         return save(tensors, {"block": json.dumps({"digest": digest, "report": text})})
 
-    def _decoded(self, index: int, data: bytes) -> tuple[Values, dict[str, Any]]:
+    def _decoded(self, index: int, data: bytes) -> tuple[NamedTensors, dict[str, Any]]:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         report = json.loads(json.loads(header["__metadata__"]["block"])["report"])
@@ -75,7 +73,7 @@ class Finished:
 
 @contextlib.contextmanager
 def finished_blocks(
-    folder: Path | None, prepared: GraphModule, parts: Sequence[Part], images: Values, config: QuantConfig
+    folder: Path | None, prepared: GraphModule, blocks: Sequence[Block], images: NamedTensors, config: QuantConfig
 ) -> Iterator[Finished]:
     """Opens a folder for one run, which nobody else may use meanwhile.
 
@@ -91,7 +89,7 @@ def finished_blocks(
     with _locked(folder):
         for leftover in (*folder.glob(".block_*.tmp"), *folder.glob(f".{MANIFEST}.*.tmp")):
             leftover.unlink()
-        facts = run_facts(prepared, parts, images, config)
+        facts = run_facts(prepared, blocks, images, config)
         path = folder / MANIFEST
         if path.exists():
             _check_manifest(path, facts)
@@ -128,15 +126,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def run_facts(
-    prepared: GraphModule, parts: Sequence[Part], images: Values, config: QuantConfig
+    prepared: GraphModule, blocks: Sequence[Block], images: NamedTensors, config: QuantConfig
 ) -> dict[str, str | int]:
-    """All that decides the bytes of a calibration: digests of what is large, the rest as it is."""
-    tensors = {str(node.target): attribute(prepared, str(node.target)) for node in _constants(prepared)}
-    tensors |= dict(prepared.named_buffers())
+    """Returns all that decides the bytes of a calibration: digests of what is large, the rest as it is."""
+    paths = [str(node.target) for node in prepared.graph.find_nodes(op="get_attr")]
+    values = {path: attribute(prepared, path) for path in paths} | dict(prepared.named_buffers())
+    tensors = {path: value for path, value in values.items() if isinstance(value, Tensor)}
     parameters = dict(prepared.named_parameters())
     import ptq4vm  # its version; the package imports this module
 
-    graph = [prepared.code, quantizer_settings(prepared), [(part.name, part.inputs, part.outputs) for part in parts]]
+    graph = [prepared.code, quantizer_settings(prepared), [(b.name, b.inputs, b.outputs) for b in blocks]]
     device = next(iter(images.values())).device.type
     return {
         "config": config.to_json(),
@@ -151,10 +150,6 @@ def run_facts(
     }
 
 
-def _constants(gm: GraphModule) -> list[Any]:
-    return [node for node in gm.graph.find_nodes(op="get_attr") if isinstance(attribute(gm, str(node.target)), Tensor)]
-
-
 _WAYS = {
     "config": "another config",
     "images": "other images",
@@ -166,7 +161,7 @@ _WAYS = {
     "kernels": "the kernels {have} (this run has {want})",
     "threads": "{have} threads (this run has {want}: call torch.set_num_threads({have}))",
 }
-"""How a fact is told that differs."""
+"""The words for a fact that differs."""
 
 
 def _check_manifest(path: Path, facts: Mapping[str, Any]) -> None:
@@ -184,7 +179,7 @@ def _check_manifest(path: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _digest(facts: Any, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of facts and of the names, types, shapes and bytes of tensors."""
+    """Returns the SHA-256 of facts and of the names, types, shapes and bytes of tensors."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())

@@ -28,7 +28,7 @@ _READS = {
 def use_bfloat16_activations(gm: GraphModule) -> GraphModule:
     """Linears whose readers all take bfloat16 write it; so do the convolutions and scans that read them.
 
-    The convolutions between stages and before the first block are computed in bfloat16, and give float32.
+    The convolutions between stages and before the first block are computed in bfloat16, and return float32.
     """
     for conv in gm.graph.find_nodes(op="call_function", target=aten.conv2d.default):
         if all(isinstance(term, Node) and term.op == "get_attr" for term in args(conv)[1:3]):
@@ -63,7 +63,7 @@ def _halve_convolution(gm: GraphModule, conv: Node) -> None:
 
 
 def _read_by(node: Node, slots: Mapping[Any, tuple[int, ...]]) -> bool:
-    """Whether all readers, also of views of it, are these operators, which read it in these places alone."""
+    """Returns whether all readers, also of views of it, are these operators, which read it in these places alone."""
     for user in node.users:
         if moves_tokens(user) or user.target is aten.unsqueeze.default:
             if not _read_by(user, slots):

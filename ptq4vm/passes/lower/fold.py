@@ -1,4 +1,4 @@
-"""What depends on parameters alone is computed once; what nothing reads is dropped."""
+"""Computes once what depends on parameters alone, and drops tensors that no node reads."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ from ptq4vm.serialization.values import with_values
 
 
 def fusions(gm: GraphModule) -> tuple[Fusion, ...]:
-    """What `fuse` did to a graph, in order; empty for any other graph."""
+    """Returns what `fuse` did to a graph, in order; nothing for any other graph."""
     return tuple(gm.meta.get(FUSIONS, ()))
 
 

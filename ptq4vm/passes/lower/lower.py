@@ -45,7 +45,7 @@ def lower(gm: GraphModule) -> GraphModule:
 
 
 def _lower_outputs(gm: GraphModule) -> GraphModule:
-    """What is quantized where it is made: the same codes, and floating point from them for whatever reads them.
+    """Lowers outputs that are quantized where they are made: the same codes, and floats from them for all readers.
 
     Where step sizes are several, x is divided by them and rounded to whole numbers.
     """

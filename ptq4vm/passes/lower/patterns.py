@@ -71,7 +71,7 @@ def arguments(node: Node) -> tuple[Any, ...]:
 
 
 def is_call(node: Any, *targets: Any) -> bool:
-    """Whether a value is the result of one of these operators."""
+    """Returns whether a value is the result of one of these operators."""
     return isinstance(node, Node) and node.target in targets
 
 
@@ -81,7 +81,7 @@ def only_user(node: Node) -> Node | None:
 
 
 def same_tokens(node: Node) -> Node:
-    """What a value is before views that keep every token and channel in its place, such as a flatten of (H, W)."""
+    """Returns the value before views that keep every token and channel in its place, such as a flatten of (H, W)."""
     while moves_tokens(node) and len(node.all_input_nodes) == 1:
         (source,) = node.all_input_nodes
         found = token_map(node, until=source)
@@ -95,7 +95,7 @@ def same_tokens(node: Node) -> Node:
 
 @dataclass(frozen=True)
 class Source:
-    """What a quantize node has codes of: x, or x · inv_smooth, or the rotation of one of these."""
+    """The value whose codes a quantize node makes: x, or x · inv_smooth, or the rotation of one of these."""
 
     x: Node
     inv_smooth: Node | None
@@ -103,7 +103,7 @@ class Source:
 
     @property
     def between(self) -> tuple[Node, ...]:
-        """What lies between x and the quantize node, nearest to it first."""
+        """Nodes between x and the quantize node, nearest to it first."""
         if self.rotate is None:
             return ()
         return (self.rotate,) if self.inv_smooth is None else (self.rotate, args(self.rotate)[0])
@@ -181,7 +181,7 @@ def pack_weights(
 
 
 def multiplies_nibbles(capability: int, features: int) -> bool:
-    """Whether a GPU (10 · major + minor) does that, faster than bytes, for so many output channels."""
+    """Returns whether a GPU (10 · major + minor) multiplies nibbles faster than bytes, for so many output channels."""
     return 80 <= capability < 90 and features >= NIBBLE_FEATURES
 
 
@@ -199,7 +199,7 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def _bits(codes: Node) -> int:
-    """How many bits the codes that an operator gives have; 8 where that is not seen."""
+    """Returns the bits of the codes that an operator returns; 8 where the graph does not say."""
     node = same_tokens(codes)
     if is_call(node, operator.getitem):
         node = args(node)[0]

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.pipeline import Pass, Pipeline
 from ptq4vm.graph.verify import GraphStage
-from ptq4vm.metadata import Stage, record_of, set_record
+from ptq4vm.metadata import Stage, metadata_of, set_metadata
 from ptq4vm.passes.lower.bfloat16 import use_bfloat16_activations
 from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
 from ptq4vm.passes.lower.fuse import FUSE
@@ -64,4 +64,4 @@ def converted_graph(prepared: GraphModule, pipeline: Pipeline) -> GraphModule:
     gm = portable(made, type(prepared).__name__).eval()
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
-    return set_record(gm, dataclasses.replace(record_of(prepared), stage=Stage.CONVERTED))
+    return set_metadata(gm, dataclasses.replace(metadata_of(prepared), stage=Stage.CONVERTED))

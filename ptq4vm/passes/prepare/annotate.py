@@ -77,12 +77,12 @@ class SiteQuantizer(Quantizer):
             return {node.args[1]: self._spec(WeightFakeQuantize, spec)}
         return {}
 
-    def _spec(self, kind: Any, spec: IntegerRange, kept: int | None = None) -> QuantizationSpec:
+    def _spec(self, kind: Any, spec: IntegerRange, index: int | None = None) -> QuantizationSpec:
         """Returns one object for equal ones: linears that read one input then share its fake-quantizer."""
-        if (kind, spec, kept) not in self.specs:
-            make = kind.with_args(spec=spec, granularity=self.config.activations.granularity, kept=kept)
-            self.specs[kind, spec, kept] = _specification(spec, make)
-        return self.specs[kind, spec, kept]
+        if (kind, spec, index) not in self.specs:
+            make = kind.with_args(spec=spec, granularity=self.config.activations.granularity, float_token_index=index)
+            self.specs[kind, spec, index] = _specification(spec, make)
+        return self.specs[kind, spec, index]
 
     def _output(self, site: OutputSite) -> QuantizationSpec:
         assert self.config.outputs is not None
@@ -113,7 +113,7 @@ def _name_quantizers(gm: GraphModule, node: Node, site: Site) -> None:
             argument.meta["val"] = argument.all_input_nodes[0].meta["val"]
         elif isinstance(fake, ActivationFakeQuantize) and isinstance(site, LinearSite):
             fake.name = fake.name or site.name  # one input may feed several linears
-            fake.follows = site.shares_qparams_with
+            fake.shares_qparams_with = site.shares_qparams_with
 
 
 def _insert_inputs(gm: GraphModule, config: QuantConfig) -> None:
@@ -128,12 +128,12 @@ def _insert_inputs(gm: GraphModule, config: QuantConfig) -> None:
     made: dict[tuple[Any, ...], Any] = {}
     for node, site in sites.items():
         x: Any = node.args[0]
-        spec, kept = config.activation(site.name), site.float_token_index
+        spec, index = config.activation(site.name), site.float_token_index
         output = isinstance(module_of(gm, x), OutputFakeQuantize)
         group = (site.block, site.name if site.block is None else "") if blocks else None
-        key = x if output else x.args[0], spec, kept, group
+        key = x if output else x.args[0], spec, index, group
         if key not in made:
-            fake = ActivationFakeQuantize(spec, config.activations.granularity, kept)
+            fake = ActivationFakeQuantize(spec, config.activations.granularity, index)
             taken = output or x in made.values()
             made[key] = _inserted(gm, f"{node.name}_input", fake, node, (key[0],), x) if taken else x
         node.replace_input_with(x, made[key])

@@ -36,7 +36,7 @@ def insert_corrections(gm: GraphModule) -> GraphModule:
 
 
 def _bias(node: Node) -> tuple[Node, int] | None:
-    """Which argument of which node is the bias of a linear or a convolution; None without one."""
+    """Returns the node and the position of the argument that is a linear's or convolution's bias; None without one."""
     if len(node.args) > 2 and isinstance(node.args[2], Node):
         return node, 2
     user = next(iter(node.users)) if len(node.users) == 1 else None

@@ -228,7 +228,7 @@ def _rewrite(
 
 
 def _replace(insert: Insertion, node: Node, result: Node) -> None:
-    """Also gives `result` the strides of `node`: views further on rely on them."""
+    """Replaces a node by `result` in the strides of the node: views further on rely on them."""
     wanted = node.meta["val"]
     if result.meta["val"].stride() != wanted.stride():
         axes = list(range(wanted.dim()))

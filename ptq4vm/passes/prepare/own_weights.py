@@ -103,7 +103,7 @@ def _root(view: Any) -> Any:
 
 
 def _through(view: Any, tensor: Any) -> Any:
-    """What a chain of views shows of a tensor."""
+    """Returns the elements of a tensor that a chain of views shows."""
     if not is_view(view):
         return tensor
     return view.target(_through(view.args[0], tensor), *view.args[1:], **view.kwargs)
@@ -119,7 +119,7 @@ def _readings(node: Node) -> Iterator[tuple[Node, Node]]:
 
 
 def _part(elements: Tensor, shape: Sequence[int]) -> str:
-    """Which elements of a tensor: on each axis `2` for the third of equal parts, `2_5` for other ranges, or all."""
+    """Names elements of a tensor: on each axis `2` for the third of equal parts, `2_5` for other ranges, or all."""
     marks = []
     for place, size in zip(torch.unravel_index(elements.flatten(), shape), shape, strict=True):
         start, stop = int(place.min()), int(place.max()) + 1

@@ -12,7 +12,7 @@ from ptq4vm.graph.capture import capture
 from ptq4vm.graph.pipeline import Pass, Pipeline
 from ptq4vm.graph.sites import LinearSite, sites_of
 from ptq4vm.graph.verify import GraphStage
-from ptq4vm.metadata import LinearRecord, Record, architecture_of, set_record
+from ptq4vm.metadata import LinearMetadata, QuantizationMetadata, architecture_of, set_metadata
 from ptq4vm.passes.prepare.annotate import InsertFakeQuantizers
 from ptq4vm.passes.prepare.bias_correction import insert_corrections
 from ptq4vm.passes.prepare.canonicalize import canonicalize
@@ -63,9 +63,11 @@ def prepare_captured(
     """Returns `prepared_graph` from the captured graph of `model`, which is changed in place."""
     gm = portable(preparation_pipeline(config)(captured), type(captured).__name__)
     linears = tuple(
-        LinearRecord(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
+        LinearMetadata(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites_of(gm, LinearSite).values()
     )
     shapes = tuple(tuple(value.shape[1:]) for value in example_inputs if isinstance(value, Tensor))
-    record = Record(config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes))
-    return set_record(gm, record)
+    metadata = QuantizationMetadata(
+        config=config, linears=linears, input_shapes=shapes, architecture=architecture_of(model, shapes)
+    )
+    return set_metadata(gm, metadata)

@@ -52,7 +52,7 @@ def merge_smoothing(gm: GraphModule) -> GraphModule:
 
 
 def _is_smoothed(node: Any) -> bool:
-    """Whether a node is x · (1 / exp(log s)) or W · exp(log s), of our own log s."""
+    """Returns whether a node is x · (1 / exp(log s)) or W · exp(log s), of our own log s."""
     if not isinstance(node, Node) or node.target is not aten.mul.Tensor:
         return False
     factor = node.args[1]

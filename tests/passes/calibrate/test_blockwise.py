@@ -9,10 +9,10 @@ from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.inspection.phenomena import observe
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.ops.quantization import affine_qparams
+from ptq4vm.passes.calibrate import block_quantizers, correct
 from ptq4vm.passes.calibrate import blockwise as module
-from ptq4vm.passes.calibrate import observers
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
 from ptq4vm.specs import Granularity, Learning, Loss
@@ -37,10 +37,9 @@ def saved(gm, folder) -> list[bytes]:
 def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images):
     gm = roads.prepared(QuantConfig.minmax(8, activations={"granularity": Granularity.PER_TOKEN}))
     linear = linears_of(gm)[0]
-    seen = []
-    linear.input.tap = seen.append
+    linear.input.mode = Mode.OBSERVE
     gm(images)
-    (x,) = seen
+    (x,) = linear.input.observations
     calibrate(gm, images.split(5), progress=False)
     linear = linears_of(gm)[0]
     want = affine_qparams(x.amin((0, 2)), x.amax((0, 2)), 8)
@@ -51,14 +50,14 @@ def test_minimum_to_maximum_is_that_of_every_token_over_all_images(roads, images
 def test_every_linear_gets_its_qparams(roads, granularity):
     config = QuantConfig(**fitting(granularity) | {"range_search": False})
     for linear, fact in zip(
-        linears_of(roads.calibrated(config)), record_of(roads.prepared(config)).linears, strict=True
+        linears_of(roads.calibrated(config)), metadata_of(roads.prepared(config)).linears, strict=True
     ):
         tokens = {"per_token": (17,), "k_scaled_token": (17,), "per_token_dynamic": None}.get(granularity, (1,))
         assert (None if linear.input.scale is None else tuple(linear.input.scale.shape)) == tokens
         assert linear.weight.scale.shape == (fact.out_features,)
         assert linear.smooth is not None and linear.smooth.any()
         assert linear.input.mode is linear.weight.mode is Mode.QUANTIZE
-        assert linear.input.tap is None
+        assert linear.input.observations == []
 
 
 def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
@@ -71,7 +70,7 @@ def test_the_batches_of_the_loader_do_not_matter(roads, images, tmp_path):
 def test_more_images_than_run_at_once(roads, images, monkeypatch):
     gm, again = roads.prepared(UNLEARNED), roads.prepared(UNLEARNED)
     calibrate(gm, [images], progress=False)
-    monkeypatch.setattr(observers, "FORWARD_BATCH", 5)
+    monkeypatch.setattr(block_quantizers, "FORWARD_BATCH", 5)
     calibrate(again, [images], progress=False)
     for a, b in zip(linears_of(gm), linears_of(again), strict=True):
         assert torch.allclose(a.input.scale, b.input.scale, rtol=1e-4)
@@ -87,17 +86,17 @@ def test_calibrating_again_forgets_what_was_found_before(roads, images, tmp_path
 
 
 def test_the_report_says_what_learning_did(roads):
-    blocks = record_of(roads.calibrated(LEARNED)).blocks
+    blocks = metadata_of(roads.calibrated(LEARNED)).blocks
     assert [block["block"] for block in blocks] == ["layers.0", "layers.1"]
     assert all(block["loss_after"] <= block["loss_before"] for block in blocks)
-    names = [linear.name for linear in record_of(roads.calibrated(LEARNED)).linears]
+    names = [linear.name for linear in metadata_of(roads.calibrated(LEARNED)).linears]
     assert [name for block in blocks for name in block["linears"]] == names
 
 
 def test_the_report_says_how_near_each_block_is(roads):
     """Of every recipe, learned or not; the same input, so more bits are nearer."""
     few, many = (
-        record_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
+        metadata_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
     )
     assert all(0 < more["cosine_loss"] < less["cosine_loss"] / 10 for more, less in zip(many, few, strict=True))
 
@@ -181,13 +180,15 @@ def interrupt(monkeypatch, gm, images, folder, block: int) -> None:
     monkeypatch.undo()
 
 
-def test_a_block_learns_with_its_own_importance_and_is_compensated_as_the_halves_say(monkeypatch, roads, images):
+def test_a_block_learns_with_its_own_fisher_diagonal_and_is_compensated_as_the_halves_say(monkeypatch, roads, images):
     given, learned, ridges = [], {}, []
-    monkeypatch.setattr(module, "importance", lambda parts, *_: given.extend({"of": p.name} for p in parts) or given)
+    monkeypatch.setattr(
+        module, "fisher_diagonal", lambda blocks, *_: given.extend({"of": b.name} for b in blocks) or given
+    )
     monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.update({part.name: rest[-1]["of"]}))
-    monkeypatch.setattr(module, "best_ridge", lambda *_: 7.0)
-    compensated = module.compensated_weight
-    monkeypatch.setattr(module, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
+    monkeypatch.setattr(correct, "best_ridge", lambda *_: 7.0)
+    compensated = correct.compensated_weight
+    monkeypatch.setattr(correct, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
     config = QuantConfig.w4a4(best=True, learning=Learning(epochs=1, loss=Loss.FISHER))
     calibrate(roads.prepared(config), [images], progress=False)
     assert learned == {"layers.0": "layers.0", "layers.1": "layers.1"}
@@ -314,4 +315,4 @@ def test_linears_that_share_their_input_are_both_seen(smoothing):
     figures = observe(prepared, [x, x])
     assert figures["first"] == figures["second"]
     calibrate(prepared, [x], progress=False)
-    assert all(linear.input.tap is None and linear.weight.codes is not None for linear in linears_of(prepared))
+    assert all(linear.input.observations == [] and linear.weight.codes is not None for linear in linears_of(prepared))

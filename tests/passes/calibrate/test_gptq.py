@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from ptq4vm import Learning, QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.insert import attribute
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
 from ptq4vm.passes.calibrate.jlss import weight_of
-from ptq4vm.passes.calibrate.range_search import weight_scale
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode, WeightFakeQuantize
+from ptq4vm.quantizers.range_search import weight_scale
 from ptq4vm.specs import IntegerRange
 
 
@@ -46,10 +46,10 @@ def test_learning_comes_after_and_keeps_the_codes(roads):
     for learning in (None, Learning(epochs=10, scale_rate=3e-3, smooth_rate=3e-3)):
         config = QuantConfig(weights={"bits": 4}, activations={"bits": 4}, gptq=True, learning=learning)
         prepared = roads.calibrated(config)
-        record = record_of(prepared)
-        first = record.blocks[0]["linears"]
+        metadata = metadata_of(prepared)
+        first = metadata.blocks[0]["linears"]
         linears = quantized_linears(prepared)[: len(first)]
-        found.append((record.blocks[0], {linear.name: linear.weight for linear in linears}))
+        found.append((metadata.blocks[0], {linear.name: linear.weight for linear in linears}))
     (alone, fixed), (learned, moved) = found
     assert all(torch.equal(weight.codes, moved[name].codes) for name, weight in fixed.items())
     assert not all(torch.equal(weight.scale, moved[name].scale) for name, weight in fixed.items())

@@ -5,8 +5,16 @@ import torch
 from helpers.strategies import normal
 
 from ptq4vm import QuantConfig
-from ptq4vm.graph.partition import cut
-from ptq4vm.passes.calibrate.jlss import _descend, block_loss, finish, learn_block, learnables, streams, weighted_error
+from ptq4vm.graph.partition import partition_blocks
+from ptq4vm.passes.calibrate.jlss import (
+    _descend,
+    block_loss,
+    fold_learned_scales,
+    learn_block,
+    learnables,
+    residual_streams,
+    weighted_error,
+)
 from ptq4vm.passes.quantized import quantized_linears
 from ptq4vm.quantizers import Mode
 from ptq4vm.specs import Granularity, Learning, Loss
@@ -27,8 +35,8 @@ def prepare_block(gm, images, index):
     values = {"x": images}
     for linear in linears:
         linear.input.mode = linear.weight.mode = Mode.PASS
-    part = next(p for p in cut(gm, [linear.node for linear in linears]) if p.name == f"layers.{index}")
-    for earlier in cut(gm, [linear.node for linear in linears]):
+    part = next(p for p in partition_blocks(gm, [linear.node for linear in linears]) if p.name == f"layers.{index}")
+    for earlier in partition_blocks(gm, [linear.node for linear in linears]):
         if earlier.name == part.name:
             break
         with torch.no_grad():
@@ -49,8 +57,8 @@ def state(members):
 
 
 def learn(block, config=LEARNING, seed=0, report=lambda epoch, loss: None):
-    importance = {name: torch.ones(target.shape[1:]) for name, target in block[3].items()}
-    return learn_block(*block, config, seed, report, importance)
+    fisher = {name: torch.ones(target.shape[1:]) for name, target in block[3].items()}
+    return learn_block(*block, config, seed, report, fisher)
 
 
 def test_every_learnable_receives_a_gradient(block):
@@ -87,30 +95,30 @@ def test_the_weighted_error_knows_length_and_the_cosine_does_not():
     assert weighted_error({"y": 2 * target}, {"y": target}, {"y": torch.rand(3, 4)}).item() == pytest.approx(1)
 
 
-def test_the_fisher_loss_is_that_of_the_stream_with_the_importance_given(block):
+def test_the_fisher_loss_is_that_of_the_stream_with_the_diagonal_given(block):
     part, members, inputs, targets = block
     own = part.outputs[-1]  # the other is the stream before the block, which quantization does not change
-    importance = {name: torch.rand(value.shape[1:]) for name, value in targets.items()}
+    fisher = {name: torch.rand(value.shape[1:]) for name, value in targets.items()}
     with torch.no_grad():
-        stream, wanted = (streams(values, [own]) for values in (part(inputs), targets))
-        expected = weighted_error(stream, wanted, importance).item()
+        stream, wanted = (residual_streams(values, [own]) for values in (part(inputs), targets))
+        expected = weighted_error(stream, wanted, fisher).item()
     one_batch = Learning(epochs=1, batch_size=len(targets[own]), loss=Loss.FISHER)
-    before, _ = learn_block(part, members, inputs, targets, one_batch, 0, lambda epoch, loss: None, importance)
+    before, _ = learn_block(part, members, inputs, targets, one_batch, 0, lambda epoch, loss: None, fisher)
     assert before == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_does_not_matter_adds_no_weighted_error():
     target = normal(2, 3, 4)
-    output, importance = target.clone(), torch.ones(3, 4)
+    output, fisher = target.clone(), torch.ones(3, 4)
     output[:, 1, 2] += 5
-    assert weighted_error({"y": output}, {"y": target}, {"y": importance}).item() > 0.1
-    importance[1, 2] = 0
-    assert weighted_error({"y": output}, {"y": target}, {"y": importance}).item() == 0
+    assert weighted_error({"y": output}, {"y": target}, {"y": fisher}).item() > 0.1
+    fisher[1, 2] = 0
+    assert weighted_error({"y": output}, {"y": target}, {"y": fisher}).item() == 0
 
 
 def test_a_stream_is_the_sum_of_the_outputs_of_its_shape():
     a, b, other = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 5)
-    found = streams({"a": a, "b": b, "other": other}, ["b", "other"])
+    found = residual_streams({"a": a, "b": b, "other": other}, ["b", "other"])
     assert torch.equal(found["b"], a + b) and torch.equal(found["other"], other)
 
 
@@ -256,7 +264,7 @@ def test_dynamic_scales_do_not_learn_but_the_rest_does(roads, images):
     assert (len(scales), len(smooth)) == (6, 6)
     block_loss(part(inputs), targets, 32).backward()
     assert all(parameter.grad.any() for parameter in scales + smooth)
-    finish(members)
+    fold_learned_scales(members)
     assert all(member.input.scale is None for member in members)
 
 

@@ -121,13 +121,10 @@ def finished(tmp_path):
     return found
 
 
-CPU = torch.device("cpu")
-
-
 def test_a_block_comes_back_as_it_was(finished):
-    tensors, report = finished.read(3, CPU)
+    tensors, report = finished.read(3)
     assert same(tensors, TENSORS) and report == REPORT
-    assert finished.read(2, CPU) is None
+    assert finished.read(2) is None
 
 
 def test_a_flipped_bit_anywhere_is_refused(finished, tmp_path):
@@ -139,7 +136,7 @@ def test_a_flipped_bit_anywhere_is_refused(finished, tmp_path):
         flipped[place // 8] ^= 1 << place % 8
         path.write_bytes(flipped)
         try:
-            finished.read(3, CPU)
+            finished.read(3)
             taken.append(place)
         except ValueError as error:
             assert "block_003.safetensors cannot be read" in str(error) and "delete it" in str(error)
@@ -152,7 +149,7 @@ def test_what_is_cut_or_longer_is_refused(finished, tmp_path):
     for damaged in (*(data[:length] for length in range(0, len(data), 9)), data[:-1], data + b" ", b"\xff" * 64):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"cannot be read.*delete it and calibrate again"):
-            finished.read(3, CPU)
+            finished.read(3)
 
 
 def test_the_block_of_another_place_or_run_is_refused(finished, tmp_path):
@@ -160,7 +157,7 @@ def test_the_block_of_another_place_or_run_is_refused(finished, tmp_path):
     (tmp_path / "block_004.safetensors").write_bytes(data)
     for reader, index in ((finished, 4), (Finished(tmp_path, "another"), 3)):
         with pytest.raises(ValueError, match="it is not what this run wrote as that block"):
-            reader.read(index, CPU)
+            reader.read(index)
 
 
 def test_calibration_refuses_a_damaged_block(folder):

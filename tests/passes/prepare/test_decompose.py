@@ -10,7 +10,7 @@ from ptq4vm import QuantConfig, calibrate, convert, fuse, load, ops, prepare, sa
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.sites import LinearSite, Site, find_linears, sites_of
-from ptq4vm.metadata import record_of
+from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.prepare.canonicalize import canonicalize
 from ptq4vm.passes.prepare.decompose import decompose_fused_ops
 from ptq4vm.passes.prepare.select import SelectSites
@@ -82,7 +82,7 @@ def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
     outputs = {output.name: output.fake for output in quantized_outputs(kscaled)}
     followers = 0
     for linear in quantized_linears(kscaled):
-        source = outputs.get(linear.input.follows)
+        source = outputs.get(linear.input.shares_qparams_with)
         if source is None:
             continue
         followers += 1
@@ -148,7 +148,7 @@ def test_both_papers_at_once_learn(roads, images):
 
     config = QuantConfig.recipe("ptq4vm+state", 8, learning=Learning(epochs=1, batch_size=6))
     gm = roads.calibrated(config)
-    assert all(block["loss_after"] <= block["loss_before"] for block in record_of(gm).blocks)
+    assert all(block["loss_after"] <= block["loss_before"] for block in metadata_of(gm).blocks)
     with torch.no_grad():
         assert torch.equal(convert(gm, lower=False)(images), gm(images))
 
@@ -173,7 +173,7 @@ def test_a_calibration_goes_on_where_it_stopped(roads, images, tmp_path, monkeyp
     whole = roads.calibrated(KSCALED)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
-    assert record_of(again).blocks == record_of(whole).blocks
+    assert metadata_of(again).blocks == metadata_of(whole).blocks
 
 
 @pytest.mark.slow

@@ -71,7 +71,7 @@ def test_a_weight_that_rounds_to_the_last_code_still_passes_its_gradient(count):
     assert w.grad.tolist() == [[0, 1, 1, 1, 1, 1, 0]]
 
 
-def test_the_gradient_of_a_step_size_is_that_of_lsq():
+def test_the_gradient_of_a_scale_is_that_of_lsq():
     """d(round(x / s) · s)/ds is round(x / s) - x / s in range and the code itself outside (Esser et al. 2020)."""
     fake = activation(4, Granularity.PER_TENSOR, 1)
     fake.set_qparams(torch.tensor([0.5]), torch.tensor([1], dtype=torch.int32))
@@ -92,7 +92,7 @@ def test_learning_starts_where_it_was_and_ends_folded_in(make):
     with torch.no_grad():
         log_factor.add_(0.3)
     learned = fake(x).detach()
-    fake.finish_learning()
+    fake.fold_learned_scale()
     assert fake.log_factor is None and not fake.scale.requires_grad
     assert torch.equal(fake(x), learned)
     assert torch.equal(fake.scale, scale * torch.exp(torch.full((3,), 0.3)))
@@ -140,7 +140,7 @@ def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channel
 
 
 def test_the_token_that_stays_in_floating_point_is_smoothed_as_the_others_are():
-    fake = ActivationFakeQuantize(IntegerRange(bits=4, narrow_range=False), Granularity.PER_TOKEN, kept=1)
+    fake = ActivationFakeQuantize(IntegerRange(bits=4, narrow_range=False), Granularity.PER_TOKEN, float_token_index=1)
     fake.set_qparams(torch.tensor([0.5, 0.25, 1.0]), torch.zeros(3, dtype=torch.int32))
     fake.mode = Mode.QUANTIZE
     x, smooth = normal(2, 3, 4), torch.tensor([0.5, 2.0, 4.0, 1.0])

@@ -1,7 +1,7 @@
-"""k-scaled quantization: K step sizes for tokens or channels of like magnitude (k-scaled paper).
+"""k-scaled quantization: K scales for tokens or channels of like magnitude (k-scaled paper).
 
-Shapes: x (images, …) with one axis of J tokens or channels; indices and step sizes are (J,). The steps are looked up
-once, so at run time there is one table and no index.
+Shapes: x (images, …) with one axis of J tokens or channels; indices and scales are (J,). The scales are looked up once,
+so at run time there is one table and no index.
 """
 
 from __future__ import annotations
@@ -13,22 +13,25 @@ from ptq4vm.ops import quantization
 from ptq4vm.specs import IntegerRange, RangeSearch
 
 ROUNDS = 100
-"""Of Lloyd's algorithm, at most; in one dimension it stops after a few."""
+"""Rounds of Lloyd's algorithm, at most; in one dimension it stops after a few."""
 
 
 class Statistics:
-    """Of a value x (images, …), over all images: what its step sizes are found from."""
+    """Sums, maxima and samples of a value x (images, …) over all images, for J tokens or channels on one axis."""
 
-    def __init__(self, axis: int) -> None:
-        self.axis = axis
-        """Of the tokens or channels, J of them."""
+    def __init__(self) -> None:
         self.count = 0
         self.sum = self.size = self.largest = torch.zeros(())
-        """Of x and of |x|, and max|x|; (J,) each."""
+        """Σ x, Σ |x| and max |x|, (J,) each."""
         self.samples: list[Tensor] = []
 
-    def add(self, x: Tensor) -> None:
-        rows = x.float().transpose(0, self.axis).flatten(1)
+    @classmethod
+    def of(cls, x: Tensor, axis: int) -> Statistics:
+        (statistics := cls()).add(x, axis)
+        return statistics
+
+    def add(self, x: Tensor, axis: int) -> None:
+        rows = x.float().transpose(0, axis).flatten(1)
         sizes = rows.abs()
         self.sum = self.sum + rows.sum(1, dtype=torch.float64)
         self.size = self.size + sizes.sum(1, dtype=torch.float64)
@@ -37,31 +40,30 @@ class Statistics:
         if sum(sample.numel() for sample in self.samples) < KEPT:
             self.samples.append(rows)
 
-    def step_size(self, spec: IntegerRange, search: RangeSearch) -> Tensor:
-        """(1,) for all of it."""
+    def scale(self, spec: IntegerRange, search: RangeSearch) -> Tensor:
+        """Returns one scale (1,) for all of x."""
         values = torch.cat([sample.flatten() for sample in self.samples])
         return symmetric_scale(values.unsqueeze(0), self.largest.amax(0, keepdim=True), spec, search)
 
-    def step_sizes(self, clusters: int, spec: IntegerRange, search: RangeSearch, power_of_two: bool) -> Tensor:
-        """(J,), of which at most `clusters` differ.
+    def clustered_scale(self, clusters: int, spec: IntegerRange, search: RangeSearch, power_of_two: bool) -> Tensor:
+        """Returns the scale (J,), of whose entries at most `clusters` differ.
 
-        Tokens or channels are clustered by mean|x|. A cluster's step is max|x| / 127.5, or the truncation of it with
+        Tokens or channels are clustered by mean|x|. A cluster's scale is max|x| / 127.5, or the truncation of it with
         the least squared error. With `power_of_two` it is the first cluster's times a power of two: the one above or
         the one below, whichever errs less (the paper takes the nearer one).
         """
         rows = torch.cat(self.samples, 1)
         index = cluster(self.size / self.count, clusters)
-        steps: list[Tensor] = []
+        scales: list[Tensor] = []
         for k in index.unique():
             values, largest = rows[index == k].reshape(1, -1), self.largest[index == k].amax(0, keepdim=True)
-            step = symmetric_scale(values, largest, spec, search)
-            if power_of_two and steps:
-                exponent = torch.log2(step / steps[0])
-                step = least_error(
-                    values, steps[0] * torch.exp2(torch.stack((exponent.floor(), exponent.ceil()), 1)), spec
-                )
-            steps.append(step)
-        return torch.cat(steps)[index]
+            scale = symmetric_scale(values, largest, spec, search)
+            if power_of_two and scales:
+                exponent = torch.log2(scale / scales[0])
+                around = torch.exp2(torch.stack((exponent.floor(), exponent.ceil()), 1))
+                scale = least_error(values, scales[0] * around, spec)
+            scales.append(scale)
+        return torch.cat(scales)[index]
 
 
 KEPT = 2**24
@@ -69,7 +71,7 @@ KEPT = 2**24
 
 
 def cluster(magnitudes: Tensor, clusters: int) -> Tensor:
-    """Which of at most K clusters each magnitude (J,) is in: k-means from quantiles, clusters in order of size.
+    """Returns which of at most K clusters each magnitude (J,) is in: k-means from quantiles, clusters in order of size.
 
     No cluster is empty: the numbers are 0, 1, … without gaps.
     """
@@ -85,14 +87,14 @@ def cluster(magnitudes: Tensor, clusters: int) -> Tensor:
 
 
 FRACTIONS = torch.arange(100, 9, -2) / 100
-"""Candidate step sizes, as fractions of the one that reaches max|x|."""
+"""Candidate scales, as fractions of the one that reaches max|x|."""
 
 SAMPLES, LARGEST_SAMPLE = 2**19, 2**15
 """Values that are scored, of all rows and of one; of more, some are drawn. The full range is that of all."""
 
 
 def symmetric_scale(values: Tensor, largest: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
-    """Step size (rows,) of rows of values (rows, n): max|x| / (2^(b-1) - 1/2), or less where that errs less.
+    """Returns the scale (rows,) of rows of values (rows, n): max|x| / (2^(b-1) - 1/2), or less where that errs less.
 
     `largest` (rows,) are the maxima, which may be those of more values.
     """
@@ -104,7 +106,7 @@ def symmetric_scale(values: Tensor, largest: Tensor, spec: IntegerRange, search:
 
 
 def least_error(values: Tensor, candidates: Tensor, spec: IntegerRange) -> Tensor:
-    """Of candidate steps (rows, m) those (rows,) with the least squared error on values (rows, n)."""
+    """Returns those (rows,) of the candidate scales (rows, m) with the least squared error on values (rows, n)."""
     wanted = min(LARGEST_SAMPLE, max(1, SAMPLES // len(values)))
     if values.shape[1] > wanted:
         # drawn, since every n-th value may always be the same channel's
@@ -115,5 +117,5 @@ def least_error(values: Tensor, candidates: Tensor, spec: IntegerRange) -> Tenso
 
 
 def _error(values: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    step = scale.unsqueeze(1)
-    return (torch.round(values * (1.0 / step)).clamp(low, high) * step - values).square().sum(1)
+    scale = scale.unsqueeze(1)
+    return (torch.round(values * (1.0 / scale)).clamp(low, high) * scale - values).square().sum(1)

@@ -6,7 +6,7 @@ from helpers.strategies import bits, normal, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm.passes.calibrate.clusters import Statistics, cluster, symmetric_scale
+from ptq4vm.quantizers.clusters import Statistics, cluster, symmetric_scale
 from ptq4vm.specs import IntegerRange, RangeSearch
 
 SPEC = IntegerRange(bits=8, narrow_range=False)
@@ -20,10 +20,10 @@ def spread(images, tokens, channels, seed):
 
 
 def steps_of(x, axis, clusters, search=RangeSearch.MINMAX, power_of_two=False, spec=SPEC):
-    statistics = Statistics(axis)
+    statistics = Statistics()
     for piece in x.split(2):
-        statistics.add(piece)
-    return statistics.step_sizes(clusters, spec, search, power_of_two)
+        statistics.add(piece, axis)
+    return statistics.clustered_scale(clusters, spec, search, power_of_two)
 
 
 def error(x, axis, steps, spec=SPEC):
@@ -82,12 +82,12 @@ def test_a_truncation_is_never_worse_than_none(width, seed):
 
 
 def test_maxima_count_beyond_the_values_that_are_kept(monkeypatch):
-    monkeypatch.setattr("ptq4vm.passes.calibrate.clusters.KEPT", 10)
+    monkeypatch.setattr("ptq4vm.quantizers.clusters.KEPT", 10)
     x = torch.ones(8, 3, 4)
     x[7, 1] = 100
-    statistics = Statistics(1)
+    statistics = Statistics()
     for piece in x.split(1):
-        statistics.add(piece)
-    assert statistics.step_size(SPEC, RangeSearch.MINMAX).item() == pytest.approx(100 / 127.5)
+        statistics.add(piece, 1)
+    assert statistics.scale(SPEC, RangeSearch.MINMAX).item() == pytest.approx(100 / 127.5)
     assert sum(sample.numel() for sample in statistics.samples) < 40
     assert torch.equal(statistics.sum, x.double().sum((0, 2)))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vm.ops import quantization
-from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.quantizers.range_search import input_qparams, weight_scale
 from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 MINMAX, SEARCH = RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR
@@ -130,7 +130,7 @@ def test_what_is_looked_up_at_once_does_not_matter(count, seed):
     x = silu_like(4, 5, 9, seed=seed)
     whole = input_qparams(x, affine(count), Granularity.PER_TOKEN, SEARCH)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptq4vm.passes.calibrate.range_search.LOOKED_UP", 1)
+        patch.setattr("ptq4vm.quantizers.range_search.LOOKED_UP", 1)
         pieces = input_qparams(x, affine(count), Granularity.PER_TOKEN, SEARCH)
     assert all(torch.equal(a, b) for a, b in zip(whole, pieces, strict=True))
 
@@ -147,7 +147,7 @@ def test_tokens_are_searched_one_by_one(seed):
 
 def test_thinned_out_samples_still_see_the_whole_range(monkeypatch):
     """More values than are scored: the ends of the range are those of all of them."""
-    monkeypatch.setattr("ptq4vm.passes.calibrate.range_search.SAMPLES", 64)
+    monkeypatch.setattr("ptq4vm.quantizers.range_search.SAMPLES", 64)
     x = normal(40, 3, 17).clamp(-1, 1)
     x[7, :, 5], x[11, :, 3] = 8, -8
     for granularity in STATIC:

@@ -28,5 +28,28 @@ def test_it_is_in_the_state_and_moves(make, names):
 @pytest.mark.parametrize("make", [activation, weight])
 def test_before_it_is_calibrated_nothing_is_there(make):
     fake = type(make())(*((make().spec, Granularity.PER_TOKEN) if make is activation else (make().spec,)))
-    assert fake.scale is None and fake.log_factor is None and fake.tap is None and fake.name == ""
+    assert fake.scale is None and fake.log_factor is None and not fake.observations and fake.name == ""
     assert not {"scale", "zero_point"} & fake.state_dict().keys()
+
+
+def fresh(fake):
+    return type(fake)(fake.spec, granularity=Granularity.PER_TOKEN)
+
+
+@pytest.mark.parametrize("make", [activation, weight])
+def test_what_was_found_is_loaded_where_nothing_was(make):
+    fake = make()
+    loaded = fresh(fake)
+    loaded.load_state_dict(fake.state_dict())
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in fake.state_dict().items())
+    assert loaded.scale is not fake.scale and loaded.scale.dtype == fake.scale.dtype
+
+
+@pytest.mark.parametrize("make", [activation, weight])
+def test_loading_what_holds_no_scale_is_an_error_and_resetting_none(make):
+    fake = make()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fake.load_state_dict(fresh(fake).state_dict())
+    fake.reset()
+    fake.load_state_dict(fresh(fake).state_dict())
+    assert fake.scale is None

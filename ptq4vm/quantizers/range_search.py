@@ -18,10 +18,10 @@ FRACTIONS = torch.arange(32, 1, -1) / 32
 """Candidate ends of a range, as fractions of the minimum or the maximum."""
 
 WEIGHT_FRACTIONS = torch.arange(100, 19, -1) / 100
-"""Candidate step sizes of a weight, as fractions of the one that reaches max|W|."""
+"""Candidate scales of a weight, as fractions of the one that reaches max|W|."""
 
 RELEASED_CANDIDATES, RELEASED_POWER = 100, 2.4
-"""Of the released code: its number of candidates, and the power of the error that it sums."""
+"""The released code's number of candidates, and the power of the error that it sums."""
 
 LOOKED_UP = 2**22
 """Ends of codes looked up at once, which bounds the memory."""
@@ -33,7 +33,7 @@ SAMPLES = 8192
 def input_qparams(
     x: Tensor, spec: IntegerRange, granularity: Granularity, search: RangeSearch
 ) -> tuple[Tensor, Tensor]:
-    """Static scale and zero point of x: (L,) per token, (1,) per tensor."""
+    """Returns the static scale and zero point of x: (L,) per token, (1,) per tensor."""
     per_token = granularity is Granularity.PER_TOKEN
     low, high = x.amin((0, 2)), x.amax((0, 2))
     if not per_token:
@@ -79,7 +79,7 @@ class _SquaredError:
         self.sums, self.squares = (F.pad(value.cumsum(-1), (1, 0)) for value in (exact, exact.square()))
 
     def __call__(self, scale: Tensor, zero_point: Tensor) -> Tensor:
-        """Float64 (rows, candidates) for scales and zero points of that shape."""
+        """Returns the errors, float64 (rows, candidates), of scales and zero points of that shape."""
         few = max(1, LOOKED_UP // (len(scale) * len(self.codes)))
         pairs = zip(scale.split(few, -1), zero_point.split(few, -1), strict=True)
         return torch.cat([self._few(*pair) for pair in pairs], -1)
@@ -101,8 +101,8 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRan
     are inverted; the best of them is then widened until it holds zero, which nothing has scored."""
     best_low, best_high, best = low.clone(), high.clone(), torch.full_like(low, 1e10)
     levels, center = 2**spec.bits - 1, 2 ** (spec.bits - 1)
-    for step in range(1, RELEASED_CANDIDATES + 1):
-        alpha = step / RELEASED_CANDIDATES
+    for candidate in range(1, RELEASED_CANDIDATES + 1):
+        alpha = candidate / RELEASED_CANDIDATES
         candidate_low, candidate_high = torch.lerp(low, high, alpha), torch.lerp(high, low, alpha)
         scale = ((candidate_high - candidate_low) / levels).clamp(min=1e-8).unsqueeze(-1)
         zero_point = (-candidate_low.unsqueeze(-1) / scale).round()
@@ -116,7 +116,7 @@ def _released_affine(values: Tensor, low: Tensor, high: Tensor, spec: IntegerRan
 
 
 def weight_scale(weight: Tensor, spec: IntegerRange, search: RangeSearch) -> Tensor:
-    """Step size (N,) of each output channel."""
+    """Returns the scale (N,) of each output channel."""
     full = (weight.abs().amax(-1) / spec.bounds[1]).clamp(min=quantization.EPSILON)
     if search is RangeSearch.MINMAX:
         return full

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4vm.ops import quantization
-from ptq4vm.passes.calibrate import range_search
-from ptq4vm.passes.calibrate.clusters import Statistics, least_error, symmetric_scale
-from ptq4vm.passes.calibrate.range_search import input_qparams, weight_scale
+from ptq4vm.quantizers import range_search
+from ptq4vm.quantizers.clusters import Statistics, least_error, symmetric_scale
+from ptq4vm.quantizers.range_search import input_qparams, weight_scale
 from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 widths = st.integers(2, 5)
@@ -155,10 +155,10 @@ def test_steps_of_clusters_are_those_of_their_values(count, power_of_two, seed):
     """Three groups of tokens that are far apart; a later step is the first one's times the better power of two."""
     sizes = torch.tensor([1.0, 900.0, 30.0, 1.0, 30.0, 900.0])
     x = normal(4, 6, 5, seed=seed) * sizes.view(-1, 1)
-    statistics = Statistics(1)
+    statistics = Statistics()
     for piece in x.split(3):
-        statistics.add(piece)
-    found = statistics.step_sizes(3, affine(count), RangeSearch.MINMAX, power_of_two)
+        statistics.add(piece, 1)
+    found = statistics.clustered_scale(3, affine(count), RangeSearch.MINMAX, power_of_two)
     first = None
     for size in (1.0, 30.0, 900.0):
         values = x.transpose(0, 1)[sizes == size].reshape(1, -1)

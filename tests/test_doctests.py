@@ -1,0 +1,35 @@
+"""Examples in docstrings run and print what they say."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+
+MODULES = [
+    "ptq4vm.checkpoint",
+    "ptq4vm.data",
+    "ptq4vm.evaluate",
+    "ptq4vm.finite",
+    "ptq4vm.inspection.layers",
+    "ptq4vm.models",
+    "ptq4vm.models.checkpoints",
+    "ptq4vm.models.hierarchical",
+    "ptq4vm.models.identify",
+    "ptq4vm.models.local_vim",
+    "ptq4vm.models.local_vmamba",
+    "ptq4vm.models.outliers",
+    "ptq4vm.models.scan_order",
+    "ptq4vm.models.vim",
+    "ptq4vm.models.vmamba",
+    "ptq4vm.report",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    if name == "ptq4vm.data":
+        pytest.importorskip("sklearn")
+    torch.manual_seed(0)
+    found = doctest.testmod(importlib.import_module(name))
+    assert found.attempted and not found.failed

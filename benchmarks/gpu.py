@@ -272,8 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = (gpu_models.SMOKE if options.smoke else gpu_models.MODELS) if gpu_models.can_quantize() else ()
     if on_gpu and setup.gpu is None:
         missing.append(f"there are no bounds: benchmarks/speed/bounds.py does not know {name}")
-    if on_gpu and not native.serves(options.device):
-        missing.append(f"no native kernels serve this GPU: {native.cuda_problem() or native.cuda_architectures()}")
+    if on_gpu and not native.supports(options.device):
+        missing.append(
+            f"no native kernels serve this GPU: {native.cuda_unavailable_reason() or native.cuda_architectures()}"
+        )
     facts = {
         "gpu": name,
         "code": f"{code()}{'-smoke' if options.smoke else ''}",

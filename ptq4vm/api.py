@@ -22,7 +22,6 @@ from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, Pr
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
-from ptq4vm.passes.quantized import quantized_linears
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -48,9 +47,24 @@ def _with_gradients(verb: Callable[_P, _R]) -> Callable[_P, _R]:
 def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None) -> GraphModule:
     """Captures a model and puts smoothing and fake-quantizers around its linears.
 
-    The first axis of every example tensor is the batch, which stays dynamic; all other sizes are fixed. The model is
-    copied; until it is calibrated the result computes what the model does. The default config is `w8a8()`. Raises
-    `ptq4vm.graph.capture.CaptureError` where torch.export cannot follow the model.
+    Args:
+        model: is copied, and captured in evaluation mode.
+        example_inputs: the first axis of every tensor is the batch, which stays dynamic; all other sizes are fixed.
+        config: `QuantConfig.w8a8()` if None.
+
+    Returns:
+        A graph that computes what the model does, until it is calibrated.
+
+    Raises:
+        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model; it names the module.
+        ValueError: where the config finds nothing to quantize or does not fit the model.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 5, 8)
+        >>> prepared = ptq4vm.prepare(model, (images,), ptq4vm.QuantConfig.minmax(8))
+        >>> torch.equal(prepared(images), model(images))
+        True
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")
@@ -87,6 +101,12 @@ def calibrate(
     Raises:
         ValueError: for a batch that does not fit, naming it; for values that are not finite, naming the layer; for a
             `resume_dir` of another run, naming what differs, or one that another process uses.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 5, 8)
+        >>> prepared = ptq4vm.prepare(model, (images,), ptq4vm.QuantConfig.minmax(8))
+        >>> prepared = ptq4vm.calibrate(prepared, [images], progress=False)
     """
     return _calibrate(prepared, loader, has_length(loader), max_images, resume_dir, progress, callbacks)
 
@@ -104,20 +124,35 @@ def _calibrate(
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
     own_tensors(prepared)
-    linears = quantized_linears(prepared)
     images = collect_inputs(prepared, loader, max_images, ends, progress)
     update_metadata(prepared, stage=Stage.PREPARED, blocks=())
     folder = Path(resume_dir) if resume_dir is not None else None
     bar = (ProgressBar(),) if progress else ()
-    blocks = calibrate_blocks(prepared, linears, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
+    blocks = calibrate_blocks(prepared, images, metadata.config, folder, Callbacks((*bar, *callbacks)))
     return update_metadata(prepared, stage=Stage.CALIBRATED, blocks=tuple(blocks))
 
 
 @_with_gradients
 def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
-    """A graph of integer linears; with `lower=False` one of float linears between quantize and dequantize nodes.
+    """Converts a calibrated graph into one of integer linears.
 
-    `prepared` stays as it is. Raises RuntimeError before `calibrate` has run.
+    Args:
+        prepared: stays as it is.
+        lower: False keeps float linears between quantize and dequantize nodes, torchao's exchange form.
+
+    Returns:
+        A graph for inference, of any batch size; it refuses gradients.
+
+    Raises:
+        RuntimeError: before `calibrate` has run.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 5, 8)
+        >>> prepared = ptq4vm.prepare(model, (images,), ptq4vm.QuantConfig.minmax(8))
+        >>> quantized = ptq4vm.convert(ptq4vm.calibrate(prepared, [images], progress=False))
+        >>> quantized.state_dict()["0.weight_q"].dtype
+        torch.int8
     """
     metadata = prepared_metadata(prepared)
     if metadata.stage is not Stage.CALIBRATED:
@@ -131,7 +166,7 @@ def convert(prepared: GraphModule, *, lower: bool = True) -> GraphModule:
 
 
 def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Rounding has the gradient zero, which nobody means who asks for one."""
+    """Refuses inputs that require a gradient: rounding has the gradient zero, which nobody means who asks for one."""
     if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in inputs):
         raise RuntimeError(
             "a converted model has no gradients, and an input requires one: call it under torch.no_grad(), or take "
@@ -141,12 +176,27 @@ def _refuse_gradients(module: nn.Module, inputs: tuple[Any, ...]) -> None:
 
 @_with_gradients
 def fuse(quantized: GraphModule, *, activations: torch.dtype = torch.float32) -> GraphModule:
-    """A copy that runs faster: activations are quantized by what makes them, scans move no tokens.
+    """Copies a quantized model into one that runs faster: producers write codes, scans move no tokens.
 
-    Its weights lie in the layout of this package's kernels, so it is run and not saved. `torch.compile(quantized,
-    backend="ptq4vm")` does the same and compiles the rest. `ptq4vm.passes.lower.fuse.fusions` lists what was
-    fused, and what was left and why. `activations=torch.bfloat16` is faster still and less exact. Raises ValueError
-    for a graph that is not lowered.
+    `torch.compile(quantized, backend="ptq4vm")` does the same and compiles the rest.
+
+    Args:
+        quantized: a lowered graph.
+        activations: torch.bfloat16 halves the memory of activations between operators; faster still and less exact.
+
+    Returns:
+        A graph to be run and not saved: its weights lie in the layout of this package's kernels.
+        `ptq4vm.passes.lower.fuse.fusions` lists what was fused, and what was left and why.
+
+    Raises:
+        ValueError: for a graph that is not lowered.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 5, 8)
+        >>> quantized = ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+        >>> torch.allclose(ptq4vm.fuse(quantized)(images), quantized(images), atol=1e-6)
+        True
     """
     if not is_lowered(quantized):
         raise ValueError("only lowered models are fused: call ptq4vm.convert(prepared) without lower=False")
@@ -164,10 +214,25 @@ def quantize(
     progress: bool = True,
     callbacks: Sequence[CalibrationCallback] = (),
 ) -> GraphModule:
-    """prepare, calibrate and convert in one call; the first batch holds the example inputs.
+    """Prepares, calibrates and converts in one call; the first batch holds the example inputs.
 
-    The model's inputs are the arguments of its `forward` that have no default, or the first one. The rest is as for
-    `calibrate`.
+    Args:
+        model: its inputs are the arguments of its `forward` that have no default, or the first one.
+        loader, max_images, resume_dir, progress, callbacks: as for `calibrate`.
+        config: `QuantConfig.w8a8()` if None.
+
+    Returns:
+        A graph of integer linears, as `convert` returns it.
+
+    Raises:
+        ValueError: for an empty loader; else as `prepare` and `calibrate` do.
+
+    Example:
+        >>> import torch, ptq4vm
+        >>> model, images = torch.nn.Sequential(torch.nn.Linear(8, 4)), torch.randn(2, 5, 8)
+        >>> quantized = ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+        >>> quantized(images).shape
+        torch.Size([2, 5, 4])
     """
     if isinstance(loader, Tensor):
         raise TypeError("the loader must yield batches: for one tensor of images write [images]")
@@ -181,7 +246,7 @@ def quantize(
 
 
 def _input_names(model: nn.Module) -> Sequence[str]:
-    """The arguments of a model's `forward` without a default, or else the first one."""
+    """Returns the arguments of a model's `forward` without a default, or else the first one."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     names = [value for value in inspect.signature(model.forward).parameters.values() if value.kind in kinds]
     required = [value.name for value in names if value.default is inspect.Parameter.empty]

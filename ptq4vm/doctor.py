@@ -30,8 +30,8 @@ def diagnose() -> dict[str, Any]:
         "machine": machine(),
         "native": {
             "isa": native.isa(),
-            "problem": native.problem(),
-            "cuda_problem": native.cuda_problem(),
+            "problem": native.unavailable_reason(),
+            "cuda_problem": native.cuda_unavailable_reason(),
             "cuda_architectures": native.cuda_architectures(),
         },
         "cuda": torch.cuda.is_available(),
@@ -73,7 +73,7 @@ def _gpus() -> range:
 def _gpu(device: int) -> dict[str, Any]:
     """Returns name and compute capability of a GPU, and whether the native library has code for it."""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    return {"name": torch.cuda.get_device_name(device), "capability": capability, "native": native.serves(device)}
+    return {"name": torch.cuda.get_device_name(device), "capability": capability, "native": native.supports(device)}
 
 
 def _implementation(operator: str) -> str:
@@ -88,9 +88,9 @@ def _implementation(operator: str) -> str:
 def _implementation_on_gpu(operator: str, device: int) -> str:
     if not _has_kernel(operator, "CUDA"):
         return REFERENCE
-    if native.serves(device):
+    if native.supports(device):
         return "native"
-    return "Triton" if triton_kernels.serves(operator.removeprefix("ptq4vm::"), device) else REFERENCE
+    return "Triton" if triton_kernels.supports(operator.removeprefix("ptq4vm::"), device) else REFERENCE
 
 
 def _has_kernel(operator: str, key: str) -> bool:

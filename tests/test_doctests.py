@@ -7,10 +7,13 @@ import pytest
 import torch
 
 MODULES = [
+    "ptq4vm.api",
     "ptq4vm.checkpoint",
+    "ptq4vm.config",
     "ptq4vm.data",
     "ptq4vm.evaluate",
     "ptq4vm.finite",
+    "ptq4vm.graph.pipeline",
     "ptq4vm.inspection.layers",
     "ptq4vm.models",
     "ptq4vm.models.checkpoints",
@@ -22,7 +25,11 @@ MODULES = [
     "ptq4vm.models.scan_order",
     "ptq4vm.models.vim",
     "ptq4vm.models.vmamba",
+    "ptq4vm.passes.calibrate.callbacks",
+    "ptq4vm.passes.lower.pipeline",
+    "ptq4vm.passes.prepare.pipeline",
     "ptq4vm.report",
+    "ptq4vm.specs",
 ]
 
 

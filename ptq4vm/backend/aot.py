@@ -22,8 +22,10 @@ def package(quantized: GraphModule, path: str | Path) -> Path:
     native library, without Python code of ours; it is laid out for this machine's kernels. Takes a C++ compiler and
     about a minute. Raises ValueError where the native library is missing.
     """
-    if native.problem() is not None:
-        raise ValueError(f"a package runs on the native library alone, and there is none: {native.problem()}")
+    if native.unavailable_reason() is not None:
+        raise ValueError(
+            f"a package runs on the native library alone, and there is none: {native.unavailable_reason()}"
+        )
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"{path}: the name of an AOTInductor package ends in .pt2")

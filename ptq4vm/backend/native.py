@@ -19,13 +19,13 @@ CUDA_LIBRARY = Path(__file__).parents[1] / "_C_cuda.so"
 
 
 @functools.cache
-def problem() -> str | None:
+def unavailable_reason() -> str | None:
     """Loads the library once; None, or why there are no native kernels."""
     return _load(LIBRARY, "ptq4vm was installed without a C++ compiler")
 
 
 @functools.cache
-def cuda_problem() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Loads the library for GPUs once, which needs none; None, or why there are no kernels for them."""
     if torch.version.cuda is None:
         return "this torch has no CUDA"
@@ -46,12 +46,12 @@ def _load(library: Path, missing: str) -> str | None:
 
 def cuda_architectures() -> tuple[str, ...]:
     """Returns the architectures of the library for GPUs, as TORCH_CUDA_ARCH_LIST named them; none without a library."""
-    return () if cuda_problem() else tuple(torch.ops.ptq4vm._cuda_architectures().split())
+    return () if cuda_unavailable_reason() else tuple(torch.ops.ptq4vm._cuda_architectures().split())
 
 
-def serves(device: torch.device | int) -> bool:
+def supports(device: torch.device | int) -> bool:
     """Returns whether the library for GPUs has code for this one. Initializes CUDA where there is a library."""
-    return cuda_problem() is None and has_code_for(torch.cuda.get_device_capability(device))
+    return cuda_unavailable_reason() is None and has_code_for(torch.cuda.get_device_capability(device))
 
 
 def has_code_for(capability: tuple[int, int]) -> bool:
@@ -81,7 +81,7 @@ def warn_of_gpu(capability: tuple[int, int]) -> None:
 
 def isa() -> str:
     """The instruction set in use; `reference` without native kernels."""
-    return "reference" if problem() else torch.ops.ptq4vm._use_isa("")
+    return "reference" if unavailable_reason() else torch.ops.ptq4vm._use_isa("")
 
 
 @functools.cache
@@ -89,8 +89,8 @@ def warn() -> None:
     """Says once that the reference operators run, and the way out."""
     if os.environ.get("PTQ4VM_ISA") != "reference":
         warnings.warn(
-            f"quantized models run on the slow PyTorch reference operators: {problem()}. Install a C++ compiler "
-            "(GCC or Clang), then ptq4vm again (`pip install --force-reinstall --no-deps`); PTQ4VM_ISA=reference "
+            f"quantized models run on the slow PyTorch reference operators: {unavailable_reason()}. Install a C++ "
+            "compiler (GCC or Clang), then ptq4vm again (`pip install --force-reinstall --no-deps`); PTQ4VM_ISA=reference "
             "silences this",
             RuntimeWarning,
             stacklevel=3,

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> Outcome:
     if Path(args.output).suffix != ".pt2":
         raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")
     check_file(args.output)
-    if problem := native.problem():
+    if problem := native.unavailable_reason():
         raise ValueError(f"a package runs on the native library alone, and there is none: {problem}")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     path = aot.package(ptq4vm.load(args.model), args.output)

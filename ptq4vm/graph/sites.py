@@ -83,8 +83,12 @@ _Site = TypeVar("_Site", bound=Site)
 
 
 def sites_of(gm: GraphModule, kind: type[_Site]) -> dict[Node, _Site]:
-    """Returns the sites of one kind by their node, in graph order."""
-    return {node: site for node in gm.graph.nodes if isinstance(site := node.meta.get(SITE), kind)}
+    """Returns the sites of one kind by their node, in graph order.
+
+    A piece of a graph has the metadata of the values that it reads too: its placeholders are no sites.
+    """
+    calls = (node for node in gm.graph.nodes if node.op.startswith("call"))
+    return {node: site for node in calls if isinstance(site := node.meta.get(SITE), kind)}
 
 
 def update_site(node: Node, **changes: Any) -> None:

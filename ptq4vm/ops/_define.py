@@ -16,10 +16,10 @@ from torch import Tensor
 from ptq4vm.backend import native, triton
 from ptq4vm.ops._arguments import Arguments, Check, Shapes
 
-_NATIVE = native.problem() is None
+_NATIVE = native.unavailable_reason() is None
 """Whether the library has defined the operators, and their kernels for the CPU."""
 
-native.cuda_problem()  # loads those for GPUs, if there are any
+native.cuda_unavailable_reason()  # loads those for GPUs, if there are any
 
 _library = torch.library.Library("ptq4vm", "FRAGMENT" if _NATIVE else "DEF")
 
@@ -69,7 +69,7 @@ def define(
     _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
     kernel = triton.operator(name, reference)
     on_gpus[name] = _checked(arguments, kernel, fake)
-    if native.cuda_problem() is not None and kernel is not reference:
+    if native.cuda_unavailable_reason() is not None and kernel is not reference:
         _library.impl(name, on_gpus[name], "CUDA")
     checked_fake = _checked_fake(arguments, fake, refuses_gradients=gradient is None)
     torch.library.register_fake(f"ptq4vm::{name}", checked_fake, lib=_library)
@@ -136,13 +136,13 @@ def empty_gradient(x: Tensor | None, default: Tensor) -> Tensor:
 
 def serve_other_gpus_later() -> None:
     """Calls `serve_other_gpus` when CUDA starts, before there are tensors on a GPU."""
-    if native.cuda_problem() is None:
+    if native.cuda_unavailable_reason() is None:
         torch.cuda._lazy_call(serve_other_gpus)
 
 
 def serve_other_gpus() -> None:
     """Sends tensors on GPUs that the library has no code for elsewhere; without such GPUs nothing changes."""
-    if all(native.serves(device) for device in range(torch.cuda.device_count())):
+    if all(native.supports(device) for device in range(torch.cuda.device_count())):
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that a kernel is replaced
@@ -156,7 +156,7 @@ def by_gpu(kernel: Any, elsewhere: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the operator that calls the native kernel on GPUs that it serves, and `elsewhere` on others."""
 
     def choose(keys: Any, x: Tensor, *rest: Any) -> Any:
-        if native.serves(x.device):
+        if native.supports(x.device):
             return kernel.call_boxed(keys, x, *rest)
         native.warn_of_gpu(torch.cuda.get_device_capability(x.device))
         return elsewhere(x, *rest)

@@ -80,7 +80,7 @@ def linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Multiplies int8 codes x (…, D) by a weight: int8 (N, D), or packed 4-bit uint8 (N, ceil(D / 2))."""
-    if native.problem() and x.device.type == "cpu":
+    if native.unavailable_reason() and x.device.type == "cpu":
         native.warn()
     w_q = unpack_int4(weight, x.shape[-1]) if weight.dtype == torch.uint8 else weight
     return rescale(accumulate(x, x_zero_point, w_q), x_scale, weight_scale, bias, out_dtype).contiguous()

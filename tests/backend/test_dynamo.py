@@ -126,7 +126,7 @@ def test_a_model_on_a_gpu_is_compiled_without_asking_it(quantized, images, monke
     there = torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was started"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
-    monkeypatch.setattr(native, "serves", lambda device: True)
+    monkeypatch.setattr(native, "supports", lambda device: True)
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda x: id(x), raising=False)
     seen, outputs = [], []
     monkeypatch.setattr(
@@ -195,7 +195,7 @@ def test_only_lowered_models_are_fused(roads):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+@pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 def test_a_package_runs_where_only_the_native_library_is(quantized, images, tmp_path):
     package = aot.package(quantized, tmp_path / "vim.pt2")
     with torch.inference_mode():

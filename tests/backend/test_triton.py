@@ -60,13 +60,13 @@ def ready(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(triton_kernels, "find_spec", lambda name: object())
     monkeypatch.delenv("PTQ4VM_ISA", raising=False)
-    triton_kernels.problem.cache_clear()
+    triton_kernels.unavailable_reason.cache_clear()
     yield
-    triton_kernels.problem.cache_clear()
+    triton_kernels.unavailable_reason.cache_clear()
 
 
 def test_kernels_serve_where_they_can(ready):
-    assert triton_kernels.problem() is None
+    assert triton_kernels.unavailable_reason() is None
 
 
 @pytest.mark.parametrize("reason", ["no CUDA", "Triton is not", "PTQ4VM_ISA=reference"])
@@ -77,14 +77,14 @@ def test_kernels_do_not_serve_otherwise(ready, monkeypatch, reason):
         monkeypatch.setattr(triton_kernels, "find_spec", lambda name: None)
     else:
         monkeypatch.setenv("PTQ4VM_ISA", "reference")
-    assert reason in triton_kernels.problem()
+    assert reason in triton_kernels.unavailable_reason()
     assert triton_kernels.operator("quantize", otherwise := object()) is otherwise
 
 
 def test_operators_are_registered_where_they_serve():
     for name in triton_kernels.MODULES:
         registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"ptq4vm::{name}", "CUDA")
-        assert registered == (triton_kernels.problem() is None or native.cuda_problem() is None)
+        assert registered == (triton_kernels.unavailable_reason() is None or native.cuda_unavailable_reason() is None)
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "reference"), ((8, 0), "kernel"), ((12, 0), "kernel")])

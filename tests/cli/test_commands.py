@@ -89,9 +89,9 @@ def test_doctor_says_who_serves_a_gpu(run, monkeypatch):
         assert code == 0
         return out
 
-    monkeypatch.setattr(native, "cuda_problem", lambda: "there is none")
+    monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: "there is none")
     assert "native kernels for GPUs: none, there is none" in found()
-    monkeypatch.setattr(native, "cuda_problem", lambda: None)
+    monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: None)
     monkeypatch.setattr(native, "cuda_architectures", lambda: ("8.0", "9.0a"))
     monkeypatch.setattr(doctor, "wrong_bits", lambda: [])  # there are no GPUs to ask
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -110,7 +110,7 @@ def test_doctor_finds_the_kernels_and_checks_them(run, monkeypatch):
     assert code == 0 and not err and result["self_check"] == "ok"
     assert result["versions"]["ptq4vm"] == ptq4vm.__version__ and result["versions"]["torchao"]
     assert {"ptq4vm::quantize", "ptq4vm::linear", "ptq4vm::selective_scan"} <= result["operators"].keys()
-    kernels = "PyTorch reference" if native.problem() else f"CPU ({native.isa()})"
+    kernels = "PyTorch reference" if native.unavailable_reason() else f"CPU ({native.isa()})"
     assert set(result["operators"].values()) == {kernels}
 
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))

@@ -54,7 +54,7 @@ import torch
 from ptq4vm import native
 native.CUDA_LIBRARY = Path(sys.argv[1])
 from ptq4vm import ops
-assert native.cuda_problem() is None, native.cuda_problem()
+assert native.cuda_unavailable_reason() is None, native.cuda_unavailable_reason()
 assert not torch.cuda.is_initialized()
 for schema in ops.SCHEMAS:
     name = "ptq4vm::" + schema.split("(", 1)[0]
@@ -103,7 +103,7 @@ def test_what_is_missing_is_named(tmp_path, options, environment, message):
 def test_a_library_that_does_not_load_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(native, "CUDA_LIBRARY", tmp_path / "_C_cuda.so")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    problem = native.cuda_problem.__wrapped__
+    problem = native.cuda_unavailable_reason.__wrapped__
     assert problem() == "ptq4vm was installed without PTQ4VM_CUDA=1"
     native.CUDA_LIBRARY.write_bytes(b"not a library")
     assert problem().startswith("_C_cuda.so does not load: ")

@@ -29,8 +29,8 @@ def test_a_law_holds(device, name, data):
 def test_a_law_holds_for_kernels_in_triton(device, name, data):
     if device.type == "cpu":
         pytest.skip("tests/test_triton.py interprets them")
-    if triton_kernels.problem() is not None:
-        pytest.skip(triton_kernels.problem())
+    if triton_kernels.unavailable_reason() is not None:
+        pytest.skip(triton_kernels.unavailable_reason())
     LAWS[name].check(OnDevice(device, in_triton), **data.draw(LAWS[name].arguments()))
 
 

@@ -10,11 +10,11 @@ from ptq4vm.ops import layouts, linears, quantization, scans
 
 ALL = ("portable", "avx2", "vnni", "amx")
 
-needs_library = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+needs_library = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 
 def available() -> list[str]:
-    if native.problem() is not None:
+    if native.unavailable_reason() is not None:
         return []
     best = native.isa()
     return list(ALL[: ALL.index(best) + 1])

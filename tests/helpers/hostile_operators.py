@@ -338,7 +338,7 @@ def main(library: str, log: str, seed: int, first: int, last: int) -> None:
     from ptq4vm import ops
 
     if library != "reference":
-        assert native.problem() is None, native.problem()
+        assert native.unavailable_reason() is None, native.unavailable_reason()
     perturb: Any = lambda byte: None  # noqa: E731
     if "ASAN_OPTIONS" not in os.environ:  # its own allocator has garbage of its own, and needs much address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -98,7 +98,7 @@ def judge(found: list[dict], name: str) -> None:
 
 def sanitized() -> tuple[str, dict[str, str]] | None:
     """The library with sanitizers, built anew where a source is, and what a process needs to load it."""
-    if native.problem() is not None or not shutil.which("cmake") or not shutil.which("gcc"):
+    if native.unavailable_reason() is not None or not shutil.which("cmake") or not shutil.which("gcc"):
         return None
     folder = ROOT / "build" / "sanitize"
     options = {
@@ -119,7 +119,7 @@ def sanitized() -> tuple[str, dict[str, str]] | None:
     return str(folder / "_C_cpu.so"), {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": options_of_asan}
 
 
-needs_library = pytest.mark.skipif(native.problem() is not None, reason=str(native.problem()))
+needs_library = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 
 @needs_library
@@ -135,8 +135,8 @@ def test_some_bad_calls_are_told_without_kernels(tmp_path):
 @pytest.mark.parametrize("kernels", ["native", "reference"])
 def test_bad_calls_are_told(tmp_path, kernels):
     """The kernels as they are, whose memory for results is filled with other garbage at every call."""
-    if kernels == "native" and native.problem() is not None:
-        pytest.skip(str(native.problem()))
+    if kernels == "native" and native.unavailable_reason() is not None:
+        pytest.skip(str(native.unavailable_reason()))
     library = str(native.LIBRARY) if kernels == "native" else "reference"
     judge(Process(library, tmp_path, {}).run(0, CALLS), f"operators, {kernels}")
 

@@ -11,7 +11,7 @@ from ptq4vm.backend import native
 def isa(request):
     """Runs the test on one instruction set."""
     if request.param is None:
-        pytest.skip(str(native.problem()))
+        pytest.skip(str(native.unavailable_reason()))
     before = native.isa()
     assert torch.ops.ptq4vm._use_isa(request.param) == request.param
     yield request.param

@@ -14,7 +14,7 @@ from ptq4vm.ops import fake_quantization
 @pytest.fixture(params=available() or ["reference"])
 def isa(request):
     """Runs the test on one instruction set, or on the reference where there is no library."""
-    if native.problem() is not None:
+    if native.unavailable_reason() is not None:
         yield request.param
         return
     before = native.isa()

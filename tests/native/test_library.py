@@ -214,7 +214,7 @@ def built_for(monkeypatch):
     """As if there were a library for these architectures, and GPUs of these capabilities."""
 
     def build(architectures: str, *capabilities: tuple[int, int]) -> None:
-        monkeypatch.setattr(native, "cuda_problem", lambda: None)
+        monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: None)
         monkeypatch.setattr(native, "cuda_architectures", lambda: tuple(architectures.split()))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
@@ -248,9 +248,9 @@ def test_which_gpus_code_runs_on(built_for, architectures, runs_on, not_on):
 
 
 def test_without_a_library_no_gpu_is_served_and_none_is_looked_at(monkeypatch):
-    monkeypatch.setattr(native, "cuda_problem", lambda: "there is none")
+    monkeypatch.setattr(native, "cuda_unavailable_reason", lambda: "there is none")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: pytest.fail("CUDA was initialized"))
-    assert native.cuda_architectures() == () and not native.serves(0)
+    assert native.cuda_architectures() == () and not native.supports(0)
 
 
 class Kernel:
@@ -290,7 +290,7 @@ with warnings.catch_warnings(action="ignore"):  # torch 2.11 says that a kernel 
     for name in ("quantize", "rotate"):
         library.impl(name, lambda x, *rest: CALLS.append("native") or x.to(torch.int8), "CUDA", allow_override=True)
 _define.on_gpus["quantize"] = lambda x, *rest: CALLS.append("Triton") or x.to(torch.int8)
-native.cuda_problem = lambda: None
+native.cuda_unavailable_reason = lambda: None
 native.cuda_architectures = lambda: ("9.0a",)
 torch.cuda.device_count = lambda: len(CAPABILITIES)
 torch.cuda.get_device_capability = lambda device: CAPABILITIES[device if isinstance(device, int) else -1]
@@ -329,7 +329,7 @@ def test_kernels_are_replaced_where_a_gpu_needs_it(capabilities, expected, warne
 )
 def test_doctor_tells_who_serves_each_gpu(built_for, monkeypatch, capabilities, expected, rotation):
     built_for("9.0a", *capabilities)
-    monkeypatch.setattr(triton_kernels, "problem", lambda: None)
+    monkeypatch.setattr(triton_kernels, "unavailable_reason", lambda: None)
     monkeypatch.setattr(doctor, "_has_kernel", lambda operator, key: key == "CUDA")
     found = doctor.diagnose()
     assert found["native"]["cuda_architectures"] == ("9.0a",)

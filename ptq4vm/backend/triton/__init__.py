@@ -34,7 +34,7 @@ OLDEST = (8, 0)
 
 
 @functools.cache
-def problem() -> str | None:
+def unavailable_reason() -> str | None:
     """Why there are no kernels in Triton, or None. Does not initialize CUDA."""
     if os.environ.get("PTQ4VM_ISA") == "reference":
         return "PTQ4VM_ISA=reference asks for none"
@@ -43,18 +43,18 @@ def problem() -> str | None:
     return "Triton is not installed" if find_spec("triton") is None else None
 
 
-def serves(name: str, device: torch.device | int) -> bool:
+def supports(name: str, device: torch.device | int) -> bool:
     """Returns whether an operator has a kernel for this GPU."""
-    return name in MODULES and problem() is None and torch.cuda.get_device_capability(device) >= OLDEST
+    return name in MODULES and unavailable_reason() is None and torch.cuda.get_device_capability(device) >= OLDEST
 
 
 def operator(name: str, otherwise: Callable[..., Any]) -> Callable[..., Any]:
     """The operator of CUDA tensors; `otherwise` itself where it has no kernel."""
-    if name not in MODULES or problem() is not None:
+    if name not in MODULES or unavailable_reason() is not None:
         return otherwise
 
     def operator(x: Tensor, *arguments: Any) -> Any:
-        return run(name, x, *arguments) if serves(name, x.device) else otherwise(x, *arguments)
+        return run(name, x, *arguments) if supports(name, x.device) else otherwise(x, *arguments)
 
     return operator
 

@@ -17,6 +17,7 @@ from ptq4vm.passes.quantized import (
     QuantizedOutput,
     QuantizedScan,
     quantized_convolutions,
+    quantized_linears,
     quantized_outputs,
     quantized_scans,
 )
@@ -45,12 +46,11 @@ class BlockQuantizers:
     scans: Sequence[QuantizedScan]
 
     @classmethod
-    def of(cls, prepared: GraphModule, block: Block, linears: Sequence[QuantizedLinear]) -> BlockQuantizers:
-        """Finds them in the block; `linears` are those of the whole graph."""
-        module, used = block.module, set(block.module.modules())
-        inside = [linear for linear in linears if linear.weight in used]
+    def of(cls, prepared: GraphModule, block: Block) -> BlockQuantizers:
+        """Finds them in a block, by its sites."""
+        module = block.module
         others = quantized_outputs(module), quantized_convolutions(module), quantized_scans(module)
-        return cls(prepared, block, inside, *others)
+        return cls(prepared, block, quantized_linears(module), *others)
 
     def __bool__(self) -> bool:
         return any(self._modules())

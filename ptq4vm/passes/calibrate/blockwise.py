@@ -46,18 +46,17 @@ class Streams:
 
 def calibrate_blocks(
     prepared: GraphModule,
-    linears: Sequence[QuantizedLinear],
     images: NamedTensors,
     config: QuantConfig,
     resume_dir: Path | None,
     callback: CalibrationCallback,
 ) -> list[dict[str, Any]]:
     """Sets all qparams and smoothing vectors; returns one report a block: its linears and the losses of learning."""
-    whole = BlockQuantizers.of(prepared, Block("model", prepared, (), ()), linears)
+    whole = BlockQuantizers.of(prepared, Block("model", prepared, (), ()))
     whole.reset()
     images = mirrored(images) if config.mirror else images
     blocks = partition_blocks(prepared, [site.node for site in whole.linears or whole.scans])
-    per_block = [BlockQuantizers.of(prepared, block, linears) for block in blocks]
+    per_block = [BlockQuantizers.of(prepared, block) for block in blocks]
     for parameter in prepared.parameters():
         parameter.requires_grad_(False)
     with finished_blocks(resume_dir, prepared, blocks, images, config) as finished, contextlib.ExitStack() as stack:

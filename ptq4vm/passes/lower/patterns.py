@@ -192,7 +192,7 @@ RTX 3090 (455) and an A100 (600), not a measurement."""
 
 def capability_of(device: torch.device) -> int | None:
     """Compute capability, as 10 · major + minor; None of a CPU, and of a GPU without native kernels."""
-    if device.type != "cuda" or not native.serves(device):
+    if device.type != "cuda" or not native.supports(device):
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -15,7 +15,7 @@ CONFIGS = [QuantConfig.kscaled(8), EVERYTHING, QuantConfig.w4a4(learning=None, g
 
 def parts_of(gm):
     linears = quantized_linears(gm)
-    return [BlockQuantizers.of(gm, block, linears) for block in partition_blocks(gm, [one.node for one in linears])]
+    return [BlockQuantizers.of(gm, block) for block in partition_blocks(gm, [one.node for one in linears])]
 
 
 def same(a, b):
@@ -35,9 +35,8 @@ def test_the_states_of_blocks_are_what_calibration_changes(roads, config):
 @pytest.mark.parametrize("config", CONFIGS)
 def test_resetting_undoes_calibration(roads, config):
     gm = roads.calibrated(config)
-    linears = quantized_linears(gm)
     with torch.no_grad():
-        BlockQuantizers.of(gm, Block("model", gm, (), ()), linears).reset()
+        BlockQuantizers.of(gm, Block("model", gm, (), ())).reset()
     assert same(gm.state_dict(), roads.prepared(config).state_dict())
 
 

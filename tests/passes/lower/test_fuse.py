@@ -142,7 +142,7 @@ def compare(gm, images):
 def sets():
     """Of instructions: whole models take the best one every time; the others' kernels have tests of their own."""
     names = ("portable", "avx2", "vnni", "amx")
-    found = ["reference"] if native.problem() else list(names[: names.index(native.isa()) + 1])
+    found = ["reference"] if native.unavailable_reason() else list(names[: names.index(native.isa()) + 1])
     return slow_but(found[-1:], found)
 
 
@@ -243,7 +243,7 @@ def moved(gm, device):
 @pytest.mark.parametrize("name", NANO)
 def test_a_model_that_was_moved_is_wholly_there(lowered, monkeypatch, name, activations):
     """On the second of two GPUs: constants, values, and the layout of weights, for any number of images."""
-    monkeypatch.setattr(native, "serves", lambda device: True)
+    monkeypatch.setattr(native, "supports", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((9, 0), (8, 6))[device.index])
     monkeypatch.setattr(patterns, "NIBBLE_FEATURES", 100)
     there = torch.device("cuda", 1)

@@ -64,7 +64,9 @@ _ALL = (
     Recipe("pts", "smoothing, and a static scale per token position", _MINMAX),
     Recipe("pts+truncation", "pts with the ranges of least squared error", {}),
     Recipe("ptq4vm", "PTQ4VM: pts+truncation, then joint learning of the scales", {"learning": _LEARNING}),
-    Recipe("ptq4vm_released", "PTQ4VM as its released code does it", {"range_search": "released", "learning": _RELEASED}),
+    Recipe(
+        "ptq4vm_released", "PTQ4VM as its released code does it", {"range_search": "released", "learning": _RELEASED}
+    ),
     Recipe(
         "best",
         "past the paper: ptq4vm with a rotation, GPTQ, mirror images and a Fisher loss",

@@ -1,4 +1,4 @@
-"""The user's choices: frozen, validated, and the same after a round trip through JSON."""
+"""The user's choices: frozen, validated, and unchanged by a round trip through JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from ptq4vm import config_v1
-from ptq4vm.fields import Checked, integer, member, real
+from ptq4vm.fields import Checked, member, number, refuse
 from ptq4vm.recipes import RECIPES, merged, settings_at
 from ptq4vm.specs import (
     ActivationSpec,
@@ -28,8 +28,8 @@ from ptq4vm.specs import (
 FORMAT_VERSION = 2
 """The layout of what `to_dict` returns; version 1 had flat keys, see `ptq4vm.config_v1`."""
 
-Fraction = Annotated[float, real(lambda value: 0 <= value <= 1, "None or in [0, 1]")]
-Seed = Annotated[int, integer(lambda value: 0 <= value < 2**63, "a non-negative integer of 63 bits")]
+Fraction = Annotated[float, number(lambda value: 0 <= value <= 1, "None or in [0, 1];", int | float)]
+Seed = Annotated[int, number(lambda value: 0 <= value < 2**63, "a non-negative integer of 63 bits;")]
 
 
 def _range_search(name: str, value: Any) -> enum.StrEnum:
@@ -43,31 +43,29 @@ Search = Annotated[RangeSearch, _range_search]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantConfig(Checked):
-    """How a model is quantized: `prepare` reads the granularity and the bits, `calibrate` the rest.
+    """Settings of quantization: `prepare` reads the granularity and the bits, `calibrate` the rest.
 
     Enums may be given by their values, and sections (`weights`, `activations`, `learning`, …) as mappings.
 
     Args:
         weights: bits and granularity of the linears' weights.
         activations: bits, granularity and symmetry of the linears' inputs.
-        power_of_two: let the ratios of k-scaled intervals be powers of two wherever the k-scaled paper does; False for
-            nowhere.
+        power_of_two: round the ratios of k-scaled intervals to powers of two where the k-scaled paper does.
         smoothing: SmoothQuant's α: s = max|X|^α / max|W|^(1 - α) per channel, of root mean squares before a rotation;
             None for no smoothing.
-        range_search: how ranges of activations and weights are found; True and False stand for `squared_error` and
+        range_search: the search for ranges of activations and weights; True stands for `squared_error`, False for
             `minmax`.
         rotation: rotate the inputs of linears that write to the residual stream, after smoothing; see
             `ptq4vm.passes.prepare.rotate`.
-        gptq: round weights for the inputs that they have in the quantized model (GPTQ, Frantar et al. 2023). Learning
-            comes after it and keeps the codes: scales that learned with other codes would not fit these.
+        gptq: round weights for their inputs in the quantized model (GPTQ, Frantar et al. 2023). Learning follows and
+            keeps the codes, since scales fit only the codes that they were learned with.
         learning: joint learning of the scales; None for none.
-        mirror: calibrate on each image's mirror image too: twice the images at no cost but time, where left may be
-            right.
-        seed: decides the order of the images in learning. The caller's loader decides which images there are.
+        mirror: calibrate on each image's mirror image too, for data in which left may be right; takes twice the time.
+        seed: decides the order of the images in learning; the caller's loader decides which images there are.
         exclude: shell patterns of linears to keep in floating point, such as `layers.0.*` or `*.dt_proj*`.
-        eight_bit: shell patterns of linears whose weights and inputs get 8 bits whatever the others get.
+        eight_bit: shell patterns of linears whose weights and inputs always have 8 bits.
         class_token_in_float: keep the class token's row of the linears' inputs in floating point (PTQ4VM table 1).
-        outputs: quantize the results of operators, too; None for linears alone.
+        outputs: quantize the results of operators too; None for linears alone.
         state: quantize the scans' hidden state; None keeps it in floating point.
         bias_correction: b - E[x_q (W_q - W)] for every bias b of a quantized weight (k-scaled paper).
 
@@ -100,26 +98,21 @@ class QuantConfig(Checked):
 
     def _check_together(self) -> None:
         kind, symmetric, search = self.activations.granularity, self.activations.symmetric, self.range_search
-        dynamic, outputs = kind is Granularity.PER_TOKEN_DYNAMIC, self.outputs is not None
-        by_channel = kind is Granularity.K_SCALED_CHANNEL
+        dynamic, by_channel = kind is Granularity.PER_TOKEN_DYNAMIC, kind is Granularity.K_SCALED_CHANNEL
+        searched, released = search is not RangeSearch.MINMAX, search is RangeSearch.RELEASED
+        smooth, learned = self.smoothing is not None, self.learning is not None
+        outputs, corrected = self.outputs is not None, self.bias_correction
         contradictions = {
-            "range_search needs static scales, but granularity is per_token_dynamic; turn one of them off": (
-                dynamic and search is not RangeSearch.MINMAX
-            ),
+            f"range_search needs static scales, but granularity is {kind}; turn one of them off": dynamic and searched,
             "dynamic scales are affine: leave symmetric out, or choose a static granularity": dynamic and symmetric,
-            "the released code's range search is affine: leave symmetric out": (
-                symmetric and search is RangeSearch.RELEASED
-            ),
+            "the released code's range search is affine: leave symmetric out": symmetric and released,
             f"{kind} has no zero points: give activations.symmetric=True": kind.k_scaled and not symmetric,
-            "scales of channels take the place of smoothing: give smoothing=None": (
-                by_channel and self.smoothing is not None
-            ),
+            "scales of channels take the place of smoothing: give smoothing=None": by_channel and smooth,
             "rotation changes the channels of what outputs quantizes; turn one of them off": self.rotation and outputs,
-            "with outputs nothing is learned: give learning=None": outputs and self.learning is not None,
-            "gptq chooses weights after biases are corrected; turn one of them off": self.gptq and self.bias_correction,
+            "with outputs nothing is learned: give learning=None": outputs and learned,
+            "gptq chooses weights after biases are corrected; turn one of them off": self.gptq and corrected,
         }
-        if message := next((message for message, holds in contradictions.items() if holds), None):
-            raise ValueError(message)
+        refuse(contradictions)
 
     def weight(self, linear: str) -> IntegerRange:
         """Returns the integers of the weight of the linear with that name."""

@@ -1,4 +1,4 @@
-"""Configs of format version 1, whose keys were flat: translated, since files of theirs are on disks."""
+"""Translation of configs of format version 1, whose keys were flat: such files are on users' disks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOVED: dict[str, tuple[str, str, dict[Any, Any]]] = {
     "scheme": ("activations", "symmetric", {"affine": False, "symmetric": True}),
     "clusters": ("activations", "clusters", {}),
 }
-"""The section and the key where a flat key's value is now, and what its values are called there."""
+"""A flat key's section and key in version 2, and the new names of its values."""
 
 
 def is_flat(values: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Frozen dataclasses that check themselves: what a field takes is declared by its type, or by a check beside it.
+"""Frozen dataclasses that check themselves: a field's type, or a check beside it, declares the values it accepts.
 
 bits: Annotated[int, whole(2, 8)] = 8   # a check of its own
 factors: Factors | None = None          # a member of the enum, its value, or None
@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Self, get_args, get_origin, get_type_hints
 
 Check = Callable[[str, Any], Any]
@@ -19,7 +19,7 @@ Check = Callable[[str, Any], Any]
 
 
 class Checked:
-    """Base of dataclasses whose fields are checked and converted when an instance is made."""
+    """Base of dataclasses whose fields are checked and converted at construction."""
 
     __slots__ = ()
     section: ClassVar[str] = ""
@@ -47,6 +47,12 @@ class Checked:
         return cls(**values)
 
 
+def refuse(contradictions: Mapping[str, object]) -> None:
+    """Raises ValueError with the first message whose condition holds."""
+    if message := next((message for message, holds in contradictions.items() if holds), None):
+        raise ValueError(message)
+
+
 @functools.cache
 def _checks(kind: type) -> dict[str, Check]:
     hints = get_type_hints(kind, include_extras=True)
@@ -67,39 +73,31 @@ def _check_of(hint: Any, keys: str = " or its keys") -> Check:
     return functools.partial(_section, hint, keys)
 
 
-def whole(low: int, high: int) -> Check:
-    """Takes whole numbers from `low` to `high`."""
-    return _number((int,), lambda value: low <= value <= high, f"a whole number between {low} and {high}, got")
+def number(holds: Callable[[Any], bool], wanted: str, kind: type | UnionType = int) -> Check:
+    """Returns the check of numbers for which `holds` does; `wanted` names them in the message, up to "got"."""
 
-
-def integer(holds: Callable[[int], bool], wanted: str) -> Check:
-    """Takes the integers for which `holds` does; `wanted` names them in the message."""
-    return _number((int,), holds, f"{wanted}; got")
-
-
-def real(holds: Callable[[float], bool], wanted: str) -> Check:
-    """Takes the numbers for which `holds` does; `wanted` names them in the message."""
-    return _number((int, float), holds, f"{wanted}; got")
-
-
-def _number(kinds: tuple[type, ...], holds: Callable[[Any], bool], wanted: str) -> Check:
     def check(name: str, value: Any) -> Any:
-        if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
-            raise ValueError(f"{name} must be {wanted} {value!r}")
+        if isinstance(value, bool) or not isinstance(value, kind) or not holds(value):
+            raise ValueError(f"{name} must be {wanted} got {value!r}")
         return value
 
     return check
 
 
+def whole(low: int, high: int) -> Check:
+    """Returns the check of whole numbers from `low` to `high`."""
+    return number(lambda value: low <= value <= high, f"a whole number between {low} and {high},")
+
+
 def flag(name: str, value: Any) -> bool:
-    """Takes true and false."""
+    """Accepts true and false."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 
 def member(kind: type[enum.StrEnum], name: str, value: Any) -> enum.StrEnum:
-    """Takes members of an enum and their values."""
+    """Accepts members of an enum and their values."""
     try:
         return kind(value)
     except ValueError:
@@ -107,7 +105,7 @@ def member(kind: type[enum.StrEnum], name: str, value: Any) -> enum.StrEnum:
 
 
 def patterns(name: str, value: Any) -> tuple[str, ...]:
-    """Takes sequences of shell patterns."""
+    """Accepts sequences of shell patterns."""
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise ValueError(f"{name} must be a sequence of patterns, got {value!r}")
     if not all(isinstance(pattern, str) for pattern in value):

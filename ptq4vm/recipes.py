@@ -1,6 +1,6 @@
-"""Recipes by name, as data: what each sets in a config. Imports nothing, so that `--help` can list them.
+"""Recipes by name: the settings of each in a config, as data without torch, so that `--help` can list them.
 
-A table with keys of 2 to 8 stands for its entry at the number of bits that is asked for.
+A table with keys of 2 to 8 stands for its entry at the requested number of bits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Recipe:
 
 
 _LEARNING = {"epochs": {8: 10, 7: 50, 6: 50, 5: 100, 4: 100, 3: 100, 2: 100}}
-"""PTQ4VM table 7 has the epochs at 8, 6 and 4 bits; between them those of fewer bits are taken."""
+"""PTQ4VM table 7 has the epochs at 8, 6 and 4 bits; other numbers of bits take those of the next lower one."""
 _RELEASED = {
     **_LEARNING,
     "batch_size": 256,
@@ -34,8 +34,8 @@ _RELEASED = {
     "smooth_rate": 1e-2,
     "only": ("*.in_proj", "*.out_proj", "*.fc1", "*.fc2"),
 }
-"""The released code's: x_proj and dt_proj run without gradients, all images make one step, and its rates change the
-scales themselves, here relative to scales of about a tenth."""
+"""The released code: x_proj and dt_proj run without gradients, all images form one batch, and its rates change the
+scales themselves; here they are relative to scales of about 0.1."""
 _BEST = {"epochs": 10, "loss": "fisher", "scale_rate": 1e-2, "smooth_rate": 0.0}
 
 _PER_TENSOR = {"activations": {"granularity": "per_tensor"}}
@@ -65,9 +65,7 @@ _ALL = (
     Recipe("pts+truncation", "pts with the ranges of least squared error", {}),
     Recipe("ptq4vm", "PTQ4VM: pts+truncation, then joint learning of the scales", {"learning": _LEARNING}),
     Recipe(
-        "ptq4vm_released",
-        "PTQ4VM as its released code does it",
-        {"range_search": "released", "learning": _RELEASED},
+        "ptq4vm_released", "PTQ4VM as its released code does it", {"range_search": "released", "learning": _RELEASED}
     ),
     Recipe(
         "best",

@@ -1,4 +1,4 @@
-"""Sections of a config: how weights, activations, outputs and states are quantized, and how scales are learned."""
+"""Sections of a config: weights, activations, outputs and states to quantize, and the learning of scales."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import enum
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from ptq4vm.fields import Checked, integer, patterns, real, whole
+from ptq4vm.fields import Checked, number, patterns, whole
 
 Bits = Annotated[int, whole(2, 8)]
 Clusters = Annotated[int, whole(1, 256)]
-Count = Annotated[int, integer(lambda value: value >= 1, "at least 1")]
-Epochs = Annotated[int, integer(lambda value: value >= 1, "at least 1; for no learning use learning=None")]
+Count = Annotated[int, number(lambda value: value >= 1, "at least 1;")]
+Epochs = Annotated[int, number(lambda value: value >= 1, "at least 1; for no learning use learning=None;")]
 Patterns = Annotated[tuple[str, ...], patterns]
-Rate = Annotated[float, real(lambda value: 0 <= value < 1, "in [0, 1)")]
+Rate = Annotated[float, number(lambda value: 0 <= value < 1, "in [0, 1);", int | float)]
 
 
 class Granularity(enum.StrEnum):
-    """How many scales one activation tensor x (B, L, D) has, and when they are found."""
+    """The number of scales of one activation tensor x (B, L, D), and when they are found."""
 
     PER_TENSOR = "per_tensor"
     """One static scale for the tensor: x (B, L, D), scale (1,)."""
@@ -36,17 +36,17 @@ class Granularity(enum.StrEnum):
 
     @property
     def static_per_token(self) -> bool:
-        """Whether there is a table with the scale of every token."""
+        """True where there is a table with the scale of every token."""
         return self in (Granularity.PER_TOKEN, Granularity.K_SCALED_TOKEN)
 
     @property
     def k_scaled(self) -> bool:
-        """Whether scales belong to clusters."""
+        """True where scales belong to clusters."""
         return self in (Granularity.K_SCALED_TOKEN, Granularity.K_SCALED_CHANNEL)
 
 
 class WeightGranularity(enum.StrEnum):
-    """How many scales one weight W (N, D) has."""
+    """The number of scales of one weight W (N, D)."""
 
     PER_CHANNEL = "per_channel"
     """One scale per output channel: W (N, D), scale (N,)."""
@@ -55,7 +55,7 @@ class WeightGranularity(enum.StrEnum):
 
 
 class RangeSearch(enum.StrEnum):
-    """How the range of a tensor is found."""
+    """The search for the range of a tensor."""
 
     MINMAX = "minmax"
     """Minimum to maximum."""
@@ -66,20 +66,20 @@ class RangeSearch(enum.StrEnum):
 
 
 class Loss(enum.StrEnum):
-    """The distance of a block's output from that in floating point, which learning makes small."""
+    """The distance between a block's output and that in floating point, which learning minimizes."""
 
     COSINE = "cosine"
     """1 - cosine similarity of each token's channels (PTQ4VM eq. 9)."""
     FISHER = "fisher"
-    """Squared error of the residual stream, each entry by how much the model's output depends on it; see
+    """Squared error of the residual stream, weighted by how much the model's output depends on each entry; see
     `ptq4vm.passes.calibrate.fisher`."""
 
 
 class Factors(enum.StrEnum):
-    """The numbers that the hidden state is divided by, found from the states h of the calibration images."""
+    """The divisors of the hidden state, found from the states h of the calibration images."""
 
     MAXIMA = "maxima"
-    """r_C = max|h| of each channel, and r_D that of each state of what remains."""
+    """r_C = max|h| of each channel, then r_D = max|h / r_C| of each state."""
     POWERS = "powers"
     """Powers of the means of |h|, which sum to one (k-scaled paper, factor-determining)."""
 
@@ -130,9 +130,9 @@ class ActivationSpec(Checked):
 
     Args:
         bits: 2 to 8.
-        granularity: how many scales an input has, and when they are found.
-        symmetric: zero points are 0, and all codes are used; else a zero point shifts the codes.
-        clusters: 1 to 256, K of the k-scaled granularities.
+        granularity: the number of scales of an input, and when they are found.
+        symmetric: zero points are 0, and all codes are used; False: a zero point shifts the codes.
+        clusters: 1 to 256, the K of the k-scaled granularities.
 
     Raises:
         ValueError: names the field, as `activations.bits`, and what it takes.
@@ -151,19 +151,19 @@ class ActivationSpec(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learning(Checked):
-    """JLSS: block-wise joint learning of smoothing scales and step sizes (PTQ4VM section 4.3).
+    """JLSS: block-wise joint learning of smoothing scales and quantization scales (PTQ4VM section 4.3).
 
     Scales are learned as logarithms, so they stay positive, and a rate is a relative change: with Adam,
-    `scale_rate=2e-2` moves a step size by at most about 2 % a step. The rates decay to zero along a cosine; what has
-    the rate zero is not learned.
+    `scale_rate=2e-2` moves a scale by at most about 2 % a step. The rates decay to zero along a cosine; scales with
+    rate zero are not learned.
 
     Args:
         epochs: passes over the calibration images, for each block.
         scale_rate: relative change, per optimizer step, of the activation and weight scales.
         smooth_rate: relative change, per optimizer step, of the smoothing scales.
-        loss: the distance that is made small.
+        loss: the distance to minimize.
         batch_size: images in one optimizer step.
-        only: shell patterns of the linears that learn, such as `*.in_proj`; none for all.
+        only: shell patterns of the linears that learn, such as `*.in_proj`; empty for all.
 
     Raises:
         ValueError: names the field, as `learning.epochs`, and what it takes.
@@ -184,13 +184,12 @@ class Learning(Checked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputQuantization(Checked):
-    """Quantization of the results of linears, convolutions (their weights too), norms, SiLU and GELU, softplus, and of
-    scans before their skip connection (k-scaled paper). Linears outside the blocks, such as the head, are quantized
-    too.
+    """Quantization of the results of linears, convolutions (their weights too), norms, SiLU, GELU, softplus, and scans
+    before their skip connection (k-scaled paper). Linears outside the blocks, such as the head, are quantized too.
 
     Args:
         bits: 2 to 8.
-        k_scaled: several intervals, as the paper has them: over tokens for the results of scans and of linears that
+        k_scaled: several intervals, as in the paper: over tokens for the results of scans and of linears that
             write to the residual stream, over channels for those of depth-wise convolutions, SiLU and softplus; one
             elsewhere. False: one everywhere.
 
@@ -213,8 +212,7 @@ class StateQuantization(Checked):
 
     Args:
         bits: 2 to 8.
-        factors: divide the state by factors of its channels and states, so that one interval a step fits it; None: by
-            nothing.
+        factors: divide the state by factors of its channels and states, so that one interval fits it; None: do not.
         per_token: one interval for every step of the scan; False: one for all.
         integrate: fold the factors of states into x_proj; False multiplies B and C by them when the model runs.
 

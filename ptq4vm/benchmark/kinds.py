@@ -1,7 +1,7 @@
-"""The ways to run one network that `ptq4vm benchmark` compares; a checkout of the repository adds rivals.
+"""Ways to run one network that `ptq4vm benchmark` compares; a checkout of the repository adds rivals.
 
-A builder is given the network and a batch of images, and returns a callable for such batches, made for this batch size
-and for torch's present number of threads. docs/benchmark.md says more about each.
+A builder takes the network and a batch of images, and returns a callable for such batches, made for this batch size
+and for torch's present number of threads. docs/benchmark.md describes each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from torch.fx import GraphModule
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 
 Call = Callable[[Tensor], Any]
-
 Builder = Callable[["Network", Tensor], Call]
 
 CHECKOUT = Path(__file__).parents[2]
@@ -60,14 +59,14 @@ def from_checkout(module: str, wanted: str) -> Any:
 
 
 def builder(name: str) -> Builder:
-    """Raises ValueError for an unknown kind, and ImportError where what it needs is not installed."""
+    """Returns the builder of a kind; raises ValueError for an unknown one, ImportError where it is not installed."""
     if name in KINDS:
         return KINDS[name]
     return from_checkout("rivals", f"kind {name!r} (it has {', '.join(KINDS)})").builder(name)
 
 
 def build(name: str, network: Network, images: Tensor) -> Call:
-    """Raises as `builder` does."""
+    """Builds a kind; raises as `builder` does."""
     make = builder(name)
     with _quiet(), torch.no_grad():
         return make(network, images)
@@ -80,40 +79,26 @@ def called(call: Call, images: Tensor) -> Call:
     return call
 
 
-def _eager(network: Network, images: Tensor) -> Call:
-    """The floating-point model as it is, with our scan and convolution."""
-    return network.model
-
-
-def _quantized(network: Network, images: Tensor) -> Call:
-    """The lowered graph, operator by operator."""
-    return network.quantized
-
-
-def _fused(network: Network, images: Tensor) -> Call:
-    """The lowered graph after fusion, operator by operator."""
-    return converted_graph(network.quantized, fusing_pipeline())
-
-
 def _backend(network: Network, images: Tensor, **options: Any) -> Call:
-    """The lowered graph through our backend of torch.compile, which fuses."""
+    """Compiles the lowered graph by our backend of torch.compile, which fuses."""
     if "ptq4vm" not in torch._dynamo.list_backends(exclude_tags=()):
         raise ImportError("torch.compile knows no backend 'ptq4vm': install ptq4vm again (pip install .)")
     return called(torch.compile(network.quantized, backend="ptq4vm", dynamic=False, options=options), images)
 
 
 KINDS: dict[str, Builder] = {
-    "quantized": _quantized,
-    "fused": _fused,
+    "quantized": lambda network, images: network.quantized,
+    "fused": lambda network, images: converted_graph(network.quantized, fusing_pipeline()),
     "compiled": _backend,
     "compiled-half": partial(_backend, activations=torch.bfloat16),
-    "eager-fp32": _eager,
+    "eager-fp32": lambda network, images: network.model,
 }
+"""The first two are called operator by operator; the last one has our scan and convolution."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences compilers, exporters and quantizers, whose words nobody who waits for a table needs."""
+    """Silences compilers, exporters and quantizers: only the table is read."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""The measurements of `ptq4vm benchmark`, for every batch size and number of threads, and how they are shown."""
+"""The measurements of `ptq4vm benchmark` for every batch size and number of threads, as JSON, CSV and text."""
 
 from __future__ import annotations
 
@@ -6,51 +6,52 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import asdict, dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network, build, builder, from_checkout
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
 from ptq4vm.checkpoint import WEIGHTS, save
-from ptq4vm.report import table
+from ptq4vm.report import mebibytes, table
 
 THREADS_A_PROCESSOR = 4
-"""More threads than that show nothing, and very many crash the runtime that starts them."""
+"""The limit of threads: more show nothing, and very many crash the runtime that starts them."""
 
 
 class Section(Protocol):
     """More to measure in every setting, of `benchmarks/speed/sections.py`: each operator's time, a forward's memory."""
 
     calls: int
-    """How often it ticks a round."""
+    """Ticks a round."""
 
     def measure(self, images: Tensor, repeats: int, tick: Callable[[], Any]) -> None: ...
 
     def lines(self, setting: int) -> list[str]:
-        """Text that follows the timings of a setting."""
+        """Returns text that follows the timings of a setting."""
 
     def notes(self) -> list[str]:
-        """Text that follows all settings."""
+        """Returns text that follows all settings."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure."""
+    """The measurements to make; raises ValueError for an unknown kind, ImportError for one that is not installed."""
 
     kinds: tuple[str, ...]
     """Names of `ptq4vm.benchmark.kinds`, of rivals or of other models; all are compared with the first."""
-    others: tuple[str, ...] = ()
-    """The names of other models among them."""
+    others: Mapping[str, GraphModule] = field(default_factory=dict)
+    """The other models among them, by their names."""
     batch_sizes: tuple[int, ...] = (8,)
     threads: tuple[int, ...] = (1,)
     repeats: int = 20
@@ -73,34 +74,43 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
-    model: str
-    image_shape: tuple[int, ...]
+class Size:
+    """The size of a network in floating point, and of its quantized model's file."""
+
     parameters: int
     gmacs: float
-    float16_bytes: int
+    """10⁹ products of linears and convolutions for one image; our operators, such as the scan, do not count."""
     file_bytes: int
+    float16_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{1e-6 * self.parameters:.2f} million parameters, {self.gmacs:.2f} GMACs an image; its file "
+            f"{mebibytes(self.file_bytes)}, in FP16 {mebibytes(self.float16_bytes)} "
+            f"({self.float16_bytes / self.file_bytes:.2f}× as much)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Results of a plan, as JSON types, rows of a CSV file, and text."""
+
+    model: str
+    image_size: int
+    size: Size
     settings: tuple[tuple[Timing, ...], ...]
     """The timings of each batch size and number of threads."""
     sections: Mapping[str, Section]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
         found: dict[str, Any] = {"layers": [], "unknown_operators": [], "memory": []}
         for section in self.sections.values():
             found |= section.to_dict()
-        return {
-            "model": self.model,
-            "machine": machine(),
-            "parameters": self.parameters,
-            "gmacs": self.gmacs,
-            "file_bytes": self.file_bytes,
-            "float16_bytes": self.float16_bytes,
-            "timings": [timing.to_dict() for timings in self.settings for timing in timings],
-        } | found
+        timings = [timing.to_dict() for timing in chain.from_iterable(self.settings)]
+        return {"model": self.model, "machine": machine(), **asdict(self.size), "timings": timings, **found}
 
     def rows(self) -> list[dict[str, Any]]:
-        """One a timing; the first columns are those of timm's benchmark.py, with its units."""
+        """Returns one row a timing; the first columns are those of timm's benchmark.py, with its units."""
         facts = machine()
         return [
             {
@@ -108,9 +118,9 @@ class Findings:
                 "infer_samples_per_sec": round(timing.images_per_second, 2),
                 "infer_step_time": round(1e3 * timing.median, 3),
                 "infer_batch_size": timing.batch_size,
-                "infer_img_size": self.image_shape[-1],
-                "infer_gmacs": round(self.gmacs, 2),
-                "param_count": round(1e-6 * self.parameters, 2),
+                "infer_img_size": self.image_size,
+                "infer_gmacs": round(self.size.gmacs, 2),
+                "param_count": round(1e-6 * self.size.parameters, 2),
                 "kind": timing.name,
                 "threads": timing.threads,
                 "isa": facts["kernels"],
@@ -123,35 +133,20 @@ class Findings:
                 "repeats": timing.repeats,
                 "torch": facts["torch"],
             }
-            for timings in self.settings
-            for timing in timings
+            for timing in chain.from_iterable(self.settings)
         ]
 
-    def __str__(self) -> str:
-        sections, text = self.sections.values(), []
+    def lines(self) -> list[str]:
+        sections, lines = self.sections.values(), []
         for number, timings in enumerate(self.settings):
-            text += [*_lines(timings), *(line for section in sections for line in section.lines(number)), ""]
-        saved, half = self.file_bytes / 2**20, self.float16_bytes / 2**20
-        return "\n".join(
-            [
-                *text,
-                *(note for section in sections for note in section.notes()),
-                f"{self.model}: {1e-6 * self.parameters:.2f} million parameters, {self.gmacs:.2f} GMACs an image; "
-                f"its file {saved:.2f} MiB, in FP16 {half:.2f} MiB ({half / saved:.2f}× as much)",
-                ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads"),
-            ]
-        )
+            lines += [*_timing_lines(timings), *(line for section in sections for line in section.lines(number)), ""]
+        notes = (note for section in sections for note in section.notes())
+        facts = ", ".join(f"{key} {value}" for key, value in machine().items() if key != "threads")
+        return [*lines, *notes, f"{self.model}: {self.size}", facts]
 
 
-def run(
-    model: str,
-    shape: tuple[int, ...],
-    float_model: nn.Module,
-    quantized: GraphModule,
-    plan: Plan,
-    others: Mapping[str, GraphModule] | None = None,
-) -> Findings:
-    """Times a plan on noise; raises ValueError for an unknown kind, ImportError where one needs what is missing."""
+def run(model: str, shape: tuple[int, ...], float_model: nn.Module, quantized: GraphModule, plan: Plan) -> Findings:
+    """Measures a plan on noise; `shape` is that of an image."""
     images = torch.randn(max(plan.batch_sizes), *shape, generator=torch.Generator().manual_seed(0))
     settings = list(product(plan.batch_sizes, plan.threads))
     with tempfile.TemporaryDirectory() as folder:
@@ -166,34 +161,19 @@ def run(
             timings = []
             for batch_size, threads in settings:
                 with _threads(threads):
-                    timings.append(_measure(network, images[:batch_size], plan, others or {}, sections, bar))
-        save(quantized, Path(folder) / "saved")
-        size = (Path(folder) / "saved" / WEIGHTS).stat().st_size
-    return Findings(
-        model=model,
-        image_shape=shape,
-        parameters=sum(parameter.numel() for parameter in float_model.parameters()),
-        gmacs=_gmacs(float_model, images[:1]),
-        float16_bytes=2 * sum(tensor.numel() for tensor in float_model.state_dict().values()),
-        file_bytes=size,
-        settings=tuple(timings),
-        sections=sections,
-    )
+                    timings.append(_measure(network, images[:batch_size], plan, sections, bar))
+        size = _size_of(network, images[:1])
+    return Findings(model=model, image_size=shape[-1], size=size, settings=tuple(timings), sections=sections)
 
 
 def _measure(
-    network: Network,
-    images: Tensor,
-    plan: Plan,
-    others: Mapping[str, GraphModule],
-    sections: Mapping[str, Section],
-    bar: Any,
+    network: Network, images: Tensor, plan: Plan, sections: Mapping[str, Section], bar: Any
 ) -> tuple[Timing, ...]:
     torch._dynamo.reset()  # else it makes graphs of any batch size from the second one on
     models = {}
     for kind in plan.kinds:
         bar.set_postfix_str(f"making {kind} for {len(images)} images")
-        models[kind] = others[kind] if kind in others else build(kind, network, images)
+        models[kind] = plan.others[kind] if kind in plan.others else build(kind, network, images)
     bar.set_postfix_str(f"{len(images)} images, {torch.get_num_threads()} threads")
     timings = compare(models, images, repeats=plan.repeats, tick=bar.update)
     for name, section in sections.items():
@@ -212,17 +192,20 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _gmacs(model: nn.Module, image: Tensor) -> float:
-    """10⁹ products of linears and convolutions for one image; our operators, such as the scan, do not count."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+def _size_of(network: Network, image: Tensor) -> Size:
+    save(network.quantized, network.folder / "saved")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops() / 2e9
+        network.model(image)
+    return Size(
+        parameters=sum(parameter.numel() for parameter in network.model.parameters()),
+        gmacs=counter.get_total_flops() / 2e9,
+        file_bytes=(network.folder / "saved" / WEIGHTS).stat().st_size,
+        float16_bytes=2 * sum(tensor.numel() for tensor in network.model.state_dict().values()),
+    )
 
 
-def _lines(timings: tuple[Timing, ...]) -> list[str]:
-    """A setting's heading and its table."""
+def _timing_lines(timings: tuple[Timing, ...]) -> list[str]:
+    """Returns a setting's heading and its table, in milliseconds."""
     first = timings[0]
     columns = {
         "name": "kind",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ WARMUP = 3
 """Rounds that are run and not counted."""
 
 Seconds = tuple[float, float]
-"""On the wall, and of the CPU."""
+"""Wall time, and CPU time of all threads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class Timing:
     cpu_spread: float
     images_per_second: float
     clock: str
-    """The ratio's: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
+    """The ratio's clock: `cpu` with one thread of a CPU, since other processes do not count there, else `wall`."""
     ratio: float
     """The model's time over that of the first model in the same round."""
     ratio_spread: float
@@ -45,7 +45,7 @@ class Timing:
 
 
 def seconds_of(model: Callable[[Tensor], Any], inputs: Tensor) -> Seconds:
-    """Calls once; `benchmarks/speed/graphs.py` times a GPU, which works after the call has returned."""
+    """Returns the time of one call; `benchmarks/speed/graphs.py` times a GPU, which works after a call has returned."""
     wall, cpu = time.perf_counter(), time.process_time()
     model(inputs)
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -60,9 +60,25 @@ def compare(
     tick: Callable[[], Any] = lambda: None,
     stopwatch: Callable[[Callable[[Tensor], Any], Tensor], Seconds] = seconds_of,
 ) -> list[Timing]:
-    """Calls every model once a round, each round another one first; ratios are to the first of `models`.
+    """Calls every model once a round, each round another one first.
 
-    `tick` is called after every call of a model, which `stopwatch` makes.
+    Args:
+        models: callables by name; ratios are to the first.
+        inputs: the batch (B, ...) that all are called with.
+        warmup: rounds that do not count.
+        repeats: rounds that count.
+        tick: called after every call of a model.
+        stopwatch: makes a call and returns its seconds.
+
+    Returns:
+        The timing of each model, in order.
+
+    Raises:
+        ValueError: for no models, and for numbers of rounds that make no sense.
+
+    Example:
+        >>> [timing.name for timing in compare({"sin": torch.sin, "cos": torch.cos}, torch.ones(8, 3), repeats=2)]
+        ['sin', 'cos']
     """
     if not models:
         raise ValueError("there is nothing to compare: give at least one model")
@@ -82,7 +98,7 @@ def compare(
 
 def _timing(name: str, own: list[Seconds], base: list[Seconds], inputs: Tensor) -> Timing:
     clock = int(torch.get_num_threads() == 1 and not inputs.is_cuda)
-    (median, spread), (cpu, cpu_spread) = (_summary([pair[place] for pair in own]) for place in (0, 1))
+    (median, spread), (cpu, cpu_spread) = map(_summary, zip(*own, strict=True))
     # a call can be shorter than a tick of a coarse clock
     ratio, ratio_spread = _summary([a[clock] / max(b[clock], 1e-9) for a, b in zip(own, base, strict=True)])
     return Timing(
@@ -102,7 +118,7 @@ def _timing(name: str, own: list[Seconds], base: list[Seconds], inputs: Tensor) 
 
 
 def machine() -> dict[str, Any]:
-    """Facts of this machine and its software that timings depend on."""
+    """Returns the facts of this machine and its software that timings depend on."""
     return {
         "platform": platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -113,8 +129,8 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _summary(values: list[float]) -> tuple[float, float]:
-    """Median and interquartile range."""
+def _summary(values: Sequence[float]) -> tuple[float, float]:
+    """Returns median and interquartile range."""
     if len(values) == 1:
         return values[0], 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")

@@ -16,7 +16,7 @@ from ptq4vm import extras, quantize
 from ptq4vm.benchmark import kinds
 from ptq4vm.benchmark.kinds import KINDS, Network, build, builder
 from ptq4vm.benchmark.run import Plan
-from ptq4vm.cli.main import KINDS as SAID
+from ptq4vm.cli.benchmark import KINDS as SAID
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
 from ptq4vm.ops import convolution_1d, scans

@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import doctest
 import json
 import time
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from benchmarks.speed import graphs, picture
 from benchmarks.speed.layers import Category
 from ptq4vm.backend import native
-from ptq4vm.benchmark import compare, machine
+from ptq4vm.benchmark import compare, machine, timing
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
 from ptq4vm.report import write_csv
@@ -87,6 +88,10 @@ def test_every_call_is_told():
     assert len(calls) == 6
 
 
+def test_examples_run():
+    assert doctest.testmod(timing).failed == 0
+
+
 def test_real_time_passes_without_gradients():
     def model(images):
         assert torch.is_inference_mode_enabled()
@@ -154,13 +159,13 @@ def nano():
 def findings(nano):
     plan = Plan(
         kinds=("quantized", "eager-fp32", "twin"),
-        others=("twin",),
+        others={"twin": nano[1]},
         batch_sizes=(1, 3),
         threads=(2, 1),
         repeats=2,
         sections=("layers",),
     )
-    return run("vim_nano", (3, 32, 32), *nano, plan, {"twin": nano[1]})
+    return run("vim_nano", (3, 32, 32), *nano, plan)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100_000, 2**63])
@@ -207,7 +212,7 @@ def test_json_has_everything(findings):
 
 
 def test_text_names_threads_instruction_set_and_ratio(findings):
-    text = str(findings)
+    text = "\n".join(findings.lines())
     for words in (
         f"batch 3, 1 thread, {native.isa()} kernels",
         "2 threads",

@@ -283,8 +283,8 @@ def test_help_and_version_come_without_torch():
         "import sys; from ptq4vm.cli.main import main\n"
         "try: main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     )
-    for option in ("--help", "--version"):
-        done = subprocess.run([sys.executable, "-c", program, option], capture_output=True, text=True)
+    for argv in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
+        done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
         assert done.returncode == 0 and "ptq4vm" in done.stdout and not done.stderr
 
 

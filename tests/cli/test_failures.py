@@ -16,7 +16,8 @@ from helpers.cli_commands import MODEL, calibration
 
 import ptq4vm
 from ptq4vm import doctor
-from ptq4vm.cli import main as cli
+from ptq4vm.cli import sources
+from ptq4vm.cli.main import main
 
 COMMANDS = {
     "quantize": [MODEL, "--data-dir", "digits", "--output", "out"],
@@ -41,8 +42,8 @@ def no_work(monkeypatch):
     def work(*args, **options):
         raise AssertionError("the work began")
 
-    for name in ("named_model", "open_model", "open_both", "is_saved"):
-        monkeypatch.setattr(cli, name, work)
+    for name in ("named_model", "open_model", "open_both", "is_model_folder"):
+        monkeypatch.setattr(sources, name, work)
 
 
 @pytest.mark.parametrize("word", ["", " ", "\t\n", "a\0b"])
@@ -51,7 +52,7 @@ def test_empty_words_are_wrong_usage(capsys, command, word):
     places = [[word, *COMMANDS[command][1:]], *([*COMMANDS[command], option, word] for option in WORDS[command])]
     for argv in places:
         with pytest.raises(SystemExit) as stop:
-            cli.main([command, *argv])
+            main([command, *argv])
         assert stop.value.code == 2 and "must not be empty, nor hold a null" in capsys.readouterr().err
 
 
@@ -65,7 +66,7 @@ def test_empty_words_are_wrong_usage(capsys, command, word):
 )
 def test_counts_that_no_machine_has_are_wrong_usage(capsys, argv):
     with pytest.raises(SystemExit) as stop:
-        cli.main(argv)
+        main(argv)
     assert stop.value.code == 2 and "at most" in capsys.readouterr().err
 
 
@@ -109,7 +110,7 @@ def test_a_disk_that_is_full_is_told_before_the_work(run, tmp_path, monkeypatch,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "is_saved", lambda name: True)
+    monkeypatch.setattr(sources, "is_model_folder", lambda name: True)
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     more = ("--csv", "times.csv") if command == "benchmark" else ()
     code, _, err = run(command, *COMMANDS[command], *more)
@@ -176,7 +177,7 @@ def test_what_the_machine_lacks_is_one_line(run, tmp_path, monkeypatch, config, 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, error):
     monkeypatch.setattr(doctor, "diagnose", lambda: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
-        cli.main(["doctor"])
+        main(["doctor"])
 
 
 class Full(io.StringIO):
@@ -188,7 +189,7 @@ class Full(io.StringIO):
 def test_a_result_that_nobody_can_read_is_an_error(capsys, monkeypatch, stream, message):
     monkeypatch.setattr(sys, "stdout", stream)
     with contextlib.suppress(OSError):
-        assert cli.main(["doctor"]) == 1
+        assert main(["doctor"]) == 1
     monkeypatch.undo()
     assert f"cannot be written to standard output: {message}" in " ".join(capsys.readouterr().err.split()).replace(
         "[Errno 28] ", ""
@@ -212,13 +213,13 @@ def test_names_from_files_do_not_reach_the_terminal_as_they_are(run, tmp_path):
 
 def test_wrong_usage_does_not_reach_the_terminal_as_it_is(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["doctor", HOSTILE])
+        main(["doctor", HOSTILE])
     assert "\x1b" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_model_whose_logits_are_not_finite_is_shown(run, photos, monkeypatch, value):
-    opened = cli.open_model
+    opened = sources.open_model
 
     def broken(*args):
         model = opened(*args)
@@ -226,7 +227,7 @@ def test_a_model_whose_logits_are_not_finite_is_shown(run, photos, monkeypatch, 
             model.head.bias[3] = value
         return model
 
-    monkeypatch.setattr(cli, "open_model", broken)
+    monkeypatch.setattr(sources, "open_model", broken)
     argv = ("evaluate", MODEL, "--data-dir", photos, "--against", MODEL, "--checkpoint", "random")
     code, out, _ = run(*argv)
     assert code == 0 and "not finite" in out and "20 of 20 images hold NaN or infinity" in out

@@ -1,4 +1,4 @@
-// What kernels share. The same text is CUDA under nvcc and C++ under emulator/cuda_runtime.h:
+// What kernels share. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
 //   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty grid
 //   PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
 //   PTQ4VM_DYNAMIC_SHARED(float, row);          float* row: the shared_bytes of the launch; once in a kernel

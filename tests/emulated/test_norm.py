@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_emulator import (
+from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Qparams,

@@ -7,8 +7,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_cutlass import LinearProblem, guarded, host_flags, run
-from cuda_emulator import COMPILER, SOURCES, Library, compile_emulated, is_caught, kind, poisoned, qparams_struct
+from emulated.cuda_cutlass import LinearProblem, guarded, host_flags, run
+from emulated.cuda_emulator import (
+    COMPILER,
+    SOURCES,
+    Library,
+    compile_emulated,
+    is_caught,
+    kind,
+    poisoned,
+    qparams_struct,
+)
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

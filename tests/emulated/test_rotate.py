@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cuda_emulator import (
+from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Qparams,

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from cuda_cutlass import host_flags
-from cuda_emulator import COMPILER, SOURCES, compile_emulated
+from emulated.cuda_cutlass import host_flags
+from emulated.cuda_emulator import COMPILER, SOURCES, compile_emulated
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ptq4vm import ops
 
 NAMESPACE = "ptq4vm_emulated"
-GLUE = ("../ops_producers.cpp", "../ops_scan.cpp", "run.cpp", "ops_linear.cpp", "linear.cpp", "emulator/toolkit.cpp")
+GLUE = ("../ops_producers.cpp", "../ops_scan.cpp", "run.cpp", "ops_linear.cpp", "linear.cpp")
+TOOLKIT = Path(__file__).parent / "toolkit.cpp"
 KERNELS = ("quantize", "norm", "rotate", "conv", "conv2d", "scan", "directional_scan", "layout")
 LINEARS = ("linear_s8", "linear_s4")
 DEFINES = (f"-DPTQ4VM_LIBRARY={NAMESPACE}", "-DPTQ4VM_KEY=CPU", "-DPTQ4VM_CUDA")
@@ -92,6 +93,7 @@ class Emulated:
         headers = Path(torch.__file__).parent / "include"
         command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *DEFINES]
         command += ["-isystem", str(headers), *(str(SOURCES / name) for name in GLUE)]
+        command += [f"-I{SOURCES}", str(TOOLKIT)]
         command += [str(folder / f"{name}.so") for name in (*KERNELS, *LINEARS)]
         command += [f"-L{headers.parent / 'lib'}", "-ltorch_cpu", "-lc10", "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with csrc/cuda/emulator, and tests call what launch.h has.
+"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with the headers of `include`, and tests call what launch.h has.
 
-    def test_codes(emulated):                       # a fixture of tests/cuda/conftest.py
+    def test_codes(emulated):                       # a fixture of conftest.py
         library = emulated("quantize")              # compiled once in a session; skips where there is no g++
         library.quantize(Quantize(x=x, x_type=kind(x), …, codes=codes, rows=3, channels=8))
 
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from ptq4vm import reference
 
-SOURCES = Path(__file__).parents[1] / "csrc" / "cuda"
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+HEADERS = Path(__file__).parent / "include"
 COMPILER = shutil.which("g++")
 FLAGS = ("-x", "c++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off")
 # Uninitialised variables hold a pattern; two libraries in a process share no symbol.
@@ -142,7 +143,7 @@ def compile_emulated(folder: Path, name: str, change: Change | None = None, flag
         if not target.exists():
             sources = _changed(folder / mutant, change) if change else SOURCES
             warnings = "-w" if change else "-Werror"  # what is missing leaves something unused
-            command = [COMPILER, *FLAGS, warnings, f"-I{sources / 'emulator'}", *flags]
+            command = [COMPILER, *FLAGS, warnings, f"-I{HEADERS}", *flags]
             command += [str(sources / f"{name}.cu"), "-o", f"{target}.part"]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr

@@ -1,5 +1,5 @@
 // No device; the compute capabilities and the streams are those that a test asks for.
-#include "../toolkit.h"
+#include "toolkit.h"
 
 #include <climits>
 #include <map>

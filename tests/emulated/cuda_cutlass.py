@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulator import Library, Qparams, Struct, boolean, int32, int64, pointer
+from emulated.cuda_emulator import Library, Qparams, Struct, boolean, int32, int64, pointer
 from torch import Tensor
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cuda_emulator import (
+from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Library,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cuda_emulator import (
+from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Library,
@@ -245,7 +245,7 @@ MISTAKES = [
     ("conv.cu", "grid(c.qparams, token, direction)", "grid(c.qparams, first + t, direction)"),
     ("conv.cu", "w[v][k] * values[t + k][v]", "w[v][TAPS - 1 - k] * values[t + k][v]"),
     ("conv.cu", "0 <= step && step < c.tokens", "step < c.tokens"),
-    ("conv.cu", "return order ? order[step] : step;", "return step;"),
+    ("conv.cu", "return order ? checked_token(order[step], 0, c.tokens) : step;", "return step;"),
     ("conv2d.cu", "grid(c.qparams, token + t, k)", "grid(c.qparams, token + t)"),
     ("conv2d.cu", "if (from < 0 || from >= c.height) continue;", "if (from < 0) continue;"),
     ("conv2d.cu", "0 <= w && w < c.width", "true"),

@@ -7,8 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from cuda_cutlass import cutlass_headers
-from cuda_emulator import SOURCES
+from emulated.cuda_cutlass import cutlass_headers
+from emulated.cuda_emulator import SOURCES
 
 pytestmark = pytest.mark.slow
 

@@ -1,5 +1,5 @@
 // CUDA on the CPU, as far as our kernels use it: with this folder before the toolkit's, g++ compiles the same .cu files
-// (g++ -x c++ -std=c++17 -Icsrc/cuda/emulator). A thread is a fiber; one operating system's thread runs them in turn.
+// (g++ -x c++ -std=c++17 -Itests/emulated/include). A thread is a fiber; one operating system's thread runs them in turn.
 // What a GPU may do to a wrong kernel happens here on purpose:
 // - shared memory is poisoned with NaN before every block, so that a read before the write shows;
 // - threads run in an order that changes at every barrier, and a warp as far ahead of the others as it may, so that a

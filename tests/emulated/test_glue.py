@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_glue import NAMESPACE, Emulated, on_gpu
+from emulated.cuda_glue import NAMESPACE, Emulated, on_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operator_laws import WITHOUT_CUDA, laws_of, name_of

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_emulator import SOURCES
+from emulated.cuda_emulator import SOURCES
 
 TOOLKIT = Path("/usr/local/cuda/bin/nvcc")
 KERNELS = sorted(path for path in SOURCES.glob("*.cu") if not path.stem.startswith("linear"))  # those: test_sass.py

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cuda_emulator import COMPILER, Change, Library, compile_emulated
+from emulated.cuda_emulator import COMPILER, Change, Library, compile_emulated
 
 
 @pytest.fixture(scope="session")

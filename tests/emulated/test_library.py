@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_cutlass import cutlass_headers
+from emulated.cuda_cutlass import cutlass_headers
 from operator_laws import WITHOUT_CUDA, name_of
 
 from ptq4vm import native, ops

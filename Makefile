@@ -29,11 +29,12 @@ test: lint  ## lint, then the tests that take seconds (JOBS=2 workers)
 test-all: lint  ## lint, then every test that needs no GPU
 	$(PYTEST) -m "not gpu" --hypothesis-profile=thorough
 
-lint: venv  ## ruff, mypy and the import rules
+lint: venv  ## ruff, mypy, clang-format and the import rules
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-logo
+	find csrc tests/emulated -name "*.cpp" -o -name "*.h*" -o -name "*.cu*" | xargs $(RUN)/clang-format --dry-run -Werror
 
 # tests/test_environment.py fails where torch or torchvision is another than the row's.
 test-matrix: .venv-$(OLDEST)/.installed .venv/.installed  ## the tests on the oldest and the newest torch (constraints/)

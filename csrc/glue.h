@@ -1,5 +1,5 @@
-// What every operator's glue needs: checks, types and layouts, memory for results. The glue is compiled into a library of
-// each device: PTQ4VM_KEY says whose implementations it registers, and PTQ4VM_CUDA that they are csrc/cuda's.
+// What every operator's glue needs: checks, types and layouts, memory for results. The glue is compiled into a library
+// of each device: PTQ4VM_KEY says whose implementations it registers, and PTQ4VM_CUDA that they are csrc/cuda's.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -85,8 +85,8 @@ inline bool is_float(ScalarType type) {
 }
 
 inline bool is_integer(ScalarType type) {
-  return type == ScalarType::Int || type == ScalarType::Long || type == ScalarType::Char ||
-         type == ScalarType::Short || type == ScalarType::Byte;
+  return type == ScalarType::Int || type == ScalarType::Long || type == ScalarType::Char || type == ScalarType::Short ||
+         type == ScalarType::Byte;
 }
 
 // A view of bytes may begin anywhere.
@@ -139,16 +139,24 @@ inline int64_t product(const char* what, int64_t a, int64_t b) {
 }
 
 template <class T>
-const T* in(const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); }
+const T* in(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
 
 template <class T>
-const T* in(const Optional& x) { return x ? in<T>(*x) : nullptr; }
+const T* in(const Optional& x) {
+  return x ? in<T>(*x) : nullptr;
+}
 
 template <class T>
-T* out(Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
+T* out(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
 
 template <class T>
-T* out(Optional& x) { return x ? out<T>(*x) : nullptr; }
+T* out(Optional& x) {
+  return x ? out<T>(*x) : nullptr;
+}
 
 // Integers as int32. None is cut: on a CPU larger ones are found, and a GPU takes no int64, since that would stop it.
 inline Tensor integers(const char* argument, const Tensor& x) {
@@ -181,8 +189,8 @@ inline Tensor weight_sums(const char* argument, const Tensor& x, int64_t channel
   const int64_t most = 128 * channels;
   const int32_t *read = in<int32_t>(values), *end = read + values.numel();
   const auto wrong = std::find_if(read, end, [=](int32_t sum) { return sum < -most || sum > most; });
-  PTQ4VM_CHECK(wrong == end, argument, " has the value ", *wrong, ", but the sum of ", channels,
-               " codes is between ", -most, " and ", most);
+  PTQ4VM_CHECK(wrong == end, argument, " has the value ", *wrong, ", but the sum of ", channels, " codes is between ",
+               -most, " and ", most);
   return values;
 }
 
@@ -194,8 +202,8 @@ bool same_sizes(const Have& have, const Want& want) {
 template <class Want>
 void check_sizes(const char* argument, const Tensor& x, const Want& want) {
   const auto have = x.sizes();
-  PTQ4VM_CHECK(same_sizes(have, want), argument, " has another shape than the other arguments ask for: ",
-               shape_text(have), ", not ", shape_text(want));
+  PTQ4VM_CHECK(same_sizes(have, want), argument,
+               " has another shape than the other arguments ask for: ", shape_text(have), ", not ", shape_text(want));
 }
 
 inline void check_shape(const char* argument, const Tensor& x, Sizes want) { check_sizes(argument, x, want); }
@@ -222,16 +230,16 @@ inline int64_t qparams(const Tensor& x, const Tensor& scale, bool stacked = fals
   const int64_t axes = x.dim() - stacked, own = scale.dim() - stacked;
   const int64_t tokens = axes > 1 ? x.size(x.dim() - 2) : 1;
   PTQ4VM_CHECK(!stacked || (own >= 0 && scale.size(0) == x.size(0)), "qparams of stacked inputs need an axis of ",
-                  x.size(0), " directions");
+               x.size(0), " directions");
   if (own == 1) {
     const int64_t have = scale.size(stacked);
     PTQ4VM_CHECK(have == 1 || have == tokens, "token scales were calibrated for ", have, " tokens, the input has ",
-                    tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+                 tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   } else {
     bool same = own == axes - 1;
     for (int64_t i = 0; same && i < scale.dim(); i++) same = scale.size(i) == x.size(i);
     PTQ4VM_CHECK(same, "scales of shape ", shape_text(scale.sizes()), " do not fit an input of shape ",
-                    shape_text(x.sizes()), ": they need its shape without the last axis");
+                 shape_text(x.sizes()), ": they need its shape without the last axis");
   }
   int64_t count = 1;
   for (int64_t i = stacked; i < scale.dim(); i++) count *= scale.size(i);
@@ -421,7 +429,8 @@ struct Checked<F, Name> {
     const auto device = x.device();
     if (!state.first) state.first = device;
     PTQ4VM_CHECK(device == *state.first, "all tensors must be on one device: the first is on ", name(*state.first),
-                 ", another on ", name(device), ", ", argument(state), "; move the model and its inputs with .to(device)");
+                 ", another on ", name(device), ", ", argument(state),
+                 "; move the model and its inputs with .to(device)");
     PTQ4VM_CHECK(x.layout() == torch::headeronly::Layout::Strided, argument(state), " is sparse: call .to_dense()");
     PTQ4VM_CHECK(!state.gradients || !requires_gradient(x), "the operator has no gradient, and ", argument(state),
                  " requires one: call it under torch.no_grad(), or take gradients of the prepared model");
@@ -430,7 +439,9 @@ struct Checked<F, Name> {
   static void check(State& state, const Optional& x) { x ? check(state, *x) : void(state.place++); }
 
   template <class T>
-  static void check(State& state, const T&) { state.place++; }
+  static void check(State& state, const T&) {
+    state.place++;
+  }
 
   static std::string argument(const State& state) { return argument_of(Name::text(), state.place); }
 
@@ -444,8 +455,8 @@ struct Checked<F, Name> {
 }  // namespace
 }  // namespace ptq4vm
 
-#define PTQ4VM_IMPL(m, name)                                                    \
-  struct Name_##name {                                                          \
-    static const char* text() { return #name; }                                 \
-  };                                                                            \
+#define PTQ4VM_IMPL(m, name)                    \
+  struct Name_##name {                          \
+    static const char* text() { return #name; } \
+  };                                            \
   (m).impl(#name, TORCH_BOX((&::ptq4vm::Checked<&::ptq4vm::name, Name_##name>::call)))

@@ -31,7 +31,7 @@ struct LinearInputs {
     check_zero_points("x_zero_point", zero_point, x_scale);
     nibbles = weight.scalar_type() == ScalarType::Byte;
     PTQ4VM_CHECK(nibbles || weight.scalar_type() == ScalarType::Char,
-                    "weight must be int8 codes, or uint8 with two of 4 bits a byte, it is ", name(weight.scalar_type()));
+                 "weight must be int8 codes, or uint8 with two of 4 bits a byte, it is ", name(weight.scalar_type()));
     PTQ4VM_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
     in_rows = weight.dim() == 2 + stacked;
     padded = divided_up(channels, nibbles ? 32 : 16) * (nibbles ? 32 : 16);
@@ -41,9 +41,9 @@ struct LinearInputs {
     if (in_rows) want = {directions, features, columns};
     if (!stacked) want.erase(want.begin());
     PTQ4VM_CHECK(same_sizes(weight.sizes(), want), "a weight of ", features, " × ", channels,
-                 " channels is packed into (", count, ", ", steps,
-                 ", 16, 64) int8 or (…, 32) uint8, this one is ", shape_text(weight.sizes()), " ",
-                 name(weight.scalar_type()), "; pack it with ptq4vm.fused.pack_weight");
+                 " channels is packed into (", count, ", ", steps, ", 16, 64) int8 or (…, 32) uint8, this one is ",
+                 shape_text(weight.sizes()), " ", name(weight.scalar_type()),
+                 "; pack it with ptq4vm.fused.pack_weight");
     if (stacked) {
       check_shape("weight_sum", sum, {directions, features});
       check_shape("bias", bias, {directions, features});
@@ -68,7 +68,7 @@ inline void check_plain_weight(const Tensor& x, const Tensor& weight, const Tens
   check_codes("x", x, 1);
   const int64_t channels = x.size(x.dim() - 1), columns = nibbles ? divided_up(channels, 2) : channels;
   PTQ4VM_CHECK(weight.size(1) == columns, "a ", nibbles ? "packed 4-bit" : "int8", " weight for ", channels,
-                  " channels has ", columns, " columns, this one ", weight.size(1));
+               " channels has ", columns, " columns, this one ", weight.size(1));
   PTQ4VM_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
   check_shape("weight_scale", scale, {weight.size(0)});
 }

@@ -96,9 +96,10 @@ struct Rows {
   int64_t image = 0, row = 0;  // elements from one to the next
 };
 
-// reference.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
+// reference.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L,
+// E).
 struct Scan {
-  Rows u, delta, B, C, z;  // z may have no data
+  Rows u, delta, B, C, z;           // z may have no data
   const float *A, *D, *delta_bias;  // the last two may be null
   void* y;
   Float y_type;
@@ -126,10 +127,10 @@ struct ScanBackward {
   float *D, *z, *delta_bias;  // or null
 };
 
-// fused.directional_scan, and fused.directional_scan_quantize where there are codes instead of y. Layouts as there; what
-// is not of type Rows is contiguous.
+// fused.directional_scan, and fused.directional_scan_quantize where there are codes instead of y. Layouts as there;
+// what is not of type Rows is contiguous.
 struct DirectionalScan {
-  Rows u, z;  // z may have no data
+  Rows u, z;            // z may have no data
   int64_t u_direction;  // elements from one direction's u to the next one's; 0 where they share it
   const float* projected;
   Qparams step;             // K sets, with inv_smooth (K, R)
@@ -138,7 +139,7 @@ struct DirectionalScan {
   bool packed;  // two 4-bit codes a byte
   const int32_t* step_weight_sum;
   const float *step_weight_scale, *step_bias, *A, *D;  // D may be null
-  const int32_t* order;  // of every direction, `steps` tokens or -1
+  const int32_t* order;                                // of every direction, `steps` tokens or -1
   int64_t directions, batch, tokens, steps, channels, rank, states;
   float factor;
   bool merge;

@@ -11,7 +11,7 @@ Codes codes_of_directions(const Tensor& inv, const Tensor& zero, const Optional&
   PTQ4VM_CHECK(inv.dim() == 2 && inv.size(0) == directions, "scales of ", directions, " directions must be (",
                directions, ", L) or (", directions, ", 1), their shape is ", shape_text(inv.sizes()));
   PTQ4VM_CHECK(inv.size(1) == 1 || inv.size(1) == tokens, "token scales were calibrated for ", inv.size(1),
-                  " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+               " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   check_shape("inv_smooth", smooth, {directions, channels});
   return Codes(inv, zero, smooth, bits, std::max<int64_t>(1, inv.size(1)));
 }
@@ -48,8 +48,14 @@ std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t
   Tensor scale = torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Float);
   Tensor zero_point = torch::stable::new_empty(x, {shape.data(), shape.size()}, ScalarType::Int);
   const int low = lowest(bits);
-  const ChooseQparams q{input.data(),           input.type, in<float>(inv_smooth), out<float>(scale),
-                        out<int32_t>(zero_point), rows_of(x), channels,              low,
+  const ChooseQparams q{input.data(),
+                        input.type,
+                        in<float>(inv_smooth),
+                        out<float>(scale),
+                        out<int32_t>(zero_point),
+                        rows_of(x),
+                        channels,
+                        low,
                         -low - 1};
   run(q, x);
   return {scale, zero_point};
@@ -145,9 +151,21 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
   const Input input(x, true);
   Tensor u = make(input.values, {directions, batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
-  const Conv q{input.data(),     input.type,         input.values.stride(0), input.values.stride(1), in<float>(weight),
-               in<float>(bias),  in<int32_t>(order), u.mutable_data_ptr(),   out<int8_t>(result),    codes.view(),
-               directions,       batch,              tokens,                 channels,               taps,
+  const Conv q{input.data(),
+               input.type,
+               input.values.stride(0),
+               input.values.stride(1),
+               in<float>(weight),
+               in<float>(bias),
+               in<int32_t>(order),
+               u.mutable_data_ptr(),
+               out<int8_t>(result),
+               codes.view(),
+               directions,
+               batch,
+               tokens,
+               channels,
+               taps,
                true};
   run(q, x);
   return {typed(u, x), result};
@@ -162,7 +180,7 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
   PTQ4VM_CHECK(product("height and width", height, width) == tokens, "a map of height ", height, " and width ", width,
                " has not the ", tokens, " tokens of x");
   PTQ4VM_CHECK(rows % 2 == 1 && columns % 2 == 1, "a kernel of ", rows, " by ", columns,
-                  " has no middle: both must be odd");
+               " has no middle: both must be odd");
   check_shape("weight", weight, {channels, rows, columns});
   check_shape("bias", bias, {channels});
   check_axes("inv_scale", inv_scale, 2, "(K, L) or (K, 1)");
@@ -173,9 +191,21 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
   const Input input(x, true);
   Tensor u = make(input.values, {batch, tokens, channels}, input.values.scalar_type());
   Tensor result = make(x, {directions, batch, tokens, channels}, ScalarType::Char);
-  const Conv2d q{input.data(),     input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
-                 in<float>(bias),  u.mutable_data_ptr(), out<int8_t>(result), codes.view(), directions,
-                 batch,            height,     width,                  channels,               rows,
+  const Conv2d q{input.data(),
+                 input.type,
+                 input.values.stride(0),
+                 input.values.stride(1),
+                 in<float>(weight),
+                 in<float>(bias),
+                 u.mutable_data_ptr(),
+                 out<int8_t>(result),
+                 codes.view(),
+                 directions,
+                 batch,
+                 height,
+                 width,
+                 channels,
+                 rows,
                  columns};
   run(q, x);
   return {typed(u, x), result};
@@ -189,9 +219,21 @@ Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
   bias = floats("bias", bias);
   const Input input(x, true);
   Tensor y = make(x, {batch, tokens, channels}, input.values.scalar_type());
-  const Conv q{input.data(),    input.type, input.values.stride(0), input.values.stride(1), in<float>(weight),
-               in<float>(bias), nullptr,    y.mutable_data_ptr(),   nullptr,                {},
-               1,               batch,      tokens,                 channels,               weight.size(1),
+  const Conv q{input.data(),
+               input.type,
+               input.values.stride(0),
+               input.values.stride(1),
+               in<float>(weight),
+               in<float>(bias),
+               nullptr,
+               y.mutable_data_ptr(),
+               nullptr,
+               {},
+               1,
+               batch,
+               tokens,
+               channels,
+               weight.size(1),
                silu};
   run(q, x);
   return typed(y, x);

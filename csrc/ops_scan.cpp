@@ -32,9 +32,9 @@ struct DirectionalInputs {
     PTQ4VM_CHECK(K >= 1, "the order (K, T) has no direction");
     PTQ4VM_CHECK(u_.size(0) == K || u_.size(0) == 1, "u has ", u_.size(0), " directions, the order ", K);
     PTQ4VM_CHECK(1 <= rank && rank <= 512, "projected has ", projected_.size(3), " channels: with ", states,
-                    " states that leaves ", rank, " for the step, which must be between 1 and 512");
+                 " states that leaves ", rank, " for the step, which must be between 1 and 512");
     PTQ4VM_CHECK(scales == tokens || scales == 1, "the step's scales were calibrated for ", scales,
-                    " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+                 " tokens, the input has ", tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
     const bool packed = weight_.scalar_type() == ScalarType::Byte;
     PTQ4VM_CHECK(packed || weight_.scalar_type() == ScalarType::Char,
                  "step_weight must be int8, or uint8 with two 4-bit codes a byte, it is ", name(weight_.scalar_type()));
@@ -59,8 +59,8 @@ struct DirectionalInputs {
 
     scan.u = rows(u), scan.z = rows(z), scan.u_direction = u.size(0) > 1 ? u.stride(0) : 0;
     scan.projected = in<float>(projected);
-    scan.step = {in<float>(inv_scale), in<int32_t>(zero_point), in<float>(inv_smooth), scales, lowest(bits),
-                 -lowest(bits) - 1};
+    scan.step = {in<float>(inv_scale), in<int32_t>(zero_point), in<float>(inv_smooth), scales,
+                 lowest(bits),         -lowest(bits) - 1};
     scan.step_scale = in<float>(scale);
     scan.step_weight = weight.const_data_ptr(), scan.packed = packed;
     scan.step_weight_sum = in<int32_t>(weight_sum), scan.step_weight_scale = in<float>(weight_scale);
@@ -87,15 +87,15 @@ Tensor directional_scan(Tensor u, Tensor projected, Tensor step_inv_scale, Tenso
 
 Tensor directional_scan_quantize(Tensor u, Tensor projected, Tensor step_inv_scale, Tensor step_scale,
                                  Tensor step_zero_point, Optional step_inv_smooth, int64_t step_bits,
-                                 Tensor step_weight, Tensor step_weight_sum, Tensor step_weight_scale,
-                                 Tensor step_bias, Tensor A, Optional D, Optional z, Tensor order, double factor,
-                                 Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
+                                 Tensor step_weight, Tensor step_weight_sum, Tensor step_weight_scale, Tensor step_bias,
+                                 Tensor A, Optional D, Optional z, Tensor order, double factor, Tensor inv_scale,
+                                 Tensor zero_point, Optional inv_smooth, int64_t bits) {
   DirectionalInputs s(u, projected, step_inv_scale, step_scale, step_zero_point, step_inv_smooth, step_bits,
                       step_weight, step_weight_sum, step_weight_scale, step_bias, A, D, z, order, true, factor);
   DirectionalScan& q = s.scan;
   const int64_t scales = inv_scale.numel();
   PTQ4VM_CHECK(scales == q.tokens || scales == 1, "token scales were calibrated for ", scales,
-                  " tokens, the input has ", q.tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
+               " tokens, the input has ", q.tokens, "; calibrate at this resolution or use Granularity.PER_TENSOR");
   check_shape("inv_scale", inv_scale, {scales});
   check_shape("zero_point", zero_point, {scales});
   check_shape("inv_smooth", inv_smooth, {q.channels});

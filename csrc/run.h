@@ -1,5 +1,5 @@
-// What the library of a device brings to the glue: kernels for the arguments that the glue has checked. `on` is a tensor
-// of the operator, and says which device.
+// What the library of a device brings to the glue: kernels for the arguments that the glue has checked. `on` is a
+// tensor of the operator, and says which device.
 #pragma once
 
 #include "glue.h"

@@ -56,9 +56,8 @@ struct ScanInputs {
   }
 
   Scan view(void* y, Float y_type) const {
-    return {rows(u),      rows(delta),          rows(B), rows(C), rows(z), in<float>(A),
-            in<float>(D), in<float>(delta_bias), y,       y_type,  batch,   tokens,
-            channels,     states,               softplus};
+    return {rows(u), rows(delta), rows(B), rows(C), rows(z),  in<float>(A), in<float>(D), in<float>(delta_bias),
+            y,       y_type,      batch,   tokens,  channels, states,       softplus};
   }
 };
 

@@ -1,18 +1,18 @@
 // The operators' schemas, as ptq4vm/ops.py defines them where the libraries are missing; a test holds them equal.
 #pragma once
 
-#define PTQ4VM_SCAN                                                                                     \
-  "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "    \
+#define PTQ4VM_SCAN                                                                                  \
+  "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, " \
   "bool delta_softplus"
 #define PTQ4VM_CONV "Tensor x, Tensor weight, Tensor? bias, bool silu"
 #define PTQ4VM_FAKE "Tensor x, Tensor scale, Tensor? zero_point, Tensor? smooth, int bits"
 #define PTQ4VM_QPARAMS "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
-#define PTQ4VM_LINEAR                                                                                    \
+#define PTQ4VM_LINEAR                                                                                      \
   "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale, " \
   "Tensor? bias"
-#define PTQ4VM_STEPS                                                                                           \
-  "Tensor u, Tensor projected, Tensor step_inv_scale, Tensor step_scale, Tensor step_zero_point, "             \
-  "Tensor? step_inv_smooth, int step_bits, Tensor step_weight, Tensor step_weight_sum, "                       \
+#define PTQ4VM_STEPS                                                                               \
+  "Tensor u, Tensor projected, Tensor step_inv_scale, Tensor step_scale, Tensor step_zero_point, " \
+  "Tensor? step_inv_smooth, int step_bits, Tensor step_weight, Tensor step_weight_sum, "           \
   "Tensor step_weight_scale, Tensor step_bias, Tensor A, Tensor? D, Tensor? z, Tensor order"
 
 namespace ptq4vm {

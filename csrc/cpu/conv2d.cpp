@@ -16,8 +16,8 @@ template <class T>
 struct Row {
   const T* const* inputs;  // the rows that the kernel covers, null outside of the map
   T* y;
-  int8_t* codes;      // of the first direction
-  const Grid* grids;  // (directions, width)
+  int8_t* codes;                               // of the first direction
+  const Grid* grids;                           // (directions, width)
   const f32xw *weights, *biases, *inv_smooth;  // (vectors, rows · columns), (vectors,), (vectors, directions)
   int64_t x_row, channels, width, directions, map, rows, columns;  // map: codes of a direction
 };
@@ -105,8 +105,20 @@ void run(const Conv2d& c, int64_t begin, int64_t end) {
     }
     const int64_t at = row * c.width * E;
     const int64_t map = c.batch * c.height * c.width * E;
-    const Row<T> r{inputs.data(), static_cast<T*>(c.y) + at, c.codes + at, grids.data(),
-                   weights.data(), biases.data(), inv_smooth.data(), c.x_row, E, c.width, K, map, c.rows, c.columns};
+    const Row<T> r{inputs.data(),
+                   static_cast<T*>(c.y) + at,
+                   c.codes + at,
+                   grids.data(),
+                   weights.data(),
+                   biases.data(),
+                   inv_smooth.data(),
+                   c.x_row,
+                   E,
+                   c.width,
+                   K,
+                   map,
+                   c.rows,
+                   c.columns};
     if (c.rows == 3 && c.columns == 3) {
       three_by_three<true>(r, 0, E / WIDTH, WIDTH);
       if (E % WIDTH) three_by_three<false>(r, E / WIDTH, vectors, E % WIDTH);

@@ -71,15 +71,11 @@ void use_isa(Isa value) { chosen() = static_cast<int>(value <= best_isa() ? valu
 const Kernels& kernels() {
   switch (isa()) {
 #ifdef PTQ4VM_HAS_vnni
-    case Isa::amx:
-      return kernels_amx();
-    case Isa::vnni:
-      return kernels_vnni();
-    case Isa::avx2:
-      return kernels_avx2();
+    case Isa::amx: return kernels_amx();
+    case Isa::vnni: return kernels_vnni();
+    case Isa::avx2: return kernels_avx2();
 #endif
-    default:
-      return kernels_portable();
+    default: return kernels_portable();
   }
 }
 

@@ -55,9 +55,8 @@ inline void scan(const Scan& s, double* out) {
   std::vector<double> steps(s.tokens), states(s.tokens * s.states);
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t e = 0; e < s.channels; e++) {
-      scan_channel(s, b, e, steps, states, [&](int64_t, int64_t at, double, double y) {
-        out[at] = s.z ? y * s.z[at] * sigmoid(s.z[at]) : y;
-      });
+      scan_channel(s, b, e, steps, states,
+                   [&](int64_t, int64_t at, double, double y) { out[at] = s.z ? y * s.z[at] * sigmoid(s.z[at]) : y; });
     }
   }
 }

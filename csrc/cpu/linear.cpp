@@ -153,9 +153,7 @@ inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
   return sum + (i32xw)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 }
 #elif defined(__SSE2__)
-inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
-  return sum + (i32xw)_mm_madd_epi16((__m128i)a, (__m128i)b);
-}
+inline i32xw add_products(i32xw sum, i32xw a, i32xw b) { return sum + (i32xw)_mm_madd_epi16((__m128i)a, (__m128i)b); }
 #else
 inline i32xw add_products(i32xw sum, i32xw a, i32xw b) {
   return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);

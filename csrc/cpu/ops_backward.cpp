@@ -1,4 +1,5 @@
-// What only the CPU has: the scan with quantized states, gradients of the scan and of the convolution, and all in float64.
+// What only the CPU has: the scan with quantized states, gradients of the scan and of the convolution, and all in
+// float64.
 #include "../run.h"
 #include "../scan_inputs.h"
 #include "float64.h"
@@ -8,9 +9,9 @@ namespace ptq4vm {
 namespace {
 
 float64::Scan exact(const ScanInputs& s) {
-  return {in<double>(s.u), in<double>(s.delta), in<double>(s.A), in<double>(s.B),        in<double>(s.C),
-          in<double>(s.D), in<double>(s.z),     in<double>(s.delta_bias), s.batch, s.tokens, s.channels,
-          s.states,        s.softplus};
+  return {in<double>(s.u), in<double>(s.delta),      in<double>(s.A), in<double>(s.B), in<double>(s.C), in<double>(s.D),
+          in<double>(s.z), in<double>(s.delta_bias), s.batch,         s.tokens,        s.channels,      s.states,
+          s.softplus};
 }
 
 Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
@@ -21,7 +22,7 @@ Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
   const int64_t scales = state_scale.numel();
   check_shape("state_scale", state_scale, {scales});
   PTQ4VM_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
-                  " tokens, the input has ", s.tokens, "; calibrate at this resolution");
+               " tokens, the input has ", s.tokens, "; calibrate at this resolution");
   check_shape("state_inv_scale", state_inv_scale, {scales});
   state_scale = floats("state_scale", state_scale, s.type);
   state_inv_scale = floats("state_inv_scale", state_inv_scale, s.type);
@@ -34,8 +35,12 @@ Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tens
     if (y.numel()) float64::scan(q, out<double>(y));
     return y;
   }
-  const QuantizedScan q{s.view(y.mutable_data_ptr(), float_type(y)), in<float>(state_scale),
-                        in<float>(state_inv_scale), scales, low, high};
+  const QuantizedScan q{s.view(y.mutable_data_ptr(), float_type(y)),
+                        in<float>(state_scale),
+                        in<float>(state_inv_scale),
+                        scales,
+                        low,
+                        high};
   const auto run = kernels().scan_quantized;
   torch::stable::parallel_for(0, s.tokens ? s.batch * groups(s.channels) : 0, 1,
                               [&](int64_t begin, int64_t end) { run(q, begin, end); });
@@ -106,8 +111,8 @@ Eight selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Ten
   if (empty) {
     // all gradients are zero
   } else if (wide) {
-    const float64::Gradients to{out<double>(du), out<double>(ddelta), out<double>(dA), out<double>(dB), out<double>(dC),
-                                out<double>(dD), out<double>(dz),     out<double>(dbias)};
+    const float64::Gradients to{out<double>(du), out<double>(ddelta), out<double>(dA), out<double>(dB),
+                                out<double>(dC), out<double>(dD),     out<double>(dz), out<double>(dbias)};
     float64::scan_backward(exact(s), in<double>(grad), to);
   } else {
     const ScanBackward q{s.view(nullptr, Float::f32),
@@ -130,7 +135,7 @@ Eight selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Ten
   const auto maybe = [&](const Optional& value, const Optional& original) {
     return value ? typed(*value, *original) : make(s.u, {0}, type);
   };
-  return {typed(du, u), typed(ddelta, delta), typed(dA, A),  typed(dB, B),
+  return {typed(du, u), typed(ddelta, delta), typed(dA, A), typed(dB, B),
           typed(dC, C), maybe(dD, D),         maybe(dz, z), maybe(dbias, bias)};
 }
 
@@ -155,14 +160,23 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x,
     dx = make(c.x, {c.batch, c.tokens, c.channels}, c.type);
     dweight = make(c.x, {c.batch, c.channels, c.taps}, c.type);
     if (bias) dbias = make(c.x, {c.batch, c.channels}, c.type);
-    const Conv forward{in<float>(c.x), Float::f32, c.tokens * c.channels, c.channels, in<float>(c.weight),
-                       in<float>(c.bias), nullptr, nullptr, nullptr, {}, 1, c.batch, c.tokens, c.channels, c.taps,
+    const Conv forward{in<float>(c.x),
+                       Float::f32,
+                       c.tokens * c.channels,
+                       c.channels,
+                       in<float>(c.weight),
+                       in<float>(c.bias),
+                       nullptr,
+                       nullptr,
+                       nullptr,
+                       {},
+                       1,
+                       c.batch,
+                       c.tokens,
+                       c.channels,
+                       c.taps,
                        silu};
-    const ConvBackward q{forward,
-                         in<float>(grad),
-                         out<float>(dx),
-                         out<float>(dweight),
-                         out<float>(dbias)};
+    const ConvBackward q{forward, in<float>(grad), out<float>(dx), out<float>(dweight), out<float>(dbias)};
     const auto run = kernels().conv_backward;
     torch::stable::parallel_for(0, c.batch * groups(c.channels), 1,
                                 [&](int64_t begin, int64_t end) { run(q, begin, end); });

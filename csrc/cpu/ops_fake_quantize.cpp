@@ -31,8 +31,15 @@ struct FakeQuantizeInputs {
 
   FakeQuantize view(float* y) const {
     const int half_range = 1 << (bits - 1);
-    return {in<float>(x), in<float>(smooth), in<float>(scale), in<float>(zero_point), y,
-            rows,         channels,          scales,           zero_point ? -half_range : 1 - half_range,
+    return {in<float>(x),
+            in<float>(smooth),
+            in<float>(scale),
+            in<float>(zero_point),
+            y,
+            rows,
+            channels,
+            scales,
+            zero_point ? -half_range : 1 - half_range,
             half_range - 1};
   }
 };
@@ -88,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, T
   };
   Tensor dsmooth = need_smooth ? make(inputs.x, {q.channels}, ScalarType::Float) : none();
   if (need_smooth) sum_rows(by_block.data(), blocks, q.channels, out<float>(dsmooth), 1);
-  return {as(dx, x.scalar_type()), as(summed(need_scale, scales), scale.scalar_type()),
-          summed(need_zero_point, zeros),
+  return {as(dx, x.scalar_type()), as(summed(need_scale, scales), scale.scalar_type()), summed(need_zero_point, zeros),
           as(dsmooth, (smooth ? *smooth : x).scalar_type())};
 }
 

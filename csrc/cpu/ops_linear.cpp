@@ -77,8 +77,13 @@ Tensor tiled(const LinearInputs& i) {
 Linear problem(const LinearInputs& i, const Tensor& tiles) {
   Linear q{};
   q.x = in<int8_t>(i.x), q.x_scale = in<float>(i.x_scale), q.zero_point = in<int32_t>(i.zero_point);
-  q.weight = {tiles.const_data_ptr(), i.nibbles && !i.in_rows, in<int32_t>(i.sum), in<float>(i.scale),
-              in<float>(i.bias),      i.channels,              i.features};
+  q.weight = {tiles.const_data_ptr(),
+              i.nibbles && !i.in_rows,
+              in<int32_t>(i.sum),
+              in<float>(i.scale),
+              in<float>(i.bias),
+              i.channels,
+              i.features};
   // Then also sums with the bias are multiples of numbers that are not denormal.
   constexpr float LEAST = 0x1p-100f;
   q.normal = smallest(i.x_scale) * smallest(i.scale) > LEAST && (!i.bias || smallest(*i.bias) > LEAST);

@@ -30,8 +30,8 @@ inline void store_codes(int8_t* to, f32xw value, Grid grid) {
   value = at_most(grid.high, at_least(grid.low, value * grid.inv_scale));
 #if defined(__AVX512F__)
   const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-  const __m512i codes = _mm512_maskz_add_epi32(ordered, _mm512_maskz_cvtps_epi32(0xffff, value),
-                                               _mm512_set1_epi32(grid.zero_point));
+  const __m512i codes =
+      _mm512_maskz_add_epi32(ordered, _mm512_maskz_cvtps_epi32(0xffff, value), _mm512_set1_epi32(grid.zero_point));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(0xffff, codes));
 #elif defined(__AVX2__)
   const __m256i shifted = _mm256_add_epi32(_mm256_cvtps_epi32(value), _mm256_set1_epi32(grid.zero_point));

@@ -1,8 +1,7 @@
-// reference.selective_scan, its adjoint, selective_scan_quantized, and fused.directional_scan(_quantize), in float32: outputs and gradients
-// differ from those in float64 by about 1e-6 of the largest. Sums over channels and tokens have one order, whatever the
-// division of work.
-// Channels lie in lanes, B and C of a token are broadcast. A chunk of tokens goes through three stages: what needs no
-// state, the recurrence with a block of states in registers, and the gate.
+// reference.selective_scan, its adjoint, selective_scan_quantized, and fused.directional_scan(_quantize), in float32:
+// outputs and gradients differ from those in float64 by about 1e-6 of the largest. Sums over channels and tokens have
+// one order, whatever the division of work. Channels lie in lanes, B and C of a token are broadcast. A chunk of tokens
+// goes through three stages: what needs no state, the recurrence with a block of states in registers, and the gate.
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
@@ -95,9 +94,8 @@ struct Mixing {
   void read(const Scan& s, int64_t image, int64_t token) {
     for (int64_t t = 0; t < std::min(CHUNK, s.tokens - token); t++) {
       const auto copy = [&](const Rows& x, float* to) {
-        each_vector(x, image, token + t, 0, s.states, [&](int64_t v, f32xw value) {
-          store_lanes(to + v * WIDTH, value, s.states - v * WIDTH);
-        });
+        each_vector(x, image, token + t, 0, s.states,
+                    [&](int64_t v, f32xw value) { store_lanes(to + v * WIDTH, value, s.states - v * WIDTH); });
       };
       copy(s.B, B.data() + t * s.states);
       copy(s.C, C.data() + t * s.states);
@@ -176,14 +174,10 @@ inline f32xw decayed(f32xw h, f32xw x, f32xw input) {
 template <class Work>
 inline void for_span(Span span, Work work) {
   switch (span) {
-    case Span::half:
-      return work(std::integral_constant<Span, Span::half>());
-    case Span::two:
-      return work(std::integral_constant<Span, Span::two>());
-    case Span::normal:
-      return work(std::integral_constant<Span, Span::normal>());
-    case Span::any:
-      return work(std::integral_constant<Span, Span::any>());
+    case Span::half: return work(std::integral_constant<Span, Span::half>());
+    case Span::two: return work(std::integral_constant<Span, Span::two>());
+    case Span::normal: return work(std::integral_constant<Span, Span::normal>());
+    case Span::any: return work(std::integral_constant<Span, Span::any>());
   }
 }
 
@@ -294,8 +288,7 @@ struct Codes {
 };
 
 template <Span SPAN, int N, class Kept>
-void recur_block(Chunk& c, int64_t v, const Mixing& mixing, int64_t S, int64_t first, const f32xw* rates,
-                 Kept states) {
+void recur_block(Chunk& c, int64_t v, const Mixing& mixing, int64_t S, int64_t first, const f32xw* rates, Kept states) {
   const float *B = mixing.B.data() + first, *C = mixing.C.data() + first;
   f32xw h[N], rate[N];
   unroll<N>([&](auto n) { h[n] = states.load(n), rate[n] = rates[n]; });
@@ -395,9 +388,8 @@ struct States {
   void recur(Chunk& c, int64_t v, f32xw longest, const Mixing& mixing, int64_t at, Kept kept) {
     for_states(S, [&](auto n, int64_t first) {
       const int64_t i = at * S + first;
-      for_span(span_of(longest * fastest[i]), [&](auto span) {
-        recur_block<span(), n()>(c, v, mixing, S, first, &rates[i], kept(i));
-      });
+      for_span(span_of(longest * fastest[i]),
+               [&](auto span) { recur_block<span(), n()>(c, v, mixing, S, first, &rates[i], kept(i)); });
     });
   }
 };
@@ -513,8 +505,8 @@ class Backward {
 };
 
 // The step's integer linear for the tokens of a chunk: their codes are quantized here, and the weight of a panel of
-// channels is unpacked once for a direction. Floats hold its sums: |code - zero point| and |code + 128| are below 256, |weight|
-// is at most 128, so that 512 products stay within 2^24.
+// channels is unpacked once for a direction. Floats hold its sums: |code - zero point| and |code + 128| are below 256,
+// |weight| is at most 128, so that 512 products stay within 2^24.
 class Steps {
  public:
   Steps(const DirectionalScan& scan, int64_t channels)
@@ -555,9 +547,8 @@ class Steps {
     const int8_t* row = &weight[v * rank * LANES];
     for (const uint8_t* x = codes.data(); x < codes.data() + codes.size(); x += 4 * CHUNK, row += TILE) {
       const auto w = load_as<__m512i>(row);
-      unroll<CHUNK>([&](auto t) {
-        acc[t] = _mm512_dpbusd_epi32(acc[t], _mm512_set1_epi32(load_as<int32_t>(x + 4 * t)), w);
-      });
+      unroll<CHUNK>(
+          [&](auto t) { acc[t] = _mm512_dpbusd_epi32(acc[t], _mm512_set1_epi32(load_as<int32_t>(x + 4 * t)), w); });
     }
     const int64_t at = direction * s.channels + channel, left = s.channels - channel;
     const auto sums = (i32xw)load_lanes(reinterpret_cast<const float*>(s.step_weight_sum) + at, left);

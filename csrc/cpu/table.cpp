@@ -30,18 +30,46 @@ void fake_quantize_backward(const FakeQuantizeBackward&, int64_t, int64_t);
 
 const Kernels& PTQ4VM_JOIN(kernels_, PTQ4VM_SET)() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear, scan, scan_quantized, scan_backward, directional_scan,
-                             choose_qparams, dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
-                             conv_backward, fake_quantize, fake_quantize_backward};
+  static const Kernels table{quantize,
+                             pack,
+                             linear,
+                             scan,
+                             scan_quantized,
+                             scan_backward,
+                             directional_scan,
+                             choose_qparams,
+                             dequantize,
+                             rotate,
+                             rotate_quantize,
+                             norm_quantize,
+                             conv,
+                             conv2d,
+                             conv_backward,
+                             fake_quantize,
+                             fake_quantize_backward};
   return table;
 }
 
 #ifdef __AVX512VNNI__
 const Kernels& kernels_amx() {
   using namespace PTQ4VM_SET;
-  static const Kernels table{quantize, pack, linear_amx, scan, scan_quantized, scan_backward, directional_scan,
-                             choose_qparams, dequantize, rotate, rotate_quantize, norm_quantize, conv, conv2d,
-                             conv_backward, fake_quantize, fake_quantize_backward};
+  static const Kernels table{quantize,
+                             pack,
+                             linear_amx,
+                             scan,
+                             scan_quantized,
+                             scan_backward,
+                             directional_scan,
+                             choose_qparams,
+                             dequantize,
+                             rotate,
+                             rotate_quantize,
+                             norm_quantize,
+                             conv,
+                             conv2d,
+                             conv_backward,
+                             fake_quantize,
+                             fake_quantize_backward};
   return table;
 }
 #endif

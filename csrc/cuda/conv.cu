@@ -11,7 +11,7 @@ constexpr int STRIP = 8, STRIPS = 4;  // STRIPS of them in a block
 
 // TAPS is their number, or 0 where it is not known: then inputs are read again for every tap.
 template <class T, int V, int TAPS>
-__global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
+__global__ void __launch_bounds__(WARP_SIZE* STRIPS) conv_kernel(Conv c) {
   const int64_t panels = ceil_div<int64_t>(c.channels, WARP_SIZE * V);
   const int64_t chunks = ceil_div<int64_t>(c.tokens, STRIP * STRIPS);
   const int64_t chunk = blockIdx.x / panels % chunks, item = blockIdx.x / panels / chunks;

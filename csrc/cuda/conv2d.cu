@@ -10,7 +10,7 @@ constexpr int STRIP = 4, STRIPS = 4;  // STRIPS of them in a block
 
 // SIDE is that of a square kernel, or 0 where it is another: then inputs are read again for every tap.
 template <class T, int V, int SIDE>
-__global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
+__global__ void __launch_bounds__(WARP_SIZE* STRIPS) conv2d_kernel(Conv2d c) {
   const int64_t panels = ceil_div<int64_t>(c.channels, WARP_SIZE * V), strips = ceil_div<int64_t>(c.width, STRIP);
   const int64_t item = blockIdx.x / panels * STRIPS + threadIdx.y, row = item / strips;  // of all images' rows
   const int64_t e = (blockIdx.x % panels * WARP_SIZE + threadIdx.x) * V;

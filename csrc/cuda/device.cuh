@@ -1,6 +1,6 @@
 // What kernels share. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
-//   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty grid
-//   PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
+//   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty
+//   grid PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
 //   PTQ4VM_DYNAMIC_SHARED(float, row);          float* row: the shared_bytes of the launch; once in a kernel
 //   with_type(q.x_type, [&](auto t) { using T = decltype(t); … });      T: float, bfloat16 or float16
 //   load<8>(from, v), store<8>(to, v)           float v[8] from and to any T, in 16-byte accesses: `from` is aligned to
@@ -9,9 +9,9 @@
 //   const Grid grid(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
 //   grid.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
 //   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
-//   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be null
-//   warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them
-//   block_sum<WARPS>(v, scratch)                over a block of WARPS warps, to all threads, in one order
+//   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be
+//   null warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them block_sum<WARPS>(v, scratch)
+//   over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
 #pragma once
 
@@ -24,15 +24,15 @@
 #include "launch.h"
 
 #ifdef PTQ4VM_EMULATOR
-#define PTQ4VM_SHARED(T, name, dims)  \
-  typedef T name##_array dims;        \
-  static const char name##_key = 0;   \
+#define PTQ4VM_SHARED(T, name, dims) \
+  typedef T name##_array dims;       \
+  static const char name##_key = 0;  \
   name##_array& name = ::ptq4vm::emulator::shared<name##_array>(&name##_key)
 #define PTQ4VM_DYNAMIC_SHARED(T, name) \
   T* const name = reinterpret_cast<T*>(::ptq4vm::emulator::Machine::get().dynamic.data())
 #else
 #define PTQ4VM_SHARED(T, name, dims) __shared__ __align__(16) T name dims
-#define PTQ4VM_DYNAMIC_SHARED(T, name)                              \
+#define PTQ4VM_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char ptq4vm_dynamic[]; \
   T* const name = reinterpret_cast<T*>(ptq4vm_dynamic)
 #endif
@@ -76,7 +76,9 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 template <class T>
-__host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
 
 // Once a row it would be a call of a hundred instructions; most numbers have 32 bits.
 // A token of an order, which the host does not read: one below `least` or beyond the tokens stops the kernel before it
@@ -91,8 +93,12 @@ __device__ inline int64_t remainder(int64_t a, int64_t b) {
   return a % b;
 }
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
 template <class F>
 void with_type(Float type, F f) {
@@ -123,7 +129,9 @@ template <class T>
 __device__ T from_float(float value);
 
 template <>
-__device__ inline float from_float<float>(float value) { return value; }
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
 
 template <>
 __device__ inline bfloat16 from_float<bfloat16>(float value) {
@@ -146,17 +154,23 @@ __device__ inline float16 from_float<float16>(float value) {
 #else
   const unsigned bits = __float_as_uint(value), magnitude = bits & 0x7fffffffu;
   unsigned half;
-  if (magnitude > 0x7f800000) half = 0x7fff;
-  else if (magnitude >= 0x477ff000) half = 0x7c00;  // from 65520 on
-  else if (magnitude < 0x38800000) half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000;
-  else half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  if (magnitude > 0x7f800000)
+    half = 0x7fff;
+  else if (magnitude >= 0x477ff000)
+    half = 0x7c00;  // from 65520 on
+  else if (magnitude < 0x38800000)
+    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000;
+  else
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   return {static_cast<uint16_t>((bits >> 16 & 0x8000) | half)};
 #endif
 }
 
 // N numbers in one access, or several of 16 bytes.
 template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector { T values[N]; };
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T values[N];
+};
 
 // Whether all accesses to vectors of N from this pointer on, at multiples of N, are aligned.
 template <int N, class T>
@@ -207,7 +221,9 @@ struct Grid {
   }
 
  private:
-  struct Place { int64_t index; };
+  struct Place {
+    int64_t index;
+  };
 
   __device__ static Place at(const Qparams& q, int64_t row, int64_t set) {
     return {set * q.scales + remainder(row, q.scales)};
@@ -245,7 +261,8 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Of a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used again at once.
+// Of a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used again at
+// once.
 template <int WARPS>
 __device__ float block_sum(float value, float* scratch) {
   value = warp_sum(value);

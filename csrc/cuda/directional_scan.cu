@@ -54,8 +54,10 @@ struct Panel {
     e = blockIdx.x % panels * LANES + lane;
     inside = e < s.channels;
     channel = min(e, s.channels - 1);  // threads without one take the last, and write nothing
-    if (sums_in_shared<LANES>(s)) sums = {shared + lane, LANES};
-    else sums = {s.sums + image * s.tokens * s.channels + channel, s.channels};
+    if (sums_in_shared<LANES>(s))
+      sums = {shared + lane, LANES};
+    else
+      sums = {s.sums + image * s.tokens * s.channels + channel, s.channels};
   }
 
   // Tokens that a direction does not name are zeros.
@@ -90,7 +92,7 @@ struct Panel {
 
 // Directions at once, each of them one warp, which waits for others only to add to the sums.
 template <int N, class T>
-__global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(DirectionalScan s) {
+__global__ void __launch_bounds__(WARP_SIZE* MOST_DIRECTIONS, 4) warps_kernel(DirectionalScan s) {
   PTQ4VM_DYNAMIC_SHARED(float, memory);  // sums, a chunk for every warp, states
   const Panel<WARP_SIZE> panel(s, memory);
   float* free = memory + (sums_in_shared<WARP_SIZE>(s) ? s.tokens * WARP_SIZE : 0);
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
 // One state, and one direction after the other. Every group of threads has STRIP of a chunk's steps: it runs them from
 // a state of zero, and adds what the state before them becomes when all groups know theirs.
 template <int LANES, int GROUPS, class T>
-__global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(DirectionalScan s) {
+__global__ void __launch_bounds__(LANES* GROUPS, 3) segments_kernel(DirectionalScan s) {
   constexpr int STEPS = GROUPS * STRIP;
   PTQ4VM_DYNAMIC_SHARED(float, memory);  // sums, a chunk
   PTQ4VM_SHARED(float, last, [GROUPS][LANES]);
@@ -181,8 +183,10 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
         y[t] = fmaf(before, weight[t], y[t]);
-        if (s.merge) panel.add(tokens[t], y[t]);
-        else panel.write_direction(k, tokens[t], y[t]);
+        if (s.merge)
+          panel.add(tokens[t], y[t]);
+        else
+          panel.write_direction(k, tokens[t], y[t]);
       }
       __syncthreads();
     }
@@ -198,8 +202,8 @@ unsigned blocks(const DirectionalScan& s) {
 template <int N, class T>
 void launch_warps(const DirectionalScan& s, Stream stream) {
   const int groups = static_cast<int>(std::min<int64_t>(s.directions, MOST_DIRECTIONS));
-  const size_t words = words_of_sums<WARP_SIZE>(s) + groups * Chunk<STRIP, N>::words(s) +
-                       States<N>::words(s.states, groups * WARP_SIZE);
+  const size_t words =
+      words_of_sums<WARP_SIZE>(s) + groups * Chunk<STRIP, N>::words(s) + States<N>::words(s.states, groups * WARP_SIZE);
   PTQ4VM_LAUNCH(warps_kernel<N, T>, blocks<WARP_SIZE>(s), dim3(WARP_SIZE, groups), words * sizeof(float), stream, s);
 }
 

@@ -75,8 +75,8 @@ struct LinearEpilogue {
   __device__ LinearColumns columns(int64_t direction, int column) const {
     const int64_t at = direction * p.features + column;
     const int count = static_cast<int>(p.features) - column;
-    const float *bias = p.bias ? p.bias + at : nullptr;
-    const float *inv_smooth = CODES && p.qparams.inv_smooth ? p.qparams.inv_smooth + at : nullptr;
+    const float* bias = p.bias ? p.bias + at : nullptr;
+    const float* inv_smooth = CODES && p.qparams.inv_smooth ? p.qparams.inv_smooth + at : nullptr;
     const bool all = whole && count > 0;
     return {read_eight(p.weight_sum + at, count, all, 0), read_eight(p.weight_scale + at, count, all, 0.0f),
             read_eight(bias, count, all, -0.0f),  // x + -0 is x, for every x

@@ -77,7 +77,8 @@ struct LinearEpilogueSm90 {
     for (int eight = 0; eight < EIGHTS; eight += 4) {
       const int column = first_column + eight * WIDTH;
       const LinearColumns columns = CODES ? epilogue.columns(direction, column) : next;
-      if (!CODES && eight + 4 < EIGHTS) next = epilogue.columns(direction, column + 4 * WIDTH);  // on its way while others store
+      if (!CODES && eight + 4 < EIGHTS)
+        next = epilogue.columns(direction, column + 4 * WIDTH);  // on its way while others store
 #pragma unroll
       for (int i = 0; i < PARTS * 2; i++) {
         int values[4][2];

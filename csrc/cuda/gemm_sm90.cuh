@@ -34,8 +34,10 @@ struct GemmSm90 {
         cutlass::gemm::GemmUniversalMode::kGemm,
         {static_cast<int>(p.rows), static_cast<int>(p.features), static_cast<int>(p.channels),
          static_cast<int>(p.directions)},
-        {static_cast<const int8_t*>(p.x), {p.channels, {}, p.rows * p.channels},
-         static_cast<const int8_t*>(p.weight), {p.channels, {}, p.features * p.channels}},
+        {static_cast<const int8_t*>(p.x),
+         {p.channels, {}, p.rows * p.channels},
+         static_cast<const int8_t*>(p.weight),
+         {p.channels, {}, p.features * p.channels}},
         LinearEpilogue<CODES>(p)};  // on every multiprocessor of the current device
     const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
     PTQ4VM_LAUNCH(linear_s8_sm90_kernel<Kernel>, Kernel::get_grid_shape(params), Kernel::get_block_shape(),

@@ -1,7 +1,7 @@
 // One host function per operator: it starts the kernels on a stream of the current device and returns at once. Pointers
-// are to that device's memory, but for what operators.h has by value or as a Rotation. No allocation, no synchronisation,
-// no state; an operator without rows starts nothing. Whoever calls asks cudaGetLastError afterwards. Where a block needs
-// more shared memory than the device has, std::length_error is thrown.
+// are to that device's memory, but for what operators.h has by value or as a Rotation. No allocation, no
+// synchronisation, no state; an operator without rows starts nothing. Whoever calls asks cudaGetLastError afterwards.
+// Where a block needs more shared memory than the device has, std::length_error is thrown.
 #pragma once
 
 #include "../operators.h"

@@ -1,4 +1,5 @@
-// Nibble by nibble, compiled for compute capability 8.0 to 8.9 only: later GPUs emulate this mma with hundreds of others.
+// Nibble by nibble, compiled for compute capability 8.0 to 8.9 only: later GPUs emulate this mma with hundreds of
+// others.
 #include "gemm.cuh"
 
 namespace ptq4vm {

@@ -1,7 +1,7 @@
 // fused.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, in one pass over
-// memory. A warp has a row of up to 1024 channels and a block one of more; its values stay in registers, or are read again
-// where rows are longer than those or at no alignment. Sums have one order; codes may differ from the reference's by one
-// at rounding ties.
+// memory. A warp has a row of up to 1024 channels and a block one of more; its values stay in registers, or are read
+// again where rows are longer than those or at no alignment. Sums have one order; codes may differ from the reference's
+// by one at rounding ties.
 #include "rotate.cuh"
 
 namespace ptq4vm {
@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(THREADS)
 template <class T, int WARPS, int N, int ITEMS>
 void run(const NormQuantize& q, Stream stream) {
   if (q.rotation) {
-    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, true>, grid_of<WARPS>(q.rows), THREADS,
-                  shared_bytes<WARPS>(q.channels), stream, q, RotationOnDevice(*q.rotation));
+    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, true>, grid_of<WARPS>(q.rows), THREADS, shared_bytes<WARPS>(q.channels),
+                  stream, q, RotationOnDevice(*q.rotation));
   } else {
     PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, false>, grid_of<WARPS>(q.rows), THREADS, 0, stream, q,
                   RotationOnDevice(Rotation{}));

@@ -23,8 +23,8 @@ Tensor rows_of(const Tensor& memory, const cuda::Codes& codes, bool nibbles, int
 }
 
 cuda::Codes weight_codes(const LinearInputs& i) {
-  const Layout layout = i.in_rows ? (i.nibbles ? Layout::nibbles : Layout::bytes)
-                                  : (i.nibbles ? Layout::nibble_tiles : Layout::tiles);
+  const Layout layout =
+      i.in_rows ? (i.nibbles ? Layout::nibbles : Layout::bytes) : (i.nibbles ? Layout::nibble_tiles : Layout::tiles);
   const int64_t columns = i.in_rows ? i.weight.size(i.weight.dim() - 1) : 0;
   return {i.weight.const_data_ptr(), layout, i.directions, i.features, i.channels, columns};
 }
@@ -51,7 +51,7 @@ Tensor run(const char* name, const LinearInputs& i, ScalarType type, const Codes
     }
     p.directions = i.directions, p.rows = i.rows, p.scales = i.scales, p.channels = padded, p.features = i.features;
     PTQ4VM_CHECK(cuda::linear(p, nibbles, capability, stream), "ptq4vm::", name, ": ", i.directions, " linears of ",
-                    i.rows, " rows and ", i.features, " output channels do not fit one launch");
+                 i.rows, " rows and ", i.features, " output channels do not fit one launch");
   });
   return y;
 }

@@ -1,5 +1,5 @@
-// reference.quantize, reference.choose_qparams and reference.dequantize, bit for bit. A team of up to a warp reads a row
-// once, 8 channels a thread where rows are aligned to that, one elsewhere.
+// reference.quantize, reference.choose_qparams and reference.dequantize, bit for bit. A team of up to a warp reads a
+// row once, 8 channels a thread where rows are aligned to that, one elsewhere.
 #include <cfloat>
 
 #include "device.cuh"
@@ -101,8 +101,8 @@ void quantize(const Quantize& q, Stream stream) {
 void choose_qparams(const ChooseQparams& q, Stream stream) {
   with_type(q.x_type, [&](auto type) {
     using T = decltype(type);
-    const bool vectors = q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
-                         aligned<VECTOR>(q.inv_smooth);
+    const bool vectors =
+        q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) && aligned<VECTOR>(q.inv_smooth);
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(q.rows, THREADS / WARP_SIZE)));
     PTQ4VM_LAUNCH(vectors ? choose_rows<T, VECTOR> : choose_rows<T, 1>, grid, THREADS, 0, stream, q);
   });

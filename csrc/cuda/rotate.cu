@@ -1,5 +1,5 @@
-// reference.rotate and fused.rotate_quantize. A row goes through shared memory, a warp's up to 1024 channels and a block's
-// beyond; its result does not depend on the others.
+// reference.rotate and fused.rotate_quantize. A row goes through shared memory, a warp's up to 1024 channels and a
+// block's beyond; its result does not depend on the others.
 #include "rotate.cuh"
 
 namespace ptq4vm {

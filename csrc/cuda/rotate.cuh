@@ -24,8 +24,8 @@ struct Team {
   }
 };
 
-// Where channel d of a row lies. After 16 numbers there is a gap, so that neither neighbours nor strides of 16 meet in a
-// bank. Runs of 4 from a multiple of 4 on have none.
+// Where channel d of a row lies. After 16 numbers there is a gap, so that neither neighbours nor strides of 16 meet in
+// a bank. Runs of 4 from a multiple of 4 on have none.
 __host__ __device__ inline int place(int d) { return d + d / 16; }
 
 // A Rotation whose matrix travels with the kernel's arguments: no copy to the device, nothing to keep alive.
@@ -97,10 +97,14 @@ template <int WARPS>
 __device__ void hadamard(float* row, int channels, int log_order) {
   for (int done = 0; done < log_order;) {
     const int left = log_order - done;
-    if (left >= 4) butterflies<WARPS, 16>(row, channels, done), done += 4;
-    else if (left == 3) butterflies<WARPS, 8>(row, channels, done), done += 3;
-    else if (left == 2) butterflies<WARPS, 4>(row, channels, done), done += 2;
-    else butterflies<WARPS, 2>(row, channels, done), done += 1;
+    if (left >= 4)
+      butterflies<WARPS, 16>(row, channels, done), done += 4;
+    else if (left == 3)
+      butterflies<WARPS, 8>(row, channels, done), done += 3;
+    else if (left == 2)
+      butterflies<WARPS, 4>(row, channels, done), done += 2;
+    else
+      butterflies<WARPS, 2>(row, channels, done), done += 1;
   }
 }
 

@@ -33,9 +33,7 @@ __device__ inline float log1p_of_fraction(float x) {
   return p * x;
 }
 
-__device__ inline float softplus(float x) {
-  return fmaxf(x, 0.0f) + log1p_of_fraction(fast_exp2(-fabsf(x) * LOG2_E));
-}
+__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1p_of_fraction(fast_exp2(-fabsf(x) * LOG2_E)); }
 
 // 2^x, which multiplies states. Where it is close to one its distance from one counts: an error there adds up over
 // thousands of tokens.
@@ -163,7 +161,9 @@ struct Chunk {
     const int32_t* order = s.order + direction * s.steps;
     const int mixed = Chunk::mixed(s), count = quads(s), rank = static_cast<int>(s.rank), width = rank + mixed;
     const float* projected = s.projected + (direction * s.batch + image) * s.tokens * width;
-    const auto token_of = [&](int t) { return begin + t < s.steps ? checked_token(order[begin + t], -1, s.tokens) : -1; };
+    const auto token_of = [&](int t) {
+      return begin + t < s.steps ? checked_token(order[begin + t], -1, s.tokens) : -1;
+    };
 
 #pragma unroll 4
     for (int i = thread; i < STEPS * mixed; i += threads) {

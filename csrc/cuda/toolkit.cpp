@@ -42,7 +42,8 @@ const char* take_error() {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return nullptr;
   if (error == cudaErrorNoKernelImageForDevice) {
-    return "this library was built for " PTQ4VM_ARCHITECTURES ", and not for this GPU; build it again with its compute "
+    return "this library was built for " PTQ4VM_ARCHITECTURES
+           ", and not for this GPU; build it again with its compute "
            "capability in TORCH_CUDA_ARCH_LIST";
   }
   return cudaGetErrorString(error);

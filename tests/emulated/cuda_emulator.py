@@ -1,4 +1,5 @@
-"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with the headers of `include`, and tests call what launch.h has.
+"""CUDA kernels on the CPU: g++ compiles csrc/cuda/NAME.cu with the headers of `include`,
+and tests call what launch.h has.
 
     def test_codes(emulated):                       # a fixture of conftest.py
         library = emulated("quantize")              # compiled once in a session; skips where there is no g++

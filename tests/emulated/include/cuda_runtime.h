@@ -1,6 +1,6 @@
 // CUDA on the CPU, as far as our kernels use it: with this folder before the toolkit's, g++ compiles the same .cu files
-// (g++ -x c++ -std=c++17 -Itests/emulated/include). A thread is a fiber; one operating system's thread runs them in turn.
-// What a GPU may do to a wrong kernel happens here on purpose:
+// (g++ -x c++ -std=c++17 -Itests/emulated/include). A thread is a fiber; one operating system's thread runs them in
+// turn. What a GPU may do to a wrong kernel happens here on purpose:
 // - shared memory is poisoned with NaN before every block, so that a read before the write shows;
 // - threads run in an order that changes at every barrier, and a warp as far ahead of the others as it may, so that a
 //   missing barrier shows;
@@ -47,12 +47,14 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 
-#define PTQ4VM_VECTORS(T, name)                                                               \
-  struct alignas(2 * sizeof(T)) name##2 { T x, y; };                                          \
-  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };                                    \
-  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                  \
+#define PTQ4VM_VECTORS(T, name)                              \
+  struct alignas(2 * sizeof(T)) name##2 { T x, y; };         \
+  struct alignas(4 * sizeof(T)) name##4 { T x, y, z, w; };   \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; } \
   inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 PTQ4VM_VECTORS(float, float)
 PTQ4VM_VECTORS(int, int)
@@ -84,8 +86,8 @@ struct Fiber {
   std::unique_ptr<char[]> stack;
   bool done = true;
   Wait wait = Wait::none;
-  unsigned mask = 0;                 // of the lanes that it waits with
-  uint64_t offered = 0, given = 0;   // what it brings to a rendezvous, and what others see after it
+  unsigned mask = 0;                // of the lanes that it waits with
+  uint64_t offered = 0, given = 0;  // what it brings to a rendezvous, and what others see after it
 };
 
 struct Machine {
@@ -329,7 +331,9 @@ using std::max;
 using std::min;
 
 template <class T>
-T __ldg(const T* from) { return *from; }
+T __ldg(const T* from) {
+  return *from;
+}
 
 // Compile with -ffp-contract=off: then these round as the GPU does.
 inline float __fmul_rn(float a, float b) { return a * b; }

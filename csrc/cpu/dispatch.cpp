@@ -1,9 +1,12 @@
 // Which instruction set runs: the best that the machine has, or the one that PTQ4VM_ISA names.
 #include "kernels.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(PTQ4VM_HAS_vnni) && defined(__linux__)
 #include <sys/syscall.h>
@@ -57,8 +60,6 @@ std::atomic<int>& chosen() {
 
 }  // namespace
 
-const char* name(Isa value) { return NAMES[static_cast<int>(value)]; }
-
 Isa best_isa() {
   static const Isa value = allowed();
   return value;
@@ -79,4 +80,21 @@ const Kernels& kernels() {
   }
 }
 
+namespace {
+
+// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
+std::string use_isa_named(std::string wanted) {
+  for (int i = 0; i <= static_cast<int>(best_isa()); i++) {
+    if (wanted == NAMES[i]) use_isa(static_cast<Isa>(i));
+  }
+  return NAMES[static_cast<int>(isa())];
+}
+
+}  // namespace
 }  // namespace ptq4vm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def("_use_isa(str name) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) {
+  m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa_named));
+}

@@ -32,7 +32,7 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
   const float share = 1.0f / static_cast<float>(D), eps = q.eps;
   const bool rms = q.rms;
   std::vector<float> own(q.total ? 0 : D), ones(WIDTH, 1.0f);
-  Row turned(q.rotation ? D : 0);
+  AlignedRow turned(q.rotation ? D : 0);
   for (int64_t r = begin; r < end; r++) {
     const T* x = input + r * D;
     const float *residual = q.residual ? q.residual + r * D : nullptr, *one = ones.data();
@@ -50,10 +50,10 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
     };
     const float squares = rms ? first : sum_of(D, deviation);
     const float scale = 1.0f / std::sqrt(squares * share + eps);
-    const Grid grid(q.qparams, r);
+    const RowQParams qparams(q.qparams, r);
     const float *weight = q.weight, *bias = q.bias, *inv_smooth = q.qparams.inv_smooth;
     int8_t* codes = q.codes + r * D;
-    const auto write = [=](int64_t d, f32xw y, int64_t count) { store_codes(codes + d, y, grid, count); };
+    const auto write = [=](int64_t d, f32xw y, int64_t count) { store_codes(codes + d, y, qparams, count); };
     const auto smoothed = [=](int64_t d) {
       f32xw y = (load_lanes(row + d, D - d) - mean) * scale;
       if (weight) y *= load_lanes(weight + d, D - d);
@@ -72,7 +72,7 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void norm_quantize(const NormQuantize& q, int64_t begin, int64_t end) {
+void run(const NormQuantize& q, int64_t begin, int64_t end) {
   if (q.x_type == Float::f32) {
     rows(q, static_cast<const float*>(q.x), begin, end);
   } else {

@@ -6,11 +6,11 @@
 //   load<8>(from, v), store<8>(to, v)           float v[8] from and to any T, in 16-byte accesses: `from` is aligned to
 //                                               8 elements or 16 bytes, whichever is less (aligned<8>(pointer) tells)
 //   to_float(x), from_float<T>(v)               one number, rounded half to even
-//   const Grid grid(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
-//   grid.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
+//   const RowQParams qparams(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
+//   qparams.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
 //   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
-//   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be
-//   null warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them block_sum<WARPS>(v, scratch)
+//   write_codes<8>(to, v, inv_smooth + d, qparams) all of that: float v[8] smoothed, quantized, stored; inv_smooth may
+//   be null warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them block_sum<WARPS>(v, scratch)
 //   over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
 #pragma once
@@ -50,7 +50,7 @@ template <class Kernel>
 bool ask_for_shared(Kernel kernel, size_t bytes) {
 #ifdef PTQ4VM_EMULATOR
   (void)kernel;
-  return bytes <= ::ptq4vm::emulator::MOST_SHARED;
+  return bytes <= ::ptq4vm::emulator::MAX_SHARED;
 #else
   const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (cudaFuncSetAttribute(kernel, most, static_cast<int>(bytes)) == cudaSuccess) return true;
@@ -80,7 +80,6 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
   return (a + b - 1) / b;
 }
 
-// Once a row it would be a call of a hundred instructions; most numbers have 32 bits.
 // A token of an order, which the host does not read: one below `least` or beyond the tokens stops the kernel before it
 // reads or writes there, as an index of torch's would.
 __device__ inline int32_t checked_token(int32_t token, int32_t least, int64_t tokens) {
@@ -88,6 +87,7 @@ __device__ inline int32_t checked_token(int32_t token, int32_t least, int64_t to
   return token;
 }
 
+// a % b; as 64 bits it would be a call of a hundred instructions for every row, and most numbers have 32.
 __device__ inline int64_t remainder(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
   return a % b;
@@ -201,19 +201,19 @@ __device__ inline void store_codes(int8_t* to, const int (&codes)[N]) {
   *reinterpret_cast<Vector<int8_t, N>*>(to) = vector;
 }
 
-// The qparams of a token.
-struct Grid {
+// The qparams of a row, a token.
+struct RowQParams {
   float inv_scale, low, high;  // bounds of the code less the zero point: one conversion rounds, and cannot overflow
   int zero_point;
 
-  __device__ Grid(float inv, int zero, int least, int most)
+  __device__ RowQParams(float inv, int zero, int least, int most)
       : inv_scale(inv), low(static_cast<float>(least) - static_cast<float>(zero)),
         high(static_cast<float>(most) - static_cast<float>(zero)), zero_point(zero) {}
 
-  // Of a row of a set.
-  __device__ Grid(const Qparams& q, int64_t row, int64_t set = 0) : Grid(q, at(q, row, set)) {}
+  // Those of a row of a set.
+  __device__ RowQParams(const QParams& q, int64_t row, int64_t set = 0) : RowQParams(q, at(q, row, set)) {}
 
-  // Of a value that is already smoothed. NaN has the code 0, as in torch.
+  // The code of a value that is already smoothed. NaN has the code 0, as in torch.
   __device__ int code(float value) const {
     const float scaled = __fmul_rn(value, inv_scale);
     const int shifted = __float2int_rn(fminf(fmaxf(scaled, low), high)) + zero_point;
@@ -225,21 +225,23 @@ struct Grid {
     int64_t index;
   };
 
-  __device__ static Place at(const Qparams& q, int64_t row, int64_t set) {
+  __device__ static Place at(const QParams& q, int64_t row, int64_t set) {
     return {set * q.scales + remainder(row, q.scales)};
   }
 
-  __device__ Grid(const Qparams& q, Place at) : Grid(q.inv_scale[at.index], q.zero_point[at.index], q.low, q.high) {}
+  __device__ RowQParams(const QParams& q, Place at)
+      : RowQParams(q.inv_scale[at.index], q.zero_point[at.index], q.low, q.high) {}
 };
 
 // The codes of N neighbours; `inv_smooth` is theirs, or null.
 template <int N>
-__device__ inline void write_codes(int8_t* to, const float (&value)[N], const float* inv_smooth, const Grid& grid) {
+__device__ inline void write_codes(int8_t* to, const float (&value)[N], const float* inv_smooth,
+                                   const RowQParams& qparams) {
   float smooth[N];
   int codes[N];
   if (inv_smooth) load<N>(inv_smooth, smooth);
 #pragma unroll
-  for (int i = 0; i < N; i++) codes[i] = grid.code(inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i]);
+  for (int i = 0; i < N; i++) codes[i] = qparams.code(inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i]);
   store_codes<N>(to, codes);
 }
 
@@ -261,8 +263,8 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Of a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used again at
-// once.
+// The sum over a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used
+// again at once.
 template <int WARPS>
 __device__ float block_sum(float value, float* scratch) {
   value = warp_sum(value);

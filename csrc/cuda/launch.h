@@ -11,16 +11,10 @@ namespace cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-void quantize(const Quantize&, Stream);
-void choose_qparams(const ChooseQparams&, Stream);
-void dequantize(const Dequantize&, Stream);
-void rotate(const Rotate&, Stream);
-void rotate_quantize(const RotateQuantize&, Stream);
-void norm_quantize(const NormQuantize&, Stream);
-void conv(const Conv&, Stream);
-void conv2d(const Conv2d&, Stream);
-void scan(const Scan&, Stream);
-void directional_scan(const DirectionalScan&, Stream);
+#define PTQ4VM_OPERATOR(Operator, items, numbers) void run(const Operator&, Stream);
+#define PTQ4VM_CPU_OPERATOR(Operator, items, numbers)
+#include "../operators.def"
+
 int64_t directional_scan_sums(const DirectionalScan&);  // the floats that its `sums` needs, often none
 
 }  // namespace cuda

@@ -23,14 +23,15 @@ struct LinearProblem {
   uint8_t* codes;  // (rows, codes_row) bytes, or null; behind a row's N codes nothing is written
   bool nibbles;    // codes are two a byte, the last one of an odd N with zero
   int64_t codes_row;
-  Qparams qparams;  // of codes
+  QParams qparams;  // of codes
   int64_t directions, rows, scales, channels, features;
 };
 
 // Fewer than 2^31 rows, at most 65535 directions, and one for codes.
 inline bool fits_a_launch(const LinearProblem& p) {
-  constexpr int64_t MOST = INT32_MAX - 256, MOST_DIRECTIONS = 65535;
-  if (p.rows > MOST || p.features > MOST || p.channels > MOST || p.directions > MOST_DIRECTIONS) return false;
+  constexpr int64_t MAX_SIZE = INT32_MAX - 256, MAX_DIRECTIONS = 65535;
+  if (p.rows > MAX_SIZE || p.features > MAX_SIZE || p.channels > MAX_SIZE || p.directions > MAX_DIRECTIONS)
+    return false;
   return !p.codes || p.directions <= 1;
 }
 

@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(THREADS)
   float* values = own_shared<WARPS>(rows, of.channels);
   const float* inv_smooth = q.qparams.inv_smooth;
   fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, q.gelu, inv_smooth, values, of.channels);
-  const Grid grid(q.qparams, row);
+  const RowQParams qparams(q.qparams, row);
   int8_t* to = q.codes + first;
   rotate_row<WARPS, N>(of, values,
-                       [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, grid); });
+                       [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, qparams); });
 }
 
 // run(std::integral_constant WARPS) → run with the warps that a row of so many channels gets.
@@ -64,7 +64,7 @@ void with_warps(int64_t channels, F run) {
 
 }  // namespace
 
-void rotate(const Rotate& q, Stream stream) {
+void run(const Rotate& q, Stream stream) {
   with_type(q.type, [&](auto type) {
     with_warps(q.rotation.channels, [&](auto warps) {
       using T = decltype(type);
@@ -77,7 +77,7 @@ void rotate(const Rotate& q, Stream stream) {
   });
 }
 
-void rotate_quantize(const RotateQuantize& q, Stream stream) {
+void run(const RotateQuantize& q, Stream stream) {
   with_type(q.x_type, [&](auto type) {
     with_warps(q.rotation.channels, [&](auto warps) {
       using T = decltype(type);

@@ -32,7 +32,7 @@ __host__ __device__ inline int place(int d) { return d + d / 16; }
 struct RotationOnDevice {
   int channels, order, size, log_order;  // size of the matrix, 1 without
   float factor;
-  float matrix[LARGEST_HARTLEY * LARGEST_HARTLEY];
+  float matrix[MAX_HARTLEY * MAX_HARTLEY];
 
   explicit RotationOnDevice(const Rotation& q)
       : channels(static_cast<int>(q.channels)), order(static_cast<int>(q.order)),
@@ -145,7 +145,7 @@ __device__ void scale_all(const RotationOnDevice& q, const float* row, Emit emit
   }
 }
 
-// Transforms a row, which the team has written and synced, and gives what comes of it to emit(d, value), N neighbours
+// Transforms a row, which the team has written and synced, and hands the result to emit(d, value), N neighbours
 // at once: N is 4 where the order is a multiple of that, else 1.
 template <int WARPS, int N, class Emit>
 __device__ void rotate_row(const RotationOnDevice& q, float* row, Emit emit) {

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulated.cuda_emulator import Library, Qparams, Struct, boolean, int32, int64, pointer
+from emulated.cuda_emulator import Library, QParams, Struct, boolean, int32, int64, pointer
 from torch import Tensor
 
 
@@ -50,7 +50,7 @@ class LinearProblem(Struct):
         ("codes", pointer),
         ("nibbles", boolean),
         ("codes_row", int64),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("directions", int64),
         ("rows", int64),
         ("scales", int64),

@@ -3,7 +3,7 @@ and tests call what launch.h has.
 
     def test_codes(emulated):                       # a fixture of conftest.py
         library = emulated("quantize")              # compiled once in a session; skips where there is no g++
-        library.quantize(Quantize(x=x, x_type=kind(x), …, codes=codes, rows=3, channels=8))
+        library.run(Quantize(x=x, x_type=kind(x), …, codes=codes, rows=3, channels=8))
 
 A `Struct` mirrors one of csrc/operators.h: fields in its order. Tensors and structs are given as they are.
 `poisoned` makes outputs, so that what a kernel leaves out shows. `emulated("rotate", change=("rotate.cuh",
@@ -62,7 +62,7 @@ class Struct(ctypes.Structure):
         return ctypes.addressof(value) if by_address else value
 
 
-class Qparams(Struct):
+class QParams(Struct):
     _fields_ = (
         ("inv_scale", pointer),
         ("zero_point", pointer),
@@ -75,9 +75,9 @@ class Qparams(Struct):
 
 def qparams_struct(
     inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int, sets: int = 1
-) -> Qparams:
+) -> QParams:
     half = 2 ** (bits - 1)
-    return Qparams(
+    return QParams(
         inv_scale=inv_scale.contiguous(),
         zero_point=zero_point.contiguous(),
         inv_smooth=inv_smooth,
@@ -103,6 +103,15 @@ def offset_by(elements: int, x: Tensor) -> Tensor:
     return memory[start : start + x.numel()].view(x.shape).copy_(x)
 
 
+class Rows(Struct):
+    _fields_ = (("data", pointer), ("type", int32), ("image", int64), ("row", int64))
+
+
+def rows_of(x: Tensor | None) -> Rows:
+    """x (…, B, L, channels) where it lies."""
+    return Rows() if x is None else Rows(data=x, type=kind(x), image=x.stride(-3), row=x.stride(-2))
+
+
 class Rotation(Struct):
     _fields_ = (("matrix", pointer), ("channels", int64), ("order", int64), ("factor", float32))
 
@@ -116,19 +125,15 @@ class Rotation(Struct):
 
 
 class Library:
-    """The operators of one .cu file: library.quantize(struct)."""
+    """The operators of one .cu file: library.run(struct)."""
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self.launches = self._library.ptq4vm_launches
 
-    def __getattr__(self, operator: str) -> Callable[[Struct], None]:
-        def run(arguments: Struct) -> None:
-            name = type(arguments).__name__
-            symbol = f"_ZN6ptq4vm4cuda{len(operator)}{operator}ERKNS_{len(name)}{name}EPv"
-            getattr(self._library, symbol)(ctypes.byref(arguments), None)
-
-        return run
+    def run(self, arguments: Struct) -> None:
+        name = type(arguments).__name__
+        getattr(self._library, f"_ZN6ptq4vm4cuda3runERKNS_{len(name)}{name}EPv")(ctypes.byref(arguments), None)
 
 
 Change = tuple[str, str, str]
@@ -155,7 +160,8 @@ def compile_emulated(folder: Path, name: str, change: Change | None = None, flag
 def _changed(folder: Path, change: Change) -> Path:
     """The sources with a change, in `folder`."""
     shutil.copytree(SOURCES, folder / "cuda", dirs_exist_ok=True)
-    shutil.copy(SOURCES.parent / "operators.h", folder)
+    for name in ("layout.h", "operators.def", "operators.h"):
+        shutil.copy(SOURCES.parent / name, folder)
     file, old, new = change
     text = (folder / "cuda" / file).read_text()
     assert text.count(old) == 1, f"{file} has {text.count(old)} times {old!r}"

@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ptq4vm import ops
 
 NAMESPACE = "ptq4vm_emulated"
-GLUE = ("../ops_producers.cpp", "../ops_scan.cpp", "run.cpp", "ops_linear.cpp", "linear.cpp")
+GLUE = (*(f"../bindings/{name}.cpp" for name in ("quantize", "norm", "conv", "scan", "linear")),)
+GLUE += ("run.cpp", "run_linear.cpp", "linear.cpp")
 TOOLKIT = Path(__file__).parent / "toolkit.cpp"
-KERNELS = ("quantize", "norm", "rotate", "conv", "conv2d", "scan", "directional_scan", "layout")
+KERNELS = ("quantize", "norm", "rotate", "conv", "conv2d", "scan", "directional_scan", "repack")
 LINEARS = ("linear_s8", "linear_s4")
 DEFINES = (f"-DPTQ4VM_LIBRARY={NAMESPACE}", "-DPTQ4VM_KEY=CPU", "-DPTQ4VM_CUDA")
 DEFINES += ("-DTORCH_TARGET_VERSION=0x020b000000000000",)
@@ -91,7 +92,8 @@ class Emulated:
         libraries += [compile_emulated(folder, name, flags=flags) for name in LINEARS]
         target = folder / f"glue.{os.getpid()}.so"
         headers = Path(torch.__file__).parent / "include"
-        command = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", *DEFINES]
+        command = [COMPILER, "-std=c++20", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-attributes"]
+        command += [*DEFINES]
         command += ["-isystem", str(headers), *(str(SOURCES / name) for name in GLUE)]
         command += [f"-I{SOURCES}", str(TOOLKIT)]
         command += [str(folder / f"{name}.so") for name in (*KERNELS, *LINEARS)]

@@ -6,22 +6,21 @@ from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Library,
-    Qparams,
+    QParams,
+    Rows,
     Struct,
     boolean,
-    int32,
     int64,
     is_caught,
-    kind,
     pointer,
     poisoned,
     qparams_struct,
+    rows_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_native import draw, relative
 from test_native_producers import assert_same_codes, directional_qparams, rows_of_more
-from torch import Tensor
 
 from ptq4vm import fused, reference
 
@@ -31,16 +30,13 @@ BITS, OPTIONAL, SEEDS = st.integers(2, 8), st.integers(0, 7), st.integers(0, 2**
 
 class Conv(Struct):
     _fields_ = (
-        ("x", pointer),
-        ("type", int32),
-        ("x_image", int64),
-        ("x_row", int64),
+        ("x", Rows),
         ("weight", pointer),
         ("bias", pointer),
         ("order", pointer),
         ("y", pointer),
         ("codes", pointer),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("directions", int64),
         ("batch", int64),
         ("tokens", int64),
@@ -52,15 +48,12 @@ class Conv(Struct):
 
 class Conv2d(Struct):
     _fields_ = (
-        ("x", pointer),
-        ("type", int32),
-        ("x_image", int64),
-        ("x_row", int64),
+        ("x", Rows),
         ("weight", pointer),
         ("bias", pointer),
         ("y", pointer),
         ("codes", pointer),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("directions", int64),
         ("batch", int64),
         ("height", int64),
@@ -71,17 +64,13 @@ class Conv2d(Struct):
     )
 
 
-def input_of(x: Tensor) -> dict:
-    return {"x": x, "type": kind(x), "x_image": x.stride(0), "x_row": x.stride(1)}
-
-
 def conv1d_quantize(library: Library, x, weight, bias, order, inv_scale, zero_point, inv_smooth, bits):
     directions, channels, taps = weight.shape
     y = poisoned(directions, *x.shape, dtype=x.dtype)
     codes = poisoned(directions, *x.shape, dtype=torch.int8)
-    library.conv(
+    library.run(
         Conv(
-            **input_of(x),
+            x=rows_of(x),
             weight=weight,
             bias=bias,
             order=order.int().contiguous(),
@@ -102,7 +91,7 @@ def conv1d_quantize(library: Library, x, weight, bias, order, inv_scale, zero_po
 def causal_conv1d(library: Library, x, weight, bias, silu):
     y = poisoned(*x.shape, dtype=x.dtype)
     sizes = {"batch": x.shape[0], "tokens": x.shape[1], "channels": x.shape[2], "taps": weight.shape[1]}
-    library.conv(Conv(**input_of(x), weight=weight, bias=bias, y=y, directions=1, silu=silu, **sizes))
+    library.run(Conv(x=rows_of(x), weight=weight, bias=bias, y=y, directions=1, silu=silu, **sizes))
     return y
 
 
@@ -110,9 +99,9 @@ def conv2d_quantize(library: Library, x, weight, bias, height, width, inv_scale,
     channels, rows, columns = weight.shape
     directions = len(inv_scale)
     y, codes = poisoned(*x.shape, dtype=x.dtype), poisoned(directions, *x.shape, dtype=torch.int8)
-    library.conv2d(
+    library.run(
         Conv2d(
-            **input_of(x),
+            x=rows_of(x),
             weight=weight,
             bias=bias,
             y=y,
@@ -242,11 +231,11 @@ def test_convolutions_of_maps_and_codes_are_the_references(
 
 
 MISTAKES = [
-    ("conv.cu", "grid(c.qparams, token, direction)", "grid(c.qparams, first + t, direction)"),
+    ("conv.cu", "qparams(c.qparams, token, direction)", "qparams(c.qparams, first + t, direction)"),
     ("conv.cu", "w[v][k] * values[t + k][v]", "w[v][TAPS - 1 - k] * values[t + k][v]"),
-    ("conv.cu", "0 <= step && step < c.tokens", "step < c.tokens"),
-    ("conv.cu", "return order ? checked_token(order[step], 0, c.tokens) : step;", "return step;"),
-    ("conv2d.cu", "grid(c.qparams, token + t, k)", "grid(c.qparams, token + t)"),
+    ("conv.cu", "0 <= position && position < c.tokens", "position < c.tokens"),
+    ("conv.cu", "return order ? checked_token(order[position], 0, c.tokens) : position;", "return position;"),
+    ("conv2d.cu", "qparams(c.qparams, token + t, k)", "qparams(c.qparams, token + t)"),
     ("conv2d.cu", "if (from < 0 || from >= c.height) continue;", "if (from < 0) continue;"),
     ("conv2d.cu", "0 <= w && w < c.width", "true"),
     ("conv2d.cu", "k * c.batch * tokens * c.channels + at", "k * tokens * c.channels + at"),

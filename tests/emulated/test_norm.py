@@ -5,7 +5,7 @@ import torch
 from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
-    Qparams,
+    QParams,
     Rotation,
     Struct,
     boolean,
@@ -39,7 +39,7 @@ class NormQuantize(Struct):
         ("bias", pointer),
         ("total", pointer),
         ("codes", pointer),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("rows", int64),
         ("channels", int64),
         ("eps", float32),
@@ -51,7 +51,7 @@ class NormQuantize(Struct):
 def norm_quantize(library, x, residual, weight, bias, eps, rms, rotated, inv_scale, zero_point, inv_smooth, bits):
     total = poisoned(*x.shape) if residual is not None else torch.empty(0)
     codes = poisoned(*x.shape, dtype=torch.int8)
-    library.norm_quantize(
+    library.run(
         NormQuantize(
             x=x,
             x_type=kind(x),

@@ -5,7 +5,7 @@ import torch
 from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
-    Qparams,
+    QParams,
     Struct,
     int32,
     int64,
@@ -31,14 +31,14 @@ class Quantize(Struct):
     _fields_ = (
         ("x", pointer),
         ("x_type", int32),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("codes", pointer),
         ("rows", int64),
         ("channels", int64),
     )
 
 
-class ChooseQparams(Struct):
+class ChooseQParams(Struct):
     _fields_ = (
         ("x", pointer),
         ("x_type", int32),
@@ -68,15 +68,15 @@ def quantize(library, x, inv_scale, zero_point, inv_smooth, bits):
     codes = poisoned(*x.shape, dtype=torch.int8)
     of = qparams_struct(inv_scale, zero_point, inv_smooth, bits)
     rows = x.shape[:-1].numel()
-    library.quantize(Quantize(x=x, x_type=kind(x), qparams=of, codes=codes, rows=rows, channels=x.shape[-1]))
+    library.run(Quantize(x=x, x_type=kind(x), qparams=of, codes=codes, rows=rows, channels=x.shape[-1]))
     return codes
 
 
 def choose_qparams(library, x, inv_smooth, bits):
     scale, zero_point = poisoned(*x.shape[:-1]), poisoned(*x.shape[:-1], dtype=torch.int32)
     half = 2 ** (bits - 1)
-    library.choose_qparams(
-        ChooseQparams(
+    library.run(
+        ChooseQParams(
             x=x,
             x_type=kind(x),
             inv_smooth=inv_smooth,
@@ -151,7 +151,7 @@ def test_dequantized_codes_are_the_references(emulated, images, tokens, channels
     codes = torch.randint(-128, 128, (images, tokens, channels), generator=random, dtype=torch.int8)
     scale, zero_point = qparams(kind_of, images, tokens, 8, random)
     y = poisoned(images, tokens, channels)
-    emulated("quantize").dequantize(
+    emulated("quantize").run(
         Dequantize(
             x=codes,
             scale=scale,
@@ -173,9 +173,7 @@ def test_what_is_beside_the_tensors_stays(emulated):
             x, whole = torch.randn(rows, channels), poisoned(rows * channels + 64, dtype=torch.int8)
             before, codes = whole.clone(), whole[32 : 32 + rows * channels]
             of = qparams_struct(torch.ones(1), torch.zeros(1, dtype=torch.int32), None, 8)
-            emulated("quantize").quantize(
-                Quantize(x=x, x_type=0, qparams=of, codes=codes, rows=rows, channels=channels)
-            )
+            emulated("quantize").run(Quantize(x=x, x_type=0, qparams=of, codes=codes, rows=rows, channels=channels))
             assert torch.equal(whole[:32], before[:32]) and torch.equal(whole[-32:], before[-32:])
 
 

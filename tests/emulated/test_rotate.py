@@ -7,7 +7,7 @@ import torch
 from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
-    Qparams,
+    QParams,
     Rotation,
     Struct,
     boolean,
@@ -42,7 +42,7 @@ class RotateQuantize(Struct):
         ("gelu", boolean),
         ("rotation", Rotation),
         ("codes", pointer),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("rows", int64),
     )
 
@@ -50,13 +50,13 @@ class RotateQuantize(Struct):
 def rotate(library, x):
     y = poisoned(*x.shape, dtype=x.dtype)
     rows = x.shape[:-1].numel()
-    library.rotate(Rotate(x=x, y=y, type=kind(x), rotation=Rotation.of(x.shape[-1]), rows=rows))
+    library.run(Rotate(x=x, y=y, type=kind(x), rotation=Rotation.of(x.shape[-1]), rows=rows))
     return y
 
 
 def rotate_quantize(library, x, gelu, inv_scale, zero_point, inv_smooth, bits):
     codes = poisoned(*x.shape, dtype=torch.int8)
-    library.rotate_quantize(
+    library.run(
         RotateQuantize(
             x=x,
             x_type=kind(x),

@@ -9,7 +9,8 @@ from emulated.cuda_emulator import (
     DTYPES,
     SUPPRESSED,
     Library,
-    Qparams,
+    QParams,
+    Rows,
     Struct,
     boolean,
     float32,
@@ -20,6 +21,7 @@ from emulated.cuda_emulator import (
     pointer,
     poisoned,
     qparams_struct,
+    rows_of,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,10 +37,6 @@ STATES = st.sampled_from([1, 1, 2, 3, 16, 16, 17])
 SEEDS = st.integers(0, 2**20)
 MAX_IN_SHARED = 256
 """Tokens whose sums over directions lie in shared memory."""
-
-
-class Rows(Struct):
-    _fields_ = (("data", pointer), ("type", int32), ("image", int64), ("row", int64))
 
 
 class Scan(Struct):
@@ -57,60 +55,56 @@ class DirectionalScan(Struct):
         ("z", Rows),
         ("u_direction", int64),
         ("projected", pointer),
-        ("step", Qparams),
-        ("step_scale", pointer),
-        ("step_weight", pointer),
+        ("dt_qparams", QParams),
+        ("dt_scale", pointer),
+        ("dt_weight", pointer),
         ("packed", boolean),
-        *((name, pointer) for name in ("step_weight_sum", "step_weight_scale", "step_bias", "A", "D", "order")),
-        *((name, int64) for name in ("directions", "batch", "tokens", "steps", "channels", "rank", "states")),
+        *((name, pointer) for name in ("dt_weight_sum", "dt_weight_scale", "dt_bias", "A", "D", "order")),
+        *((name, int64) for name in ("directions", "batch", "tokens", "length", "channels", "rank", "states")),
         ("factor", float32),
         ("merge", boolean),
         ("y", pointer),
         ("y_type", int32),
         ("codes", pointer),
-        ("qparams", Qparams),
+        ("qparams", QParams),
         ("panel", int64),
         ("sums", pointer),
     )
 
 
-def rows(x: Tensor | None) -> Rows:
-    return Rows() if x is None else Rows(data=x, type=kind(x), image=x.stride(-3), row=x.stride(-2))
-
-
 def selective_scan(library: Library, u, delta, A, B, C, D, z, bias, softplus) -> Tensor:
     y = poisoned(*u.shape, dtype=u.dtype)
-    strided = {"u": rows(u), "delta": rows(delta), "B": rows(B), "C": rows(C), "z": rows(z)}
+    strided = {"u": rows_of(u), "delta": rows_of(delta), "B": rows_of(B), "C": rows_of(C), "z": rows_of(z)}
     sizes = {"batch": u.shape[0], "tokens": u.shape[1], "channels": u.shape[2], "states": A.shape[1]}
-    library.scan(Scan(**strided, A=A, D=D, delta_bias=bias, y=y, y_type=kind(u), **sizes, softplus=softplus))
+    library.run(Scan(**strided, A=A, D=D, delta_bias=bias, y=y, y_type=kind(u), **sizes, softplus=softplus))
     return y
 
 
 def directional_scan(library: Library, *inputs, merge=True, factor=0.5, codes_of=None) -> Tensor:
     u, projected, inv_scale, scale, zero, smooth, bits, weight, weight_sum, weight_scale, bias, A, D, z, order = inputs
-    (directions, steps), states = order.shape, A.shape[-1]
+    (directions, length), states = order.shape, A.shape[-1]
     _, images, tokens, channels = u.shape
     shape = (images, tokens, channels) if merge else (directions, images, tokens, channels)
     out = poisoned(*shape, dtype=u.dtype if codes_of is None else torch.int8)
     s = DirectionalScan(
-        u=rows(u),
-        z=rows(z),
+        u=rows_of(u),
+        z=rows_of(z),
         u_direction=u.stride(0) if len(u) > 1 else 0,
         projected=projected,
-        step=qparams_struct(inv_scale, zero, smooth, bits, directions),
-        step_scale=scale,
-        step_weight=weight,
+        dt_qparams=qparams_struct(inv_scale, zero, smooth, bits, directions),
+        dt_scale=scale,
+        dt_weight=weight,
         packed=weight.dtype == torch.uint8,
-        step_weight_sum=weight_sum,
-        step_weight_scale=weight_scale,
-        step_bias=bias,
+        dt_weight_sum=weight_sum,
+        dt_weight_scale=weight_scale,
+        dt_bias=bias,
         A=A,
         D=D,
         order=order,
         directions=directions,
         batch=images,
         tokens=tokens,
-        steps=steps,
+        length=length,
         channels=channels,
         rank=projected.shape[-1] - 2 * states,
         states=states,
@@ -119,13 +113,13 @@ def directional_scan(library: Library, *inputs, merge=True, factor=0.5, codes_of
         y=None if codes_of else out,
         y_type=kind(u),
         codes=out if codes_of else None,
-        qparams=qparams_struct(*codes_of) if codes_of else Qparams(),
+        qparams=qparams_struct(*codes_of) if codes_of else QParams(),
     )
     count = library._library._ZN6ptq4vm4cuda21directional_scan_sumsERKNS_15DirectionalScanE
     count.restype = ctypes.c_int64
     sums = poisoned(count(ctypes.byref(s)))
     s.sums = sums.data_ptr() if len(sums) else None
-    library.directional_scan(s)
+    library.run(s)
     return out
 
 
@@ -235,7 +229,7 @@ MISTAKES = [  # and the numbers of states that show them
     ("directional_scan.cu", "      __syncthreads();\n    }\n  }", "    }\n  }", (1,)),  # before the next chunk
     ("directional_scan.cu", "fmaf(before, weight[t], y[t])", "y[t]", (1,)),
     ("directional_scan.cu", "decay[group][lane], last[group][lane]", "decay[group][lane], last[0][lane]", (1,)),
-    ("scan.cuh", "grid(s.step, at, direction)", "grid(s.step, at)", (1, 16)),
+    ("scan.cuh", "qparams(s.dt_qparams, at, direction)", "qparams(s.dt_qparams, at)", (1, 16)),
     ("scan.cuh", "shift = lane < 8 ? 0 : 4", "shift = lane < 8 ? 4 : 0", (1, 16)),
     ("scan.cuh", "sums[t] = -chunk.zero_point[first + t] * weight_sum", "sums[t] = 0", (1, 16)),
 ]

@@ -71,8 +71,8 @@ using cudaStream_t = struct CUstream_st*;
 namespace ptq4vm {
 namespace emulator {
 
-constexpr int WARP = 32, MOST_THREADS = 1024;
-constexpr size_t MOST_SHARED = 227 << 10, STACK = 128 << 10;
+constexpr int WARP = 32, MAX_THREADS = 1024;
+constexpr size_t MAX_SHARED = 227 << 10, STACK = 128 << 10;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
@@ -91,7 +91,7 @@ struct Fiber {
 };
 
 struct Machine {
-  std::vector<Fiber> fibers{MOST_THREADS};
+  std::vector<Fiber> fibers{MAX_THREADS};
   ucontext_t scheduler;
   std::function<void()> body;
   int threads = 0, current = 0;
@@ -218,9 +218,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const void* stream, Bo
   Machine& m = Machine::get();
   m.streams.push_back(stream);
   m.threads = block.x * block.y * block.z;
-  if (m.threads < 1 || m.threads > MOST_THREADS) fail("a block has 1 to 1024 threads");
+  if (m.threads < 1 || m.threads > MAX_THREADS) fail("a block has 1 to 1024 threads");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) fail("the grid is too large");
-  if (shared_bytes > MOST_SHARED) fail("too much dynamic shared memory");
+  if (shared_bytes > MAX_SHARED) fail("too much dynamic shared memory");
   block_size = block, grid_size = grid;
   m.body = body;
   m.shared.clear();

@@ -1,4 +1,4 @@
-// Codes in the rows that the linears read. A model that was fused on its GPU has weights in that layout already.
+// CodeMatrix in the rows that the linears read. A model that was fused on its GPU has weights in that layout already.
 #pragma once
 
 #include "launch.h"
@@ -14,7 +14,7 @@ enum class Layout {
 };
 
 // (directions, rows, channels) in any layout; rows are `columns` bytes apart where there are no tiles.
-struct Codes {
+struct CodeMatrix {
   const void* data;
   Layout layout;
   int64_t directions, rows, channels, columns;
@@ -22,10 +22,10 @@ struct Codes {
 
 // Rows of `padded` codes, zeros behind the channels: bytes, of which there is a multiple of 16, or nibbles, a multiple
 // of 32. `to` starts at a multiple of 16 bytes.
-void repack(const Codes&, void* to, bool nibbles, int64_t padded, Stream);
+void repack(const CodeMatrix&, void* to, bool nibbles, int64_t padded, Stream);
 
 // (directions, rows): the sum of each row's codes.
-void sum_codes(const Codes&, int32_t* to, Stream);
+void sum_codes(const CodeMatrix&, int32_t* to, Stream);
 
 }  // namespace cuda
 }  // namespace ptq4vm

@@ -3,8 +3,8 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
-SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
-CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.h csrc/*.def csrc/bindings/* csrc/cpu/* build_tools/*.py)
+CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 MINUTES ?= 6
 # Rows of constraints/
 OLDEST := torch2.11

@@ -1,4 +1,4 @@
-"""What the operators ask of their arguments, said once: the Python side of csrc/glue.h, which asks the same.
+"""What the operators ask of their arguments, said once: the Python side of csrc/bindings, which asks the same.
 
 `check` runs before every implementation in Python, so that a user without a compiler reads the same refusals; shapes
 are those of `reference` and `fused`. Values (zero points, orders, sums) are read on the CPU only: a GPU would wait.

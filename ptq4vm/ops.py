@@ -52,7 +52,7 @@ def _define(schema: str, default: Callable[..., Any], fake: Callable[..., Any]) 
 def _checked(
     name: str, names: tuple[str, ...], run: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """An implementation in Python, after the checks that csrc/glue.h has for the native ones."""
+    """An implementation in Python, after the checks that csrc/bindings has for the native ones."""
 
     def operator(*values: Any) -> Any:
         arguments.check_placement(name, names, values, gradients=True)

@@ -5,7 +5,6 @@
 #include "tensors.h"
 
 namespace ptq4vm {
-namespace {
 
 inline void check_floats(const char* argument, const Tensor& x) {
   PTQ4VM_CHECK(is_float(x.scalar_type()), argument, " must be float32, bfloat16, float16 or float64, it is ",
@@ -151,5 +150,4 @@ inline Tensor orders(const Tensor& order, int64_t tokens, bool permutation) {
   return values;
 }
 
-}  // namespace
 }  // namespace ptq4vm

@@ -1,4 +1,4 @@
-// What the causal convolution and its gradients read.
+// The inputs of the causal convolution and its gradients.
 #pragma once
 
 #include "../cpu/float64.h"
@@ -7,7 +7,6 @@
 #define PTQ4VM_CONV "Tensor x, Tensor weight, Tensor? bias, bool silu"
 
 namespace ptq4vm {
-namespace {
 
 struct ConvInputs {
   Tensor x, weight;
@@ -57,5 +56,4 @@ struct ConvInputs {
   }
 };
 
-}  // namespace
 }  // namespace ptq4vm

@@ -1,4 +1,4 @@
-// What the integer linears read, and what the library of a device brings to them: weights are packed for each.
+// The inputs of the integer linears, and what the library of a device brings to them: weights are packed for each.
 #pragma once
 
 #include "qparams.h"

@@ -8,7 +8,6 @@
 #define PTQ4VM_QPARAMS "Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits"
 
 namespace ptq4vm {
-namespace {
 
 inline void check_bits(int64_t bits) {
   PTQ4VM_CHECK(2 <= bits && bits <= 8, "bits must be between 2 and 8, got ", bits);
@@ -95,5 +94,4 @@ class RotationMatrix {
   std::vector<float> matrix_;
 };
 
-}  // namespace
 }  // namespace ptq4vm

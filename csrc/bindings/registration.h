@@ -1,4 +1,4 @@
-// How a function becomes an operator, and what is asked of the tensors of all operators.
+// The registration of a function as an operator, with the checks of all operators' tensors.
 #pragma once
 
 #include <torch/csrc/stable/device.h>
@@ -11,7 +11,6 @@
 #include "tensors.h"
 
 namespace ptq4vm {
-namespace {
 
 // The argument at a place of an operator's schema.
 inline std::string argument_of(std::string_view schema, int place) {
@@ -21,8 +20,8 @@ inline std::string argument_of(std::string_view schema, int place) {
   return std::string(rest.substr(rest.rfind(' ') + 1));
 }
 
-// Whether gradients of a result would be asked for; for which the stable ABI has no call. What is made of a leaf that
-// requires gradients is none.
+// Returns whether gradients of a result would be asked for, for which the stable ABI has no call. An alias of a leaf
+// that requires gradients is no leaf.
 inline bool requires_gradient(const Tensor& x) {
   if (!is_float(x.scalar_type())) return false;
   std::array<StableIValue, 1> stack{torch::stable::detail::from(x)};
@@ -31,7 +30,7 @@ inline bool requires_gradient(const Tensor& x) {
   return !torch::stable::detail::to<bool>(stack[0]);
 }
 
-// Checked<&f, Schema>::call is f for an operator, after what is asked of all tensors of all operators: one device,
+// Checked<&f, Schema>::call is f for an operator, after the checks of its tensors: one device,
 // memory that lies in strides, and no gradients. An operator that has gradients comes here without them. An error
 // begins with the operator's name, which one that begins with a space continues.
 template <auto F, class Schema>
@@ -89,7 +88,6 @@ struct Checked<F, Schema> {
   }
 };
 
-}  // namespace
 }  // namespace ptq4vm
 
 // Registers ptq4vm::name for this library's device. The schema, "(arguments) -> results", is the one that ptq4vm/ops.py

@@ -1,4 +1,4 @@
-// What the library of a device brings to the bindings: kernels for the arguments that these have checked. `on` is a
+// The kernels that the library of a device brings to the bindings, for arguments that these have checked. `on` is a
 // tensor of the operator, and says which device.
 #pragma once
 

@@ -23,7 +23,7 @@ Tensor selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Opti
   return cast_like(y, u);
 }
 
-// What a directional scan reads, checked.
+// The inputs of a directional scan, checked.
 struct DirectionalInputs {
   Tensor u, projected, inv_scale, scale, zero_point;
   Optional inv_smooth;

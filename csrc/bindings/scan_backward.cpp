@@ -1,4 +1,4 @@
-// What only the CPU has of the scan: its gradients, and its states as codes.
+// The gradients of the scan, and its states as codes, which only the CPU has.
 #include "run.h"
 #include "scan_inputs.h"
 

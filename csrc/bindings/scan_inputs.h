@@ -1,4 +1,4 @@
-// What the selective scan and its gradients read: where it lies, if its channels are contiguous.
+// The inputs of the selective scan and its gradients: read where they lie, if their channels are contiguous.
 #pragma once
 
 #include "../cpu/float64.h"
@@ -9,7 +9,6 @@
   "bool delta_softplus"
 
 namespace ptq4vm {
-namespace {
 
 struct ScanInputs {
   Tensor u, delta, A, B, C;
@@ -74,5 +73,4 @@ struct ScanInputs {
   }
 };
 
-}  // namespace
 }  // namespace ptq4vm

@@ -17,7 +17,6 @@
 #include "../operators.h"
 
 namespace ptq4vm {
-namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -147,5 +146,4 @@ inline Tensor to_contiguous(const Tensor& x, ScalarType type) {
   return to_contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
 }
 
-}  // namespace
 }  // namespace ptq4vm

@@ -7,8 +7,7 @@
 #include "quantize.h"
 #include "taps.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t CHUNK = 16;  // tokens of the adjoint
@@ -202,16 +201,13 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
 }  // namespace
 
 void run(const Conv& c, int64_t begin, int64_t end) {
-  if (c.x.type == Float::f32) {
-    c.taps == 4 ? forward<4, float>(c, begin, end) : forward<0, float>(c, begin, end);
-  } else {
-    c.taps == 4 ? forward<4, bfloat16>(c, begin, end) : forward<0, bfloat16>(c, begin, end);
-  }
+  with_type(c.x.type, [&](auto t) {
+    c.taps == 4 ? forward<4, decltype(t)>(c, begin, end) : forward<0, decltype(t)>(c, begin, end);
+  });
 }
 
 void run(const ConvBackward& b, int64_t begin, int64_t end) {
   b.forward.taps == 4 ? backward<4>(b, begin, end) : backward<0>(b, begin, end);
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -7,8 +7,7 @@
 #include "quantize.h"
 #include "taps.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 // A row of a map.
@@ -131,8 +130,7 @@ void rows_of_maps(const Conv2d& c, int64_t begin, int64_t end) {
 }  // namespace
 
 void run(const Conv2d& c, int64_t begin, int64_t end) {
-  c.x.type == Float::f32 ? rows_of_maps<float>(c, begin, end) : rows_of_maps<bfloat16>(c, begin, end);
+  with_type(c.x.type, [&](auto t) { rows_of_maps<decltype(t)>(c, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -3,8 +3,7 @@
 #include "dt_projection.h"
 #include "scan_states.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 // The scans of some images' panels, with the memory they need.
@@ -106,5 +105,4 @@ void run(const DirectionalScan& s, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; item++) directions.run(item / panels, item % panels);
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

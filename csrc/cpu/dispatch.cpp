@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that the machine has, or the one that PTQ4VM_ISA names.
+// The choice of the instruction set that runs: the best that the machine has, or the one that PTQ4VM_ISA names.
 #include "kernels.h"
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ Isa probe() {
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
 #ifdef __linux__
-  // Linux gives a process the tile registers when it asks for them.
+  // A process on Linux gets the tile registers when it asks for them.
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   if (vnni && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512bf16") &&
       syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {

@@ -5,8 +5,7 @@
 #include "scan_chunk.h"
 #include "unroll.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t QUAD = 4 * LANES;  // bytes in a row of a packed weight: 4 codes for each of 16 output channels
@@ -144,5 +143,4 @@ class DtProjection {
 };
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -6,8 +6,7 @@
 #include "kernels.h"
 #include "math.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 // One row: codes of v = x · smooth · factor, or of x · smooth / factor, are clamped to [low, high].
@@ -105,5 +104,4 @@ void run(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
   choose(b.forward, [&](auto divide, auto smooth) { backward<divide(), smooth()>(b, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace ptq4vm {
-namespace float64 {
+namespace ptq4vm::float64 {
 
 struct Scan {
   const double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
@@ -142,5 +141,4 @@ inline void conv_backward(const Conv& c, const double* grad, double* x, double* 
   });
 }
 
-}  // namespace float64
-}  // namespace ptq4vm
+}  // namespace ptq4vm::float64

@@ -5,8 +5,7 @@
 // pass over all rows; the sums of a few rows go through a small buffer to be rescaled and stored.
 #include "linear_blocks.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 thread_local Scratch code_memory;
@@ -87,5 +86,4 @@ void run(const Linear& q, int64_t begin, int64_t end) {
   with_output(q, [&](const auto& y) { dot_blocks(q, y, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

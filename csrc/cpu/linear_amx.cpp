@@ -3,8 +3,7 @@
 
 #ifdef __AVX512VNNI__
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 #define PTQ4VM_TILES __attribute__((target("amx-tile,amx-int8")))
@@ -119,7 +118,6 @@ void run_amx(const Linear& q, int64_t begin, int64_t end) {
   with_output(q, [&](const auto& y) { tile_blocks(q, y, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET
 
 #endif

@@ -3,8 +3,7 @@
 
 #include "linear_epilogue.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 thread_local Scratch row_memory, qparam_memory;
@@ -80,5 +79,4 @@ void with_output(const Linear& q, const Run& run) {
 }
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

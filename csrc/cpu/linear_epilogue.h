@@ -1,5 +1,5 @@
-// What becomes of a linear's sums: zero point, rescale, bias, and the float32, bfloat16 or codes that are stored. Every
-// output is rounded as the reference rounds it.
+// The end of a linear: its sums get the zero point, rescale, bias, and the float32, bfloat16 or codes that are stored.
+// Every output is rounded as the reference rounds it.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +7,7 @@
 #include "linear_tiles.h"
 #include "math.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t PARTS = LANES / WIDTH;  // registers of 16 sums
@@ -214,5 +213,4 @@ class Epilogue {
 };
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

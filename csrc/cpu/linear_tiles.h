@@ -8,8 +8,7 @@
 #include "kernels.h"
 #include "vec.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t TILE = 16;  // rows, or output channels
@@ -97,5 +96,4 @@ inline void convert_rows(Code* to, const int8_t* x, int64_t count) {
 #endif
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

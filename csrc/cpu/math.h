@@ -10,7 +10,7 @@ namespace {
 inline f32xw minus_abs(f32xw x) { return (f32xw)((u32xw)x | 0x80000000u); }
 inline f32xw abs(f32xw x) { return (f32xw)((u32xw)x & 0x7fffffffu); }
 
-// Whether |x| is at most this in all lanes; NaN is not.
+// Returns whether |x| is at most this in all lanes; NaN is not.
 inline bool all_within(float bound, f32xw x) {
 #ifdef __AVX512F__
   return _mm512_cmp_ps_mask(abs(x), fill(bound), _CMP_NLE_UQ) == 0;

@@ -8,8 +8,7 @@
 #include "quantize.h"
 #include "rotate.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int SUMS = 4;  // at once: one alone would wait for itself
@@ -73,12 +72,7 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
 }  // namespace
 
 void run(const NormQuantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+  with_type(q.x_type, [&](auto t) { rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -3,8 +3,7 @@
 
 #include "linear_tiles.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 typedef int32_t i32x16 __attribute__((vector_size(64)));
@@ -75,5 +74,4 @@ void run(const PackWeight& q, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

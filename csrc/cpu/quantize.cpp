@@ -5,8 +5,7 @@
 #include <cfloat>
 #include <cmath>
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 template <bool SMOOTH, class T>
@@ -67,19 +66,11 @@ void choose_rows(const ChooseQParams& q, const T* x, int64_t begin, int64_t end)
 }  // namespace
 
 void run(const Quantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    quantize_rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    quantize_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+  with_type(q.x_type, [&](auto t) { quantize_rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
 void run(const ChooseQParams& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    choose_rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    choose_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+  with_type(q.x_type, [&](auto t) { choose_rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
 void run(const Dequantize& q, int64_t begin, int64_t end) {
@@ -91,5 +82,4 @@ void run(const Dequantize& q, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

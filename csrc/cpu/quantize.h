@@ -17,7 +17,7 @@ struct RowQParams {
       : inv_scale(inv), low(static_cast<float>(least) - static_cast<float>(zero)),
         high(static_cast<float>(most) - static_cast<float>(zero)), zero_point(zero) {}
 
-  // Those of a row of a set.
+  // The qparams of a row of a set.
   RowQParams(const QParams& q, int64_t row, int64_t set = 0)
       : RowQParams(q.inv_scale[set * q.scales + row % q.scales], q.zero_point[set * q.scales + row % q.scales], q.low,
                    q.high) {}

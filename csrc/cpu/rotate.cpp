@@ -3,8 +3,7 @@
 
 #include "quantize.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 template <class T>
@@ -44,16 +43,13 @@ void code_rows(const RotateQuantize& q, int64_t begin, int64_t end) {
 }  // namespace
 
 void run(const Rotate& q, int64_t begin, int64_t end) {
-  q.type == Float::f32 ? rows<float>(q, begin, end) : rows<bfloat16>(q, begin, end);
+  with_type(q.type, [&](auto t) { rows<decltype(t)>(q, begin, end); });
 }
 
 void run(const RotateQuantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    q.gelu ? code_rows<float, true>(q, begin, end) : code_rows<float, false>(q, begin, end);
-  } else {
-    q.gelu ? code_rows<bfloat16, true>(q, begin, end) : code_rows<bfloat16, false>(q, begin, end);
-  }
+  with_type(q.x_type, [&](auto t) {
+    q.gelu ? code_rows<decltype(t), true>(q, begin, end) : code_rows<decltype(t), false>(q, begin, end);
+  });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -3,8 +3,7 @@
 // states in registers, and the gate.
 #include "scan_states.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 // `quantized` is null, or has the scan.
@@ -54,5 +53,4 @@ void run(const Scan& s, int64_t begin, int64_t end) { scan_groups(s, nullptr, be
 
 void run(const QuantizedScan& q, int64_t begin, int64_t end) { scan_groups(q.scan, &q, begin, end); }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

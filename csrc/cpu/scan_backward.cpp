@@ -2,8 +2,7 @@
 // largest. Sums over channels and tokens have one order, whatever the division of work.
 #include "scan_states.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 struct ChunkGradients {
@@ -173,5 +172,4 @@ void run(const ScanBackward& b, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; item++) backward.run(item / panels, item % panels);
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -9,8 +9,7 @@
 #include "kernels.h"
 #include "math.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t CHUNK = 16;  // tokens; their states and the sums over channels fit the first cache
@@ -34,11 +33,7 @@ inline void each_vector(const T* from, int64_t count, Use use) {
 template <class Use>
 inline void each_vector(const Rows& x, int64_t image, int64_t token, int64_t channel, int64_t count, Use use) {
   const int64_t at = image * x.image + token * x.row + channel;
-  if (x.type == Float::f32) {
-    each_vector(static_cast<const float*>(x.data) + at, count, use);
-  } else {
-    each_vector(static_cast<const bfloat16*>(x.data) + at, count, use);
-  }
+  with_type(x.type, [&](auto t) { each_vector(static_cast<const decltype(t)*>(x.data) + at, count, use); });
 }
 
 template <class T, class Make>
@@ -51,11 +46,7 @@ inline void write_vectors(T* to, int64_t count, Make make) {
 // Writes make(v) to the vectors of `count` channels that begin at an element.
 template <class Make>
 inline void write_vectors(void* to, Float type, int64_t at, int64_t count, Make make) {
-  if (type == Float::f32) {
-    write_vectors(static_cast<float*>(to) + at, count, make);
-  } else {
-    write_vectors(static_cast<bfloat16*>(to) + at, count, make);
-  }
+  with_type(type, [&](auto t) { write_vectors(static_cast<decltype(t)*>(to) + at, count, make); });
 }
 
 // The tokens and channels of one image.
@@ -136,5 +127,4 @@ inline void read(ScanChunk& c, const Window& w) {
 }
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -5,8 +5,7 @@
 #include "scan_chunk.h"
 #include "unroll.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int BLOCK = 8;  // states
@@ -210,5 +209,4 @@ struct PanelStates {
 };
 
 }  // namespace
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

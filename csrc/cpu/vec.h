@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../layout.h"
+#include "../operators.h"
 
 #ifdef __SSE2__
 #include <immintrin.h>
@@ -35,6 +35,12 @@ constexpr int64_t vectors_of(int64_t channels) { return divided_up(channels, WID
 struct bfloat16 {
   uint16_t bits;
 };
+
+// Calls f with a number of the type.
+template <class F>
+inline void with_type(Float type, F f) {
+  type == Float::f32 ? f(float{}) : f(bfloat16{});
+}
 
 template <class V, class T>
 inline V load_as(const T* from) {

@@ -1,4 +1,4 @@
-// Which GPUs the library has code for, as TORCH_CUDA_ARCH_LIST named them.
+// The GPUs that the library has code for, as TORCH_CUDA_ARCH_LIST named them.
 #include <torch/csrc/stable/library.h>
 
 #include <string>

@@ -3,8 +3,7 @@
 // are aligned.
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int STRIP = 8, STRIPS = 4;  // STRIPS of them in a block
@@ -109,5 +108,4 @@ void run(const Conv& c, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

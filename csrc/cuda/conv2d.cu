@@ -2,8 +2,7 @@
 // float32. Rows of x may lie anywhere; V is 4 where they are aligned.
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int STRIP = 4, STRIPS = 4;  // STRIPS of them in a block
@@ -116,5 +115,4 @@ void run(const Conv2d& c, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

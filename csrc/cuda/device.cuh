@@ -1,4 +1,4 @@
-// What kernels share. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
+// Shared by all kernels. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
 //   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty
 //   grid PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
 //   PTQ4VM_DYNAMIC_SHARED(float, row);          float* row: the shared_bytes of the launch; once in a kernel
@@ -38,14 +38,13 @@
 #endif
 #define PTQ4VM_LAUNCH(...) ::ptq4vm::cuda::launch_kernel(__VA_ARGS__)
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr int WARP_SIZE = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 
-// Whether a block of this device may have so much, which then is the kernel's.
+// Returns whether a block of this device may have so much, which then is the kernel's.
 template <class Kernel>
 bool ask_for_shared(Kernel kernel, size_t bytes) {
 #ifdef PTQ4VM_EMULATOR
@@ -172,7 +171,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T values[N];
 };
 
-// Whether all accesses to vectors of N from this pointer on, at multiples of N, are aligned.
+// Returns whether all accesses to vectors of N from this pointer on, at multiples of N, are aligned.
 template <int N, class T>
 bool aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(Vector<T, N>) == 0;
@@ -210,7 +209,7 @@ struct RowQParams {
       : inv_scale(inv), low(static_cast<float>(least) - static_cast<float>(zero)),
         high(static_cast<float>(most) - static_cast<float>(zero)), zero_point(zero) {}
 
-  // Those of a row of a set.
+  // The qparams of a row of a set.
   __device__ RowQParams(const QParams& q, int64_t row, int64_t set = 0) : RowQParams(q, at(q, row, set)) {}
 
   // The code of a value that is already smoothed. NaN has the code 0, as in torch.
@@ -284,5 +283,4 @@ __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707
 // Within 3 + |x| units in the last place, which are small where x is far from zero.
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

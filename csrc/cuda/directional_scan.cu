@@ -6,14 +6,13 @@
 // memory where that is enough, else in y if that is float32, else in memory of the caller.
 #include "scan.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr size_t MAX_SUM_BYTES = 32 << 10;  // bytes of shared memory: more would leave few blocks to a multiprocessor
 constexpr int MAX_DIRECTIONS = 4;           // at once
 
-// Of one channel of an image.
+// The sums of one channel of an image.
 struct Sums {
   float* at;
   int64_t row;
@@ -235,5 +234,4 @@ void run(const DirectionalScan& scan, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

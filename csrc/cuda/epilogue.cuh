@@ -1,12 +1,11 @@
-// What becomes of the accumulators of a linear, rounded as reference.rescale and reference.quantize do: each product
-// and each sum on its own. A thread takes eight neighbours of a row at a time.
+// The end of a linear: its accumulators become outputs, rounded as reference.rescale and reference.quantize do: each
+// product and each sum on its own. A thread takes eight neighbours of a row at a time.
 #pragma once
 
 #include "device.cuh"
 #include "linear.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr int WIDTH = 8;
 
@@ -143,5 +142,4 @@ struct LinearEpilogue {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

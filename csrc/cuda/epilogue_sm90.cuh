@@ -5,10 +5,9 @@
 
 #include <cute/tensor.hpp>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
-// Of 32 columns, lane q of four neighbours has numbers 2q and 2q + 1 of every eight. It gets those of the q-th eight.
+// Lane q of four neighbours has numbers 2q and 2q + 1 of every eight of 32 columns. It gets those of the q-th eight.
 __device__ inline void exchange(int (&acc)[4][2]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
@@ -94,5 +93,4 @@ struct LinearEpilogueSm90 {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -13,8 +13,7 @@
 #include "tiles.h"
 #include "visitor.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 template <class Gemm>
 __global__ void __launch_bounds__(Gemm::THREADS, 2)
@@ -106,5 +105,4 @@ bool launch_linear(const LinearProblem& p, Stream stream) {
   return true;
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -8,8 +8,7 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::MaxThreadsPerBlock, 1)
@@ -45,5 +44,4 @@ struct GemmSm90 {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

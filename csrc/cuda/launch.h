@@ -6,8 +6,7 @@
 
 #include "../operators.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
@@ -17,5 +16,4 @@ using Stream = void*;  // a cudaStream_t
 
 int64_t directional_scan_sums(const DirectionalScan&);  // the floats that its `sums` needs, often none
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -3,8 +3,7 @@
 
 #include "launch.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 // K directions, one after the other in every array. Codes of x and of the weight are int8, or for linear_s4 two of 4
 // bits a byte, low nibble first. D is padded to `channels`, a multiple of 16, or of 32 for linear_s4; x and weight
@@ -35,18 +34,17 @@ inline bool fits_a_launch(const LinearProblem& p) {
   return !p.codes || p.directions <= 1;
 }
 
-// Whether the kernel takes the problem; one that does not has started nothing. linear_s8 takes all that fit a launch,
-// and runs on every GPU from compute capability 8.0 on. linear_s4 is for 8.0 to 8.9: other GPUs do not multiply
+// Returns whether the kernel takes the problem; one that does not has started nothing. linear_s8 takes all that fit a
+// launch, and runs on every GPU from compute capability 8.0 on. linear_s4 is for 8.0 to 8.9: other GPUs do not multiply
 // nibbles, and run the same codes as bytes. linear_s8_sm90 is for 9.0 only.
 bool linear_s8(const LinearProblem&, Stream);
 bool linear_s4(const LinearProblem&, Stream);
 bool linear_s8_sm90(const LinearProblem&, Stream);
 
-// Whether a GPU's codes of up to 4 bits are nibbles; `capability` is 10 * major + minor.
+// Returns whether a GPU's codes of up to 4 bits are nibbles; `capability` is 10 * major + minor.
 constexpr bool multiplies_nibbles(int capability) { return capability >= 80 && capability < 90; }
 
 // The fastest of these. `nibbles` says how the codes of x and of the weight are given.
 bool linear(const LinearProblem&, bool nibbles, int capability, Stream);
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

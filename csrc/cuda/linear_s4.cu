@@ -2,10 +2,8 @@
 // others.
 #include "gemm.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 bool linear_s4(const LinearProblem& p, Stream stream) { return launch_linear<cutlass::int4b_t>(p, stream); }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

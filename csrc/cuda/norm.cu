@@ -4,8 +4,7 @@
 // by one at rounding ties.
 #include "rotate.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
@@ -151,5 +150,4 @@ void run(const NormQuantize& q, Stream stream) {
   with_type(q.x_type, [&](auto type) { launch_rows<decltype(type)>(q, stream); });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

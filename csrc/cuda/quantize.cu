@@ -4,8 +4,7 @@
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = 128, VECTOR = 8;
@@ -114,5 +113,4 @@ void run(const Dequantize& q, Stream stream) {
   PTQ4VM_LAUNCH(vectors ? dequantize_rows<VECTOR> : dequantize_rows<1>, shape.grid, shape.block, 0, stream, q);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -3,8 +3,7 @@
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = 128, RUN = 16;  // codes that are read at once
@@ -36,7 +35,7 @@ struct CodeReader {
   }
 };
 
-// VECTORS: of bytes, where a run is 16 of them at a multiple of 16.
+// VECTORS: codes are bytes, where a run is 16 of them at a multiple of 16.
 template <bool VECTORS>
 __device__ Vector<int8_t, RUN> read_run(const CodeMatrix& q, int64_t row, int64_t d) {
   Vector<int8_t, RUN> codes;
@@ -100,5 +99,4 @@ void sum_codes(const CodeMatrix& q, int32_t* to, Stream stream) {
   PTQ4VM_LAUNCH(sum_rows, grid, THREADS, 0, stream, q, to);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -3,8 +3,7 @@
 
 #include "launch.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 enum class Layout {
   bytes,    // rows of int8
@@ -27,5 +26,4 @@ void repack(const CodeMatrix&, void* to, bool nibbles, int64_t padded, Stream);
 // (directions, rows): the sum of each row's codes.
 void sum_codes(const CodeMatrix&, int32_t* to, Stream);
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -2,8 +2,7 @@
 // block's beyond; its result does not depend on the others.
 #include "rotate.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
@@ -90,5 +89,4 @@ void run(const RotateQuantize& q, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

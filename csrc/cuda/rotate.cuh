@@ -4,8 +4,7 @@
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 // The threads of a row: one warp of several in a block, or the whole block.
 template <int WARPS>
@@ -159,5 +158,4 @@ __device__ void rotate_row(const RotationOnDevice& q, float* row, Emit emit) {
   }
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

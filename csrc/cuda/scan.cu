@@ -2,8 +2,7 @@
 // shared memory. Any strides between rows; u, delta, B, C and z in any type.
 #include "scan.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int LANES = 64;  // channels of a block
@@ -60,5 +59,4 @@ void run(const Scan& s, Stream stream) {
   launch<0>(s, stream);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,11 +1,10 @@
-// What the scans share: the recurrence of one channel, and the chunks of tokens that a directional scan has in shared
+// Shared by the scans: the recurrence of one channel, and the chunks of tokens that a directional scan has in shared
 // memory. All in float32; results differ from those in float64 by about 1e-6 of the largest.
 #pragma once
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr float LOG2_E = 1.442695041f;
 
@@ -201,7 +200,7 @@ struct TokenChunk {
   }
 };
 
-// What a direction has for a channel.
+// The parameters of a direction for a channel.
 struct Channel {
   float bias, skip, weight_scale;
   int weight_sum, quads;
@@ -283,5 +282,4 @@ __device__ inline void finish(const DirectionalScan& s, float sum, int64_t image
   }
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

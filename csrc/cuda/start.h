@@ -6,8 +6,7 @@
 #include "../bindings/tensors.h"
 #include "toolkit.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 // Calls start(stream) with the device of `on` current and its current stream.
 template <class F>
@@ -26,5 +25,4 @@ void launch(const Tensor& on, F start) {
   PTQ4VM_CHECK(problem.empty(), " on GPU ", device, ": ", problem);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

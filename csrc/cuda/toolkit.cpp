@@ -5,8 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -49,5 +48,4 @@ const char* take_error() {
   return cudaGetErrorString(error);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

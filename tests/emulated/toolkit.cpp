@@ -5,8 +5,7 @@
 #include <map>
 #include <stdexcept>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 struct Gpu {
@@ -35,8 +34,7 @@ Stream current_stream(int device) { return gpu(device).stream; }
 int capability(int device) { return gpu(device).capability; }
 const char* take_error() { return nullptr; }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda
 
 extern "C" void ptq4vm_emulate(int device, int capability, void* stream) {
   ptq4vm::cuda::gpus[device] = {capability, stream};

@@ -68,8 +68,7 @@ PTQ4VM_VECTORS(unsigned short, ushort)
 using cudaStream_t = struct CUstream_st*;
 #endif
 
-namespace ptq4vm {
-namespace emulator {
+namespace ptq4vm::emulator {
 
 constexpr int WARP = 32, MAX_THREADS = 1024;
 constexpr size_t MAX_SHARED = 227 << 10, STACK = 128 << 10;
@@ -272,8 +271,7 @@ To same_bits(From value) {
   return result;
 }
 
-}  // namespace emulator
-}  // namespace ptq4vm
+}  // namespace ptq4vm::emulator
 
 // How many launches there were since the last call, and their streams.
 extern "C" __attribute__((weak)) int ptq4vm_launches(const void** streams, int most) {

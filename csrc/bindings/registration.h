@@ -91,8 +91,7 @@ struct Checked<F, Schema> {
 }  // namespace ptq4vm
 
 // Registers ptq4vm::name for this library's device. The schema, "(arguments) -> results", is the one that ptq4vm/ops.py
-// defines where the libraries are missing; a test holds them equal. The CPU's library, which is always there, defines
-// it.
+// defines where the libraries are missing; a test holds them equal. The CPU's library defines it.
 #ifdef PTQ4VM_CUDA
 #define PTQ4VM_DEFINE(schema)
 #else

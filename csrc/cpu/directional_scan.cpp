@@ -54,7 +54,8 @@ class DirectionalScanner {
         const int64_t left = count - v * WIDTH;
         const f32xw skip = s.D ? load_lanes(s.D + row + v * WIDTH, left) : f32xw{};
         projection.multiply(c.dt[v], at + v, e + v * WIDTH);
-        const f32xw longest = start(c, v, load_lanes(s.dt_bias + row + v * WIDTH, left), s.D ? &skip : nullptr, true);
+        const f32xw longest =
+            prepare_chunk(c, v, load_lanes(s.dt_bias + row + v * WIDTH, left), s.D ? &skip : nullptr, true);
         states.recur(c, v, longest, coefficients, at + v);
       }
       for (int64_t t = 0; t < c.tokens; t++) {
@@ -100,7 +101,7 @@ class DirectionalScanner {
 }  // namespace
 
 void run(const DirectionalScan& s, int64_t begin, int64_t end) {
-  const int64_t panels = (s.channels + s.panel - 1) / s.panel;
+  const int64_t panels = divided_up(s.channels, s.panel);
   DirectionalScanner directions(s);
   for (int64_t item = begin; item < end; item++) directions.run(item / panels, item % panels);
 }

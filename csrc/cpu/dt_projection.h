@@ -1,4 +1,4 @@
-// The integer linear that computes Δ in a directional scan.
+// The integer linear that computes dt, Δ, in a directional scan.
 #pragma once
 
 #include "quantize.h"
@@ -10,9 +10,9 @@ namespace {
 
 constexpr int64_t QUAD = 4 * LANES;  // bytes in a row of a packed weight: 4 codes for each of 16 output channels
 
-// The dt's integer linear for the tokens of a chunk: their codes are quantized here, and the weight of a panel of
-// channels is unpacked once for a direction. FloatStates hold its sums: |code - zero point| and |code + 128| are below
-// 256, |weight| is at most 128, so that 512 products stay within 2^24.
+// Computes dt before bias and softplus, for the tokens of a chunk: their codes are quantized here, and the weight of a
+// panel of channels is unpacked once for a direction. Floats hold the sums: |code - zero point| and |code + 128| are
+// below 256, |weight| is at most 128, so that 512 products stay within 2^24.
 class DtProjection {
  public:
   DtProjection(const DirectionalScan& scan, int64_t channels)
@@ -22,17 +22,17 @@ class DtProjection {
   void begin(int64_t k, int64_t first, int64_t last) {
     direction = k;
     if (s.dt_qparams.inv_smooth) std::copy_n(s.dt_qparams.inv_smooth + k * s.rank, s.rank, inv_smooth.data());
-    const int64_t groups = round_up(s.channels, LANES) / LANES, rows = round_up(s.rank, QUAD) / 4;
+    const int64_t all = groups(s.channels), rows = round_up(s.rank, QUAD) / 4;
     for (int64_t e = first; e < last; e += LANES) {
       for (int64_t r = 0; r < rank; r += 4) {
         int8_t row[QUAD];
-        unpack(row, (k * groups + e / LANES) * rows + r / 4);
+        unpack(row, (k * all + e / LANES) * rows + r / 4);
         set_weight(row, e - first, r);
       }
     }
   }
 
-  // x (R,) of the token; none is a token of zeros.
+  // Quantizes x (R,) of a token; null stands for zeros.
   void quantize(int64_t t, const float* x, int64_t token) {
     const int64_t i = direction * s.dt_qparams.scales + token % s.dt_qparams.scales;
     scale[t] = x ? s.dt_scale[i] : 0.0f;
@@ -47,7 +47,7 @@ class DtProjection {
   }
 
 #ifdef __AVX512VNNI__
-  // The result for the v-th vector of the panel's channels, `channel` and after.
+  // Computes the v-th vector of the panel's channels, `channel` and after.
   void multiply(f32xw* y, int64_t v, int64_t channel) const {
     __m512i acc[CHUNK];
     unroll<CHUNK>([&](auto t) { acc[t] = __m512i{}; });
@@ -116,8 +116,6 @@ class DtProjection {
   using Code = float;
   using Weight = float;
 #endif
-
-  static int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
   // A row of the packed weight.
   void unpack(int8_t* to, int64_t row) const {

@@ -24,12 +24,12 @@ void scan_groups(const Scan& s, const QuantizedScan* quantized, int64_t begin, i
       if (quantized) quantization.begin(*quantized, token, coefficients);
       for (int64_t e = first, at = 0; e < last; e += STRIP * WIDTH, at += STRIP) {
         const Window w(s, image, token, e, std::min(e + STRIP * WIDTH, last));
-        read(c, w);
+        read_chunk(c, w);
         for (int64_t v = 0; v < c.vectors; v++) {
           const int64_t channel = e + v * WIDTH, left = last - channel;
           const f32xw skip = s.D ? load_lanes(s.D + channel, left) : f32xw{};
           const f32xw bias = s.delta_bias ? load_lanes(s.delta_bias + channel, left) : f32xw{};
-          const f32xw longest = start(c, v, bias, s.D ? &skip : nullptr, s.softplus);
+          const f32xw longest = prepare_chunk(c, v, bias, s.D ? &skip : nullptr, s.softplus);
           if (quantized) {
             states.recur(c, v, longest, coefficients, at + v, quantization);
           } else {

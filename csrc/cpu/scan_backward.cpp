@@ -99,8 +99,8 @@ class ScanGradients {
   // The chunk is one vector.
   f32xw start(const Window& w, ScanChunk& c) const {
     const f32xw skip = w.load_channels(s.D);
-    read(c, w);
-    return PTQ4VM_SET::start(c, 0, w.load_channels(s.delta_bias), s.D ? &skip : nullptr, s.softplus);
+    read_chunk(c, w);
+    return PTQ4VM_SET::prepare_chunk(c, 0, w.load_channels(s.delta_bias), s.D ? &skip : nullptr, s.softplus);
   }
 
   void backward(const Window& w, int64_t chunk, int64_t v) {
@@ -167,7 +167,7 @@ class ScanGradients {
 }  // namespace
 
 void run(const ScanBackward& b, int64_t begin, int64_t end) {
-  const int64_t panels = (b.forward.channels + PANEL - 1) / PANEL;
+  const int64_t panels = divided_up(b.forward.channels, PANEL);
   ScanGradients backward(b);
   for (int64_t item = begin; item < end; item++) backward.run(item / panels, item % panels);
 }

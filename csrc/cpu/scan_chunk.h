@@ -102,7 +102,7 @@ inline f32xw infinite_if_negative(f32xw x) { return x < 0.0f ? fill(INFINITY) : 
 
 // Computes all that does not need states: from Δ before bias and softplus, which is in `dt`, and u, which is in `dt_u`.
 // Returns the longest dt in every lane, infinite if one is negative.
-inline f32xw start(ScanChunk& c, int64_t v, f32xw bias, const f32xw* skip, bool softplus) {
+inline f32xw prepare_chunk(ScanChunk& c, int64_t v, f32xw bias, const f32xw* skip, bool softplus) {
   f32xw longest{};
   for (int64_t t = 0; t < c.tokens; t++) {
     const f32xw raw = c.dt[v][t] + bias, u = c.dt_u[v][t], dt = softplus ? ptq4vm::softplus(raw) : raw;
@@ -114,7 +114,7 @@ inline f32xw start(ScanChunk& c, int64_t v, f32xw bias, const f32xw* skip, bool 
   return longest;
 }
 
-inline void read(ScanChunk& c, const Window& w) {
+inline void read_chunk(ScanChunk& c, const Window& w) {
   c.tokens = w.tokens;
   c.vectors = vectors_of(w.count);
   for (int64_t t = 0; t < w.tokens; t++) {

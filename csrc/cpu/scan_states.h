@@ -92,8 +92,7 @@ struct FloatStates {
   }
 };
 
-// The scales with which the states of a chunk's tokens become codes, and the codes of the tokens before them states
-// again.
+// The scales that make codes of the states of a chunk's tokens, and states of the codes of the tokens before them.
 struct StateQuantization {
   void begin(const QuantizedScan& q, int64_t token, const ScanCoefficients& coefficients) {
     const int64_t tokens = std::min(CHUNK, q.scan.tokens - token);

@@ -1,17 +1,17 @@
 // Shared by all kernels. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
-//   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty
-//   grid PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
-//   PTQ4VM_DYNAMIC_SHARED(float, row);          float* row: the shared_bytes of the launch; once in a kernel
+//   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty grid
+//   PTQ4VM_SHARED(float, tile, [64][33]);            __shared__ float tile[64][33], 16-byte aligned
+//   PTQ4VM_DYNAMIC_SHARED(float, row);               float* row: the shared_bytes of the launch; once in a kernel
 //   with_type(q.x_type, [&](auto t) { using T = decltype(t); … });      T: float, bfloat16 or float16
-//   load<8>(from, v), store<8>(to, v)           float v[8] from and to any T, in 16-byte accesses: `from` is aligned to
-//                                               8 elements or 16 bytes, whichever is less (aligned<8>(pointer) tells)
-//   to_float(x), from_float<T>(v)               one number, rounded half to even
-//   const RowQParams qparams(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
-//   qparams.code(__fmul_rn(v, inv_smooth[d]))      reference.quantize of one smoothed number, bit for bit
-//   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
-//   write_codes<8>(to, v, inv_smooth + d, qparams) all of that: float v[8] smoothed, quantized, stored; inv_smooth may
-//   be null warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them block_sum<WARPS>(v, scratch)
-//   over a block of WARPS warps, to all threads, in one order
+//   load<8>(from, v), store<8>(to, v)                float v[8] from and to any T, in 16-byte accesses: `from` is aligned
+//                                                    to 8 elements or 16 bytes, whichever is less (aligned<8>(from) tells)
+//   to_float(x), from_float<T>(v)                    one number, rounded half to even
+//   const RowQParams qparams(q.qparams, row, set);   the qparams of a row of a set of rows (a direction)
+//   qparams.code(__fmul_rn(v, inv_smooth[d]))        reference.quantize of one smoothed number, bit for bit
+//   store_codes<8>(to, codes)                        int codes[8] as 8 int8 in one access
+//   write_codes<8>(to, v, inv_smooth + d, qparams)   float v[8] smoothed, quantized, stored; inv_smooth may be null
+//   warp_sum(v), warp_min(v), warp_max(v)            over all 32 lanes, to all of them
+//   block_sum<WARPS>(v, scratch)                     over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
 #pragma once
 

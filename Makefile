@@ -34,7 +34,8 @@ lint: venv  ## ruff, mypy, clang-format and the import rules
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-logo
-	find csrc tests/emulated -name "*.cpp" -o -name "*.h*" -o -name "*.cu*" | xargs $(RUN)/clang-format --dry-run -Werror
+	find csrc tests/emulated -not -path "*/CMakeFiles/*" \( -name "*.h" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh" \) \
+	  | xargs $(RUN)/clang-format --dry-run -Werror
 
 # tests/test_environment.py fails where torch or torchvision is another than the row's.
 test-matrix: .venv-$(OLDEST)/.installed .venv/.installed  ## the tests on the oldest and the newest torch (constraints/)

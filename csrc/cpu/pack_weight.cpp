@@ -43,11 +43,12 @@ inline void transpose(V (&m)[16]) {
 void run(const PackWeight& q, int64_t begin, int64_t end) {
   const int64_t k_tiles = divided_up(q.channels, K_TILE), padded = k_tiles * K_TILE;
   const int64_t columns = q.nibbles ? (q.channels + 1) / 2 : q.channels;
-  std::vector<int8_t> rows(TILE * padded);
+  std::vector<i32x16> vectors(TILE * k_tiles);
+  auto* rows = reinterpret_cast<int8_t*>(vectors.data());
   for (int64_t group = begin; group < end; group++) {
     for (int64_t i = 0; i < TILE; i++) {
       const int64_t n = group * TILE + i;
-      int8_t* row = &rows[i * padded];
+      int8_t* row = rows + i * padded;
       if (n >= q.features) {
         std::memset(row, 0, q.channels);
         continue;
@@ -67,7 +68,7 @@ void run(const PackWeight& q, int64_t begin, int64_t end) {
     }
     for (int64_t k = 0; k < k_tiles; k++) {
       i32x16 tile[TILE];
-      for (int64_t i = 0; i < TILE; i++) tile[i] = load_as<i32x16>(&rows[i * padded + k * K_TILE]);
+      for (int64_t i = 0; i < TILE; i++) tile[i] = vectors[i * k_tiles + k];
       transpose(tile);
       std::memcpy(q.tiles + (group * k_tiles + k) * TILE_CODES, tile, sizeof(tile));
     }

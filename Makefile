@@ -3,8 +3,8 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
-SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h build_tools/*.py)
-CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu csrc/cuda/*.cuh)
+SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.h csrc/*.def csrc/bindings/* csrc/cpu/* build_tools/*.py)
+CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 MINUTES ?= 6
 # Rows of constraints/
 OLDEST := torch2.11
@@ -29,11 +29,13 @@ test: lint  ## lint, then the tests that take seconds (JOBS=2 workers)
 test-all: lint  ## lint, then every test that needs no GPU
 	$(PYTEST) -m "not gpu" --hypothesis-profile=thorough
 
-lint: venv  ## ruff, mypy and the import rules
+lint: venv  ## ruff, mypy, clang-format and the import rules
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-logo
+	find csrc tests/emulated -not -path "*/CMakeFiles/*" \( -name "*.h" -o -name "*.[ch]pp" -o -name "*.cu" -o -name "*.cuh" \) \
+	  | xargs $(RUN)/clang-format --dry-run -Werror
 
 # tests/test_environment.py fails where torch or torchvision is another than the row's.
 test-matrix: .venv-$(OLDEST)/.installed .venv/.installed  ## the tests on the oldest and the newest torch (constraints/)

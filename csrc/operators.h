@@ -1,17 +1,20 @@
 // The arguments of operators, the same for all devices; linears have their own, since weights are packed for each.
-// Pointers are to contiguous memory unless strides say more; the glue that fills these in has checked shapes and types.
+// Pointers are to contiguous memory unless strides say more; the bindings that fill these in have checked shapes and
+// types. operators.def lists the structs.
 #pragma once
 
 #include <cstdint>
+
+#include "layout.h"
 
 namespace ptq4vm {
 
 enum class Float { f32, bf16, f16 };  // f16 on CUDA only
 
-constexpr int64_t LARGEST_HARTLEY = 15;  // as in rotation.py
+constexpr int64_t MAX_HARTLEY = 15;  // LARGEST_HARTLEY of reference.py
 
-// Those of the codes that an operator gives: row r of a set has the ones at r % scales.
-struct Qparams {
+// The qparams of an operator's codes: row r of a set has the ones at r % scales.
+struct QParams {
   const float* inv_scale;
   const int32_t* zero_point;
   const float* inv_smooth;  // (D,) or null
@@ -19,17 +22,24 @@ struct Qparams {
   int low, high;
 };
 
+// A tensor (B, L, channels) that may be a part of a larger one: its channels are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  Float type = Float::f32;
+  int64_t image = 0, row = 0;  // elements from one to the next
+};
+
 // ops.quantize: x (rows, D) → codes (rows, D).
 struct Quantize {
   const void* x;
   Float x_type;
-  Qparams qparams;
+  QParams qparams;
   int8_t* codes;
   int64_t rows, channels;
 };
 
 // ops.choose_qparams: x (rows, D) → scale, zero_point (rows,).
-struct ChooseQparams {
+struct ChooseQParams {
   const void* x;
   Float x_type;
   const float* inv_smooth;  // (D,) or null
@@ -39,7 +49,7 @@ struct ChooseQparams {
   int low, high;
 };
 
-// ops.dequantize: codes (rows, D) → y (rows, D). Qparams as in Qparams.
+// ops.dequantize: codes (rows, D) → y (rows, D), with scales as in QParams.
 struct Dequantize {
   const int8_t* x;
   const float* scale;
@@ -48,7 +58,7 @@ struct Dequantize {
   int64_t rows, channels, scales;
 };
 
-// Of a row: Hadamard's transform of every `order` channels, then Hartley's over those runs.
+// The rotation of a row: Hadamard's transform of every `order` channels, then Hartley's over those runs.
 struct Rotation {
   const float* matrix;  // (channels / order, channels / order), Hartley's, or null
   int64_t channels, order;
@@ -71,7 +81,7 @@ struct RotateQuantize {
   bool gelu;  // of x first
   Rotation rotation;
   int8_t* codes;
-  Qparams qparams;
+  QParams qparams;
   int64_t rows;
 };
 
@@ -82,23 +92,17 @@ struct NormQuantize {
   const float *residual, *weight, *bias;  // or null
   float* total;                           // null without a residual
   int8_t* codes;
-  Qparams qparams;
+  QParams qparams;
   int64_t rows, channels;
   float eps;
   bool rms;
   const Rotation* rotation;  // of the normed values, or null
 };
 
-// A tensor (B, L, channels) that may be a part of a larger one: its channels are contiguous.
-struct Rows {
-  const void* data = nullptr;
-  Float type = Float::f32;
-  int64_t image = 0, row = 0;  // elements from one to the next
-};
-
-// ops.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L, E).
+// ops.selective_scan: u, delta, z (B, L, E); B, C (B, L, S); contiguous A (E, S); D, delta_bias (E,); y (B, L,
+// E).
 struct Scan {
-  Rows u, delta, B, C, z;  // z may have no data
+  Rows u, delta, B, C, z;           // z may have no data
   const float *A, *D, *delta_bias;  // the last two may be null
   void* y;
   Float y_type;
@@ -114,11 +118,9 @@ struct QuantizedScan {
   int low, high;
 };
 
-constexpr int64_t PANEL = 256;  // channels
-
-// Its adjoint. Gradients of what is shared between images are written for every image, those of what is shared between
-// channels for every panel of channels, and summed by the caller: A (batch, E, S), D and delta_bias (batch, E), B and C
-// (panels, batch, L, S).
+// The adjoint of Scan. Gradients of what is shared between images are written for every image, those of what is shared
+// between channels for every PANEL of channels, and summed by the caller: A (batch, E, S), D and delta_bias (batch, E),
+// B and C (panels, batch, L, S).
 struct ScanBackward {
   Scan forward;  // y unused
   const float* grad;
@@ -126,57 +128,41 @@ struct ScanBackward {
   float *D, *z, *delta_bias;  // or null
 };
 
-// ops.directional_scan, and ops.directional_scan_quantize where there are codes instead of y. Layouts as there; what
-// is not of type Rows is contiguous.
+// ops.directional_scan, and ops.directional_scan_quantize where there are codes instead of y. Layouts as there;
+// what is not of type Rows is contiguous.
 struct DirectionalScan {
-  Rows u, z;  // z may have no data
+  Rows u, z;            // z may have no data
   int64_t u_direction;  // elements from one direction's u to the next one's; 0 where they share it
   const float* projected;
-  Qparams step;             // K sets, with inv_smooth (K, R)
-  const float* step_scale;  // (K, step.scales)
-  const void* step_weight;
+  QParams dt_qparams;     // K sets, with inv_smooth (K, R)
+  const float* dt_scale;  // (K, dt_qparams.scales)
+  const void* dt_weight;
   bool packed;  // two 4-bit codes a byte
-  const int32_t* step_weight_sum;
-  const float *step_weight_scale, *step_bias, *A, *D;  // D may be null
-  const int32_t* order;  // of every direction, `steps` tokens or -1
-  int64_t directions, batch, tokens, steps, channels, rank, states;
+  const int32_t* dt_weight_sum;
+  const float *dt_weight_scale, *dt_bias, *A, *D;  // D may be null
+  const int32_t* order;                            // of every direction, `length` tokens or -1
+  int64_t directions, batch, tokens, length, channels, rank, states;
   float factor;
   bool merge;
-  void* y;
-  Float y_type;
-  int8_t* codes;
-  Qparams qparams;
-  int64_t panel;  // on the CPU: channels of an item, a multiple of 16
-  float* sums;    // on CUDA: memory for as many as directional_scan_sums says
+  void* y = nullptr;
+  Float y_type = Float::f32;
+  int8_t* codes = nullptr;
+  QParams qparams = {};
+  int64_t panel = 0;      // on the CPU: channels of an item, a multiple of LANES
+  float* sums = nullptr;  // on CUDA: memory for as many as directional_scan_sums says
 };
 
-// ops.conv1d_quantize, and ops.causal_conv1d as its only direction, in order and without codes. x (B, L, E) has
-// rows of E that lie x_row numbers apart, and images x_image apart; y, of x's type, and codes are (K, B, L, E);
-// weight (K, E, taps). There are K sets of qparams.
+// ops.conv1d_quantize, and ops.causal_conv1d as its only direction, in order and without codes. x is (B, L, E);
+// y, of x's type, and codes are (K, B, L, E); weight (K, E, taps). There are K sets of qparams.
 struct Conv {
-  const void* x;
-  Float type;
-  int64_t x_image, x_row;
+  Rows x;
   const float *weight, *bias;  // bias (K, E) or null
   const int32_t* order;        // (K, L), or null: 0, 1, 2, …
   void* y;
   int8_t* codes;  // or null
-  Qparams qparams;
+  QParams qparams;
   int64_t directions, batch, tokens, channels, taps;
   bool silu;
-};
-
-// ops.conv2d_quantize: x (B, H · W, E) lies as in Conv; y (B, H · W, E), codes (K, B, H · W, E);
-// weight (E, rows, columns).
-struct Conv2d {
-  const void* x;
-  Float type;
-  int64_t x_image, x_row;
-  const float *weight, *bias;  // bias (E,) or null
-  void* y;
-  int8_t* codes;
-  Qparams qparams;
-  int64_t directions, batch, height, width, channels, rows, columns;
 };
 
 // The adjoint of ops.causal_conv1d for contiguous float32; gradients of weight (batch, E, taps) and bias
@@ -185,6 +171,16 @@ struct ConvBackward {
   Conv forward;  // y unused
   const float* grad;
   float *x, *weight, *bias;  // bias or null
+};
+
+// ops.conv2d_quantize: x and y (B, H · W, E), codes (K, B, H · W, E); weight (E, rows, columns).
+struct Conv2d {
+  Rows x;
+  const float *weight, *bias;  // bias (E,) or null
+  void* y;
+  int8_t* codes;
+  QParams qparams;
+  int64_t directions, batch, height, width, channels, rows, columns;
 };
 
 // ops.fake_quantize: x, y (rows, D); qparams of a row as above. Without zero points codes are symmetric and x is
@@ -198,14 +194,14 @@ struct FakeQuantize {
   int low, high;
 };
 
-// Its gradients, each null where nobody asks. Those of scale and zero point are written for every row, the smoothing's
-// (D,) for every block of ROWS_IN_SUM rows, and the caller sums them.
+constexpr int64_t ROWS_IN_SUM = 32;
+
+// The gradients of FakeQuantize, each null where nobody asks. Those of scale and zero point are written for every row,
+// the smoothing's (D,) for every block of ROWS_IN_SUM rows, and the caller sums them.
 struct FakeQuantizeBackward {
   FakeQuantize forward;  // y unused
   const float* grad;
   float *x, *scale, *zero_point, *smooth;
 };
-
-constexpr int64_t ROWS_IN_SUM = 32;
 
 }  // namespace ptq4vm

@@ -7,20 +7,20 @@
 #include "quantize.h"
 #include "taps.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int64_t CHUNK = 16;  // tokens of the adjoint
 constexpr int64_t WINDOW = 8;  // tokens of the convolution: fewer than the lines that a set of the first cache holds
 
-// work(image, first channel, last channel) for groups [begin, end), where a direction's images follow the one's before.
+// Calls work(image, first channel, last channel) for groups [begin, end), where a direction's images follow the one's
+// before.
 template <class Work>
 void for_images(const Conv& c, int64_t begin, int64_t end, Work work) {
-  const int64_t groups = (c.channels + LANES - 1) / LANES;
+  const int64_t all = groups(c.channels);
   while (begin < end) {
-    const int64_t group = begin % groups, count = std::min(groups - group, end - begin);
-    work(begin / groups, group * LANES, std::min(c.channels, (group + count) * LANES));
+    const int64_t group = begin % all, count = std::min(all - group, end - begin);
+    work(begin / all, group * LANES, std::min(c.channels, (group + count) * LANES));
     begin += count;
   }
 }
@@ -35,7 +35,7 @@ struct Filter {
   f32xw bias;
 
   Filter(const Conv& conv, int64_t image, int64_t channel, const f32xw* vectors)
-      : c(conv), x(static_cast<const float*>(conv.x) + image * conv.tokens * conv.channels + channel),
+      : c(conv), x(static_cast<const float*>(conv.x.data) + image * conv.tokens * conv.channels + channel),
         left(conv.channels - channel), weights(vectors),
         bias(conv.bias ? load_lanes(conv.bias + channel, left) : f32xw{}) {}
 
@@ -56,18 +56,18 @@ struct Filter {
 
 // A chunk of tokens [start, stop) of some vectors of channels.
 template <class T>
-struct Chunk {
+struct ConvChunk {
   const T* x;  // of the first token and channel, as y and codes
   T* y;
-  int8_t* codes;         // or null
-  const int32_t* order;  // or null
-  const Grid* grids;     // of the chunk
+  int8_t* codes;              // or null
+  const int32_t* order;       // or null
+  const RowQParams* qparams;  // of the chunk
   int64_t start, stop, x_row, channels, taps;
   bool silu;
 };
 
-// What it needs of a vector of channels, and keeps for the next chunk: the last taps - 1 inputs.
-struct Lanes {
+// A vector of channels: what it reads, and keeps for the next chunk, the last taps - 1 inputs.
+struct ConvLanes {
   const f32xw* weights;
   f32xw* past;
   f32xw bias, inv_smooth;
@@ -76,8 +76,9 @@ struct Lanes {
 // TAPS is the number of taps, which then lie in registers, or 0; vectors have `count` channels, all lanes if WHOLE. A
 // function of its own, without calls: then there are enough registers.
 template <int TAPS, bool WHOLE, class T>
-__attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, int64_t vectors, int64_t count) {
-  const Chunk<T> c = chunk;  // codes could be anywhere, for all that the compiler knows
+__attribute__((noinline)) void convolve(const ConvChunk<T>& chunk, const ConvLanes* lanes, int64_t vectors,
+                                        int64_t count) {
+  const ConvChunk<T> c = chunk;  // codes could be anywhere, for all that the compiler knows
   const int64_t taps = TAPS ? TAPS : c.taps, left = WHOLE ? WIDTH : count;
   for (int64_t v = 0; v < vectors; v++) {
     const f32xw bias = lanes[v].bias, inv_smooth = lanes[v].inv_smooth;
@@ -99,7 +100,7 @@ __attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, in
       if (taps > 1) last[taps - 2] = now;
       if (c.silu) value = silu(value);
       store_lanes(y + token * c.channels, value, left);
-      if (codes) store_codes(codes + token * c.channels, value * inv_smooth, c.grids[t - c.start], left);
+      if (codes) store_codes(codes + token * c.channels, value * inv_smooth, c.qparams[t - c.start], left);
     }
     for (int k = 0; k + 1 < TAPS; k++) lanes[v].past[k] = last[k];
   }
@@ -107,10 +108,10 @@ __attribute__((noinline)) void run(const Chunk<T>& chunk, const Lanes* lanes, in
 
 template <int TAPS, class T>
 void forward(const Conv& c, int64_t begin, int64_t end) {
-  const int64_t E = c.channels, taps = c.taps, vectors = (E + WIDTH - 1) / WIDTH;
+  const int64_t E = c.channels, taps = c.taps, vectors = vectors_of(E);
   std::vector<f32xw> weights(vectors * taps), past(vectors * (taps - 1) + 1);
-  std::vector<Lanes> lanes(vectors);
-  std::vector<Grid> grids(WINDOW, Grid(1.0f, 0, 0, 0));
+  std::vector<ConvLanes> lanes(vectors);
+  std::vector<RowQParams> qparams(WINDOW, RowQParams(1.0f, 0, 0, 0));
   for_images(c, begin, end, [&](int64_t item, int64_t first, int64_t last) {
     const int64_t direction = item / c.batch, image = item % c.batch, whole = (last - first) / WIDTH;
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
@@ -120,28 +121,28 @@ void forward(const Conv& c, int64_t begin, int64_t end) {
                   c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f)};
     }
     std::fill(past.begin(), past.end(), f32xw{});
-    Chunk<T> chunk{static_cast<const T*>(c.x) + image * c.x_image + first,
-                   static_cast<T*>(c.y) + item * c.tokens * E + first,
-                   c.codes ? c.codes + item * c.tokens * E + first : nullptr,
-                   c.order ? c.order + direction * c.tokens : nullptr,
-                   grids.data(),
-                   0,
-                   0,
-                   c.x_row,
-                   E,
-                   taps,
-                   c.silu};
+    ConvChunk<T> chunk{.x = static_cast<const T*>(c.x.data) + image * c.x.image + first,
+                       .y = static_cast<T*>(c.y) + item * c.tokens * E + first,
+                       .codes = c.codes ? c.codes + item * c.tokens * E + first : nullptr,
+                       .order = c.order ? c.order + direction * c.tokens : nullptr,
+                       .qparams = qparams.data(),
+                       .start = 0,
+                       .stop = 0,
+                       .x_row = c.x.row,
+                       .channels = E,
+                       .taps = taps,
+                       .silu = c.silu};
     for (chunk.start = 0; chunk.start < c.tokens; chunk.start = chunk.stop) {
       chunk.stop = std::min(chunk.start + WINDOW, c.tokens);
       for (int64_t t = chunk.start; c.codes && t < chunk.stop; t++) {
-        grids[t - chunk.start] = Grid(c.qparams, chunk.order ? chunk.order[t] : t, direction);
+        qparams[t - chunk.start] = RowQParams(c.qparams, chunk.order ? chunk.order[t] : t, direction);
       }
-      run<TAPS, true>(chunk, lanes.data(), whole, WIDTH);
+      convolve<TAPS, true>(chunk, lanes.data(), whole, WIDTH);
       if (first + whole * WIDTH < last) {
-        Chunk<T> rest = chunk;
+        ConvChunk<T> rest = chunk;
         rest.x += whole * WIDTH, rest.y += whole * WIDTH;
         if (rest.codes) rest.codes += whole * WIDTH;
-        run<TAPS, false>(rest, &lanes[whole], 1, last - first - whole * WIDTH);
+        convolve<TAPS, false>(rest, &lanes[whole], 1, last - first - whole * WIDTH);
       }
     }
   });
@@ -150,7 +151,7 @@ void forward(const Conv& c, int64_t begin, int64_t end) {
 template <int TAPS>
 void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   const Conv& c = b.forward;
-  const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = (E + WIDTH - 1) / WIDTH;
+  const int64_t taps = TAPS ? TAPS : c.taps, E = c.channels, vectors = vectors_of(E);
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
@@ -199,17 +200,14 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void conv(const Conv& c, int64_t begin, int64_t end) {
-  if (c.type == Float::f32) {
-    c.taps == 4 ? forward<4, float>(c, begin, end) : forward<0, float>(c, begin, end);
-  } else {
-    c.taps == 4 ? forward<4, bfloat16>(c, begin, end) : forward<0, bfloat16>(c, begin, end);
-  }
+void run(const Conv& c, int64_t begin, int64_t end) {
+  with_type(c.x.type, [&](auto t) {
+    c.taps == 4 ? forward<4, decltype(t)>(c, begin, end) : forward<0, decltype(t)>(c, begin, end);
+  });
 }
 
-void conv_backward(const ConvBackward& b, int64_t begin, int64_t end) {
+void run(const ConvBackward& b, int64_t begin, int64_t end) {
   b.forward.taps == 4 ? backward<4>(b, begin, end) : backward<0>(b, begin, end);
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -7,37 +7,36 @@
 #include "quantize.h"
 #include "taps.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 // A row of a map.
 template <class T>
-struct Row {
+struct MapRow {
   const T* const* inputs;  // the rows that the kernel covers, null outside of the map
   T* y;
-  int8_t* codes;      // of the first direction
-  const Grid* grids;  // (directions, width)
+  int8_t* codes;                               // of the first direction
+  const RowQParams* qparams;                   // (directions, width)
   const f32xw *weights, *biases, *inv_smooth;  // (vectors, rows · columns), (vectors,), (vectors, directions)
   int64_t x_row, channels, width, directions, map, rows, columns;  // map: codes of a direction
 };
 
 // One output of a vector of channels.
 template <class T>
-inline void finish(const Row<T>& r, f32xw sum, int64_t v, int64_t w, int64_t left) {
+inline void finish(const MapRow<T>& r, f32xw sum, int64_t v, int64_t w, int64_t left) {
   const int64_t at = w * r.channels + v * WIDTH;
   const f32xw u = silu(sum);
   store_lanes(r.y + at, u, left);
   for (int64_t k = 0; k < r.directions; k++) {
-    store_codes(r.codes + k * r.map + at, u * r.inv_smooth[v * r.directions + k], r.grids[k * r.width + w], left);
+    store_codes(r.codes + k * r.map + at, u * r.inv_smooth[v * r.directions + k], r.qparams[k * r.width + w], left);
   }
 }
 
 // Vectors [first, last); `count` channels of each, all of a vector if WHOLE. A function of its own, without calls: then
 // there are enough registers.
 template <bool WHOLE, class T>
-__attribute__((noinline)) void three_by_three(const Row<T>& row, int64_t first, int64_t last, int64_t count) {
-  const Row<T> r = row;  // codes could be anywhere, for all that the compiler knows
+__attribute__((noinline)) void three_by_three(const MapRow<T>& row, int64_t first, int64_t last, int64_t count) {
+  const MapRow<T> r = row;  // codes could be anywhere, for all that the compiler knows
   const T *above = r.inputs[0], *middle = r.inputs[1], *below = r.inputs[2];
   const int64_t left = WHOLE ? WIDTH : count;
   for (int64_t v = first; v < last; v++) {
@@ -64,7 +63,7 @@ __attribute__((noinline)) void three_by_three(const Row<T>& row, int64_t first, 
 }
 
 template <class T>
-void any_size(const Row<T>& r, int64_t v) {
+void any_size(const MapRow<T>& r, int64_t v) {
   const int64_t left = r.channels - v * WIDTH;
   for (int64_t w = 0; w < r.width; w++) {
     f32xw sum = r.biases[v];
@@ -80,8 +79,8 @@ void any_size(const Row<T>& r, int64_t v) {
 }
 
 template <class T>
-void run(const Conv2d& c, int64_t begin, int64_t end) {
-  const int64_t E = c.channels, K = c.directions, size = c.rows * c.columns, vectors = (E + WIDTH - 1) / WIDTH;
+void rows_of_maps(const Conv2d& c, int64_t begin, int64_t end) {
+  const int64_t E = c.channels, K = c.directions, size = c.rows * c.columns, vectors = vectors_of(E);
   std::vector<f32xw> weights(vectors * size), biases(vectors), inv_smooth(vectors * K);
   for (int64_t e = 0, v = 0; e < E; e += WIDTH, v++) {
     load_taps(c.weight + e * size, size, E - e, &weights[v * size]);
@@ -92,21 +91,33 @@ void run(const Conv2d& c, int64_t begin, int64_t end) {
     }
   }
   std::vector<const T*> inputs(c.rows);
-  std::vector<Grid> grids(K * c.width, Grid(1.0f, 0, 0, 0));
+  std::vector<RowQParams> qparams(K * c.width, RowQParams(1.0f, 0, 0, 0));
   for (int64_t row = begin; row < end; row++) {
     const int64_t h = row % c.height;
-    const T* x = static_cast<const T*>(c.x) + row / c.height * c.x_image;
+    const T* x = static_cast<const T*>(c.x.data) + row / c.height * c.x.image;
     for (int64_t i = 0; i < c.rows; i++) {
       const int64_t from = h + i - c.rows / 2;
-      inputs[i] = 0 <= from && from < c.height ? x + from * c.width * c.x_row : nullptr;
+      inputs[i] = 0 <= from && from < c.height ? x + from * c.width * c.x.row : nullptr;
     }
     for (int64_t k = 0; k < K; k++) {
-      for (int64_t w = 0; w < c.width; w++) grids[k * c.width + w] = Grid(c.qparams, h * c.width + w, k);
+      for (int64_t w = 0; w < c.width; w++) qparams[k * c.width + w] = RowQParams(c.qparams, h * c.width + w, k);
     }
     const int64_t at = row * c.width * E;
     const int64_t map = c.batch * c.height * c.width * E;
-    const Row<T> r{inputs.data(), static_cast<T*>(c.y) + at, c.codes + at, grids.data(),
-                   weights.data(), biases.data(), inv_smooth.data(), c.x_row, E, c.width, K, map, c.rows, c.columns};
+    const MapRow<T> r{.inputs = inputs.data(),
+                      .y = static_cast<T*>(c.y) + at,
+                      .codes = c.codes + at,
+                      .qparams = qparams.data(),
+                      .weights = weights.data(),
+                      .biases = biases.data(),
+                      .inv_smooth = inv_smooth.data(),
+                      .x_row = c.x.row,
+                      .channels = E,
+                      .width = c.width,
+                      .directions = K,
+                      .map = map,
+                      .rows = c.rows,
+                      .columns = c.columns};
     if (c.rows == 3 && c.columns == 3) {
       three_by_three<true>(r, 0, E / WIDTH, WIDTH);
       if (E % WIDTH) three_by_three<false>(r, E / WIDTH, vectors, E % WIDTH);
@@ -118,9 +129,8 @@ void run(const Conv2d& c, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void conv2d(const Conv2d& c, int64_t begin, int64_t end) {
-  c.type == Float::f32 ? run<float>(c, begin, end) : run<bfloat16>(c, begin, end);
+void run(const Conv2d& c, int64_t begin, int64_t end) {
+  with_type(c.x.type, [&](auto t) { rows_of_maps<decltype(t)>(c, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -1,9 +1,12 @@
-// Which instruction set runs: the best that the machine has, or the one that PTQ4VM_ISA names.
+// The choice of the instruction set that runs: the best that the machine has, or the one that PTQ4VM_ISA names.
 #include "kernels.h"
+
+#include <torch/csrc/stable/library.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #if defined(PTQ4VM_HAS_vnni) && defined(__linux__)
 #include <sys/syscall.h>
@@ -28,7 +31,7 @@ Isa probe() {
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512vnni");
 #ifdef __linux__
-  // Linux gives a process the tile registers when it asks for them.
+  // A process on Linux gets the tile registers when it asks for them.
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
   if (vnni && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512bf16") &&
       syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {
@@ -57,8 +60,6 @@ std::atomic<int>& chosen() {
 
 }  // namespace
 
-const char* name(Isa value) { return NAMES[static_cast<int>(value)]; }
-
 Isa best_isa() {
   static const Isa value = allowed();
   return value;
@@ -71,16 +72,29 @@ void use_isa(Isa value) { chosen() = static_cast<int>(value <= best_isa() ? valu
 const Kernels& kernels() {
   switch (isa()) {
 #ifdef PTQ4VM_HAS_vnni
-    case Isa::amx:
-      return kernels_amx();
-    case Isa::vnni:
-      return kernels_vnni();
-    case Isa::avx2:
-      return kernels_avx2();
+    case Isa::amx: return kernels_amx();
+    case Isa::vnni: return kernels_vnni();
+    case Isa::avx2: return kernels_avx2();
 #endif
-    default:
-      return kernels_portable();
+    default: return kernels_portable();
   }
 }
 
+namespace {
+
+// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
+std::string use_isa_named(std::string wanted) {
+  for (int i = 0; i <= static_cast<int>(best_isa()); i++) {
+    if (wanted == NAMES[i]) use_isa(static_cast<Isa>(i));
+  }
+  return NAMES[static_cast<int>(isa())];
+}
+
+}  // namespace
 }  // namespace ptq4vm
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def("_use_isa(str name) -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) {
+  m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa_named));
+}

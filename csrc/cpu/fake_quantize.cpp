@@ -6,15 +6,14 @@
 #include "kernels.h"
 #include "math.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
-// What one row needs: codes of v = x · smooth · factor, or of x · smooth / factor, are clamped to [low, high].
-struct Row {
+// One row: codes of v = x · smooth · factor, or of x · smooth / factor, are clamped to [low, high].
+struct FakeQuantRow {
   float scale, factor, low, high;
 
-  Row(const FakeQuantize& q, int64_t r) {
+  FakeQuantRow(const FakeQuantize& q, int64_t r) {
     const int64_t i = r % q.scales;
     const float zero = q.zero_point ? q.zero_point[i] : 0.0f;
     scale = q.scale[i];
@@ -43,7 +42,7 @@ inline f32xw code(f32xw x, float factor, f32xw& v) {
 template <bool DIVIDE, bool SMOOTH>
 void forward(const FakeQuantize& q, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
-    const Row row(q, r);
+    const FakeQuantRow row(q, r);
     const int64_t at = r * q.channels;
     for (int64_t d = 0; d < q.channels; d += WIDTH) {
       const int64_t left = q.channels - d;
@@ -61,7 +60,7 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
     float* sums = b.smooth ? b.smooth + block * q.channels : nullptr;
     if (sums) std::fill_n(sums, q.channels, 0.0f);
     for (int64_t r = block * ROWS_IN_SUM; r < std::min(q.rows, (block + 1) * ROWS_IN_SUM); r++) {
-      const Row row(q, r);
+      const FakeQuantRow row(q, r);
       const int64_t at = r * q.channels;
       f32xw sum_scale{}, sum_clamped{};
       for (int64_t d = 0; d < q.channels; d += WIDTH) {
@@ -83,7 +82,7 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
   }
 }
 
-// run(DIVIDE, SMOOTH) as constants
+// Calls run(DIVIDE, SMOOTH) with constants.
 template <class Run>
 void choose(const FakeQuantize& q, Run run) {
   using yes = std::true_type;
@@ -97,13 +96,12 @@ void choose(const FakeQuantize& q, Run run) {
 
 }  // namespace
 
-void fake_quantize(const FakeQuantize& q, int64_t begin, int64_t end) {
+void run(const FakeQuantize& q, int64_t begin, int64_t end) {
   choose(q, [&](auto divide, auto smooth) { forward<divide(), smooth()>(q, begin, end); });
 }
 
-void fake_quantize_backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
+void run(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
   choose(b.forward, [&](auto divide, auto smooth) { backward<divide(), smooth()>(b, begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -1,5 +1,4 @@
-// The scans and causal_conv1d for float64, in plain loops: what gradients are checked with. Layouts as in
-// operators.h.
+// The scans and causal_conv1d for float64, in plain loops: gradients are checked with them. Layouts as in operators.h.
 #pragma once
 
 #include <algorithm>
@@ -7,8 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-namespace ptq4vm {
-namespace float64 {
+namespace ptq4vm::float64 {
 
 struct Scan {
   const double *u, *delta, *A, *B, *C, *D, *z, *delta_bias;
@@ -19,7 +17,7 @@ struct Scan {
   double low = 0, high = 0;
 };
 
-// What token t hands to the next of a state; NaN is the code 0.
+// Returns what token t hands to the next of a state; NaN is the code 0.
 inline double kept(const Scan& s, double state, int64_t t) {
   if (!s.state_scale) return state;
   const double code = std::nearbyint(state * s.state_inv_scale[t % s.scales]);
@@ -32,18 +30,18 @@ struct Gradients {
 
 inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// One image and channel: fills the steps and states of all tokens, and gives the outputs before the gate to `use`.
+// Fills dt and the states of all tokens of an image and channel, and hands the outputs before the gate to `use`.
 template <class Use>
-void scan_channel(const Scan& s, int64_t b, int64_t e, std::vector<double>& steps, std::vector<double>& states,
+void scan_channel(const Scan& s, int64_t b, int64_t e, std::vector<double>& dts, std::vector<double>& states,
                   const Use& use) {
   for (int64_t t = 0; t < s.tokens; t++) {
     const int64_t at = (b * s.tokens + t) * s.channels + e, row = (b * s.tokens + t) * s.states;
     const double raw = s.delta[at] + (s.delta_bias ? s.delta_bias[e] : 0);
-    const double step = steps[t] = s.softplus && raw <= 20 ? std::log1p(std::exp(raw)) : raw;
+    const double dt = dts[t] = s.softplus && raw <= 20 ? std::log1p(std::exp(raw)) : raw;
     double y = s.D ? s.D[e] * s.u[at] : 0;
     for (int64_t n = 0; n < s.states; n++) {
       const double before = t ? states[(t - 1) * s.states + n] : 0;
-      const double h = std::exp(step * s.A[e * s.states + n]) * before + step * s.B[row + n] * s.u[at];
+      const double h = std::exp(dt * s.A[e * s.states + n]) * before + dt * s.B[row + n] * s.u[at];
       states[t * s.states + n] = kept(s, h, t);
       y += s.C[row + n] * h;
     }
@@ -52,21 +50,20 @@ void scan_channel(const Scan& s, int64_t b, int64_t e, std::vector<double>& step
 }
 
 inline void scan(const Scan& s, double* out) {
-  std::vector<double> steps(s.tokens), states(s.tokens * s.states);
+  std::vector<double> dts(s.tokens), states(s.tokens * s.states);
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t e = 0; e < s.channels; e++) {
-      scan_channel(s, b, e, steps, states, [&](int64_t, int64_t at, double, double y) {
-        out[at] = s.z ? y * s.z[at] * sigmoid(s.z[at]) : y;
-      });
+      scan_channel(s, b, e, dts, states,
+                   [&](int64_t, int64_t at, double, double y) { out[at] = s.z ? y * s.z[at] * sigmoid(s.z[at]) : y; });
     }
   }
 }
 
 inline void scan_backward(const Scan& s, const double* grad, const Gradients& d) {
-  std::vector<double> steps(s.tokens), states(s.tokens * s.states), raws(s.tokens), inner(s.tokens), carry(s.states);
+  std::vector<double> dts(s.tokens), states(s.tokens * s.states), raws(s.tokens), inner(s.tokens), carry(s.states);
   for (int64_t b = 0; b < s.batch; b++) {
     for (int64_t e = 0; e < s.channels; e++) {
-      scan_channel(s, b, e, steps, states, [&](int64_t t, int64_t at, double raw, double y) {
+      scan_channel(s, b, e, dts, states, [&](int64_t t, int64_t at, double raw, double y) {
         const double gate = s.z ? sigmoid(s.z[at]) : 1;
         raws[t] = raw;
         inner[t] = grad[at] * (s.z ? s.z[at] * gate : 1);
@@ -75,21 +72,21 @@ inline void scan_backward(const Scan& s, const double* grad, const Gradients& d)
       carry.assign(s.states, 0);
       for (int64_t t = s.tokens - 1; t >= 0; t--) {
         const int64_t at = (b * s.tokens + t) * s.channels + e, row = (b * s.tokens + t) * s.states;
-        double step = 0, step_u = 0;
+        double ddt = 0, ddt_u = 0;
         for (int64_t n = 0; n < s.states; n++) {
-          const double a = s.A[e * s.states + n], decay = std::exp(steps[t] * a);
+          const double a = s.A[e * s.states + n], decay = std::exp(dts[t] * a);
           const double before = t ? states[(t - 1) * s.states + n] : 0;
           const double adjoint = s.C[row + n] * inner[t] + carry[n];
           d.C[row + n] += states[t * s.states + n] * inner[t];
-          d.B[row + n] += adjoint * steps[t] * s.u[at];
-          step_u += adjoint * s.B[row + n];
-          step += adjoint * before * decay * a;
-          d.A[e * s.states + n] += adjoint * before * decay * steps[t];
+          d.B[row + n] += adjoint * dts[t] * s.u[at];
+          ddt_u += adjoint * s.B[row + n];
+          ddt += adjoint * before * decay * a;
+          d.A[e * s.states + n] += adjoint * before * decay * dts[t];
           carry[n] = adjoint * decay;
         }
-        d.u[at] = step_u * steps[t] + (s.D ? inner[t] * s.D[e] : 0);
+        d.u[at] = ddt_u * dts[t] + (s.D ? inner[t] * s.D[e] : 0);
         if (d.D) d.D[e] += inner[t] * s.u[at];
-        d.delta[at] = (step + step_u * s.u[at]) * (s.softplus && raws[t] <= 20 ? sigmoid(raws[t]) : 1);
+        d.delta[at] = (ddt + ddt_u * s.u[at]) * (s.softplus && raws[t] <= 20 ? sigmoid(raws[t]) : 1);
         if (d.delta_bias) d.delta_bias[e] += d.delta[at];
       }
     }
@@ -144,5 +141,4 @@ inline void conv_backward(const Conv& c, const double* grad, double* x, double* 
   });
 }
 
-}  // namespace float64
-}  // namespace ptq4vm
+}  // namespace ptq4vm::float64

@@ -1,109 +1,16 @@
-// Vectors as wide as a register, and the functions of them that the scan and the convolution need. Relative errors are
-// within 3e-7, unless one says more; what would be less than 2^-125.5 is zero; NaN stays NaN.
+// Functions of vectors. Relative errors are within 3e-7, unless one says more; what would be less than 2^-125.5 is
+// zero; NaN stays NaN.
 #pragma once
 
 #include "vec.h"
 
-#ifdef __SSE2__
-#include <immintrin.h>
-#endif
-
 namespace ptq4vm {
 namespace {
-
-// GCC splits wider vectors into registers too, but compares, selects and converts them lane by lane.
-#if defined(__AVX512F__)
-constexpr int64_t WIDTH = 16;
-#elif defined(__AVX__)
-constexpr int64_t WIDTH = 8;
-#else
-constexpr int64_t WIDTH = 4;
-#endif
-
-typedef float f32xw __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef int32_t i32xw __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef uint32_t u32xw __attribute__((vector_size(WIDTH * sizeof(float))));
-
-// A difference, for the sum of 0 and -0 is not -0, so that compilers keep it.
-inline f32xw fill(float value) { return value - f32xw{}; }
-
-typedef uint16_t u16xw __attribute__((vector_size(WIDTH * sizeof(uint16_t))));
-
-inline f32xw load_all(const float* from) { return load_as<f32xw>(from); }
-
-inline f32xw load_all(const bfloat16* from) {
-#if defined(__AVX512F__)  // one instruction; GCC takes five
-  const u32xw bits = (u32xw)_mm512_maskz_cvtepu16_epi32(0xffff, load_as<__m256i>(from));
-#elif defined(__AVX2__)
-  const u32xw bits = (u32xw)_mm256_cvtepu16_epi32(load_as<__m128i>(from));
-#else
-  const u32xw bits = __builtin_convertvector(load_as<u16xw>(from), u32xw);
-#endif
-  return (f32xw)(bits << 16);
-}
-
-inline void store_all(float* to, f32xw value) { std::memcpy(to, &value, sizeof(value)); }
-
-inline void store_all(bfloat16* to, f32xw value) {
-  const u32xw bits = (u32xw)value;
-  const u32xw rounded = bits + 0x7fff + ((bits >> 16) & 1);
-#ifdef __AVX512BW__
-  // A NaN is not rounded. One that comes of arithmetic has its highest fraction bit, so that it stays one.
-  const __mmask16 ordered = _mm512_cmp_ps_mask(value, value, _CMP_ORD_Q);
-  const __m512i halves = _mm512_mask_mov_epi32((__m512i)bits, ordered, (__m512i)rounded);
-  alignas(64) static constexpr uint16_t UPPER[32] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  const __m512i packed = _mm512_maskz_permutexvar_epi16(0xffff, load_as<__m512i>(UPPER), halves);
-  std::memcpy(to, &packed, WIDTH * sizeof(bfloat16));
-#else
-  const u32xw quiet = bits | 0x400000;  // a NaN stays one
-  const u16xw half = __builtin_convertvector((value == value ? rounded : quiet) >> 16, u16xw);
-  std::memcpy(to, &half, sizeof(half));
-#endif
-}
-
-// The first `count` lanes, at least one; the others are zero.
-template <class T>
-inline f32xw load_lanes(const T* from, int64_t count) {
-  if (count >= WIDTH) return load_all(from);
-  T lanes[WIDTH] = {};
-  std::memcpy(lanes, from, count * sizeof(T));
-  return load_all(lanes);
-}
-
-template <class T>
-inline void store_lanes(T* to, f32xw value, int64_t count) {
-  if (count >= WIDTH) {
-    store_all(to, value);
-  } else {
-    T lanes[WIDTH];
-    store_all(lanes, value);
-    std::memcpy(to, lanes, count * sizeof(T));
-  }
-}
-
-// NaN where x is. GCC compares and selects where x86 has one instruction: a fifth of a whole scan.
-#if defined(__AVX512F__)
-// Its header warns of the intrinsics without a mask.
-inline f32xw larger(f32xw y, f32xw x) { return _mm512_maskz_max_ps(0xffff, y, x); }
-inline f32xw smaller(f32xw y, f32xw x) { return _mm512_maskz_min_ps(0xffff, y, x); }
-#elif defined(__AVX__)
-inline f32xw larger(f32xw y, f32xw x) { return _mm256_max_ps(y, x); }
-inline f32xw smaller(f32xw y, f32xw x) { return _mm256_min_ps(y, x); }
-#elif defined(__SSE2__)
-inline f32xw larger(f32xw y, f32xw x) { return _mm_max_ps(y, x); }
-inline f32xw smaller(f32xw y, f32xw x) { return _mm_min_ps(y, x); }
-#else
-inline f32xw larger(f32xw y, f32xw x) { return y > x ? y : x; }
-inline f32xw smaller(f32xw y, f32xw x) { return y < x ? y : x; }
-#endif
-
-inline f32xw at_least(float bound, f32xw x) { return larger(fill(bound), x); }
-inline f32xw at_most(float bound, f32xw x) { return smaller(fill(bound), x); }
 
 inline f32xw minus_abs(f32xw x) { return (f32xw)((u32xw)x | 0x80000000u); }
 inline f32xw abs(f32xw x) { return (f32xw)((u32xw)x & 0x7fffffffu); }
 
-// Whether |x| is at most this in all lanes; NaN is not.
+// Returns whether |x| is at most this in all lanes; NaN is not.
 inline bool all_within(float bound, f32xw x) {
 #ifdef __AVX512F__
   return _mm512_cmp_ps_mask(abs(x), fill(bound), _CMP_NLE_UQ) == 0;
@@ -245,9 +152,9 @@ inline f32xw multiply_add(f32xw a, f32xw b, f32xw c) { return a * b + c; }
 inline f32xw gelu(f32xw x) {
   constexpr float LAST = 5.25f;
   constexpr float C[] = {
-      2.693186998e-01f, -1.342536360e-01f, 9.929157048e-02f, -7.952682674e-02f, 6.406287849e-02f,
-      -5.008386448e-02f, 3.707728907e-02f, -2.555050701e-02f, 1.683576778e-02f, -1.089702640e-02f,
-      5.784682464e-03f, -2.079080557e-03f, 1.329495455e-03f, -1.313163899e-03f, 4.798908776e-04f,
+      2.693186998e-01f,  -1.342536360e-01f, 9.929157048e-02f,  -7.952682674e-02f, 6.406287849e-02f,
+      -5.008386448e-02f, 3.707728907e-02f,  -2.555050701e-02f, 1.683576778e-02f,  -1.089702640e-02f,
+      5.784682464e-03f,  -2.079080557e-03f, 1.329495455e-03f,  -1.313163899e-03f, 4.798908776e-04f,
   };
   const f32xw bounded = at_most(LAST, at_least(-LAST, x));
   const f32xw t = multiply_add(bounded * (2.0f / (LAST * LAST)), bounded, fill(-1.0f));

@@ -8,8 +8,7 @@
 #include "quantize.h"
 #include "rotate.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 constexpr int SUMS = 4;  // at once: one alone would wait for itself
@@ -32,7 +31,7 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
   const float share = 1.0f / static_cast<float>(D), eps = q.eps;
   const bool rms = q.rms;
   std::vector<float> own(q.total ? 0 : D), ones(WIDTH, 1.0f);
-  Row turned(q.rotation ? D : 0);
+  AlignedRow turned(q.rotation ? D : 0);
   for (int64_t r = begin; r < end; r++) {
     const T* x = input + r * D;
     const float *residual = q.residual ? q.residual + r * D : nullptr, *one = ones.data();
@@ -50,10 +49,10 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
     };
     const float squares = rms ? first : sum_of(D, deviation);
     const float scale = 1.0f / std::sqrt(squares * share + eps);
-    const Grid grid(q.qparams, r);
+    const RowQParams qparams(q.qparams, r);
     const float *weight = q.weight, *bias = q.bias, *inv_smooth = q.qparams.inv_smooth;
     int8_t* codes = q.codes + r * D;
-    const auto write = [=](int64_t d, f32xw y, int64_t count) { store_codes(codes + d, y, grid, count); };
+    const auto write = [=](int64_t d, f32xw y, int64_t count) { store_codes(codes + d, y, qparams, count); };
     const auto smoothed = [=](int64_t d) {
       f32xw y = (load_lanes(row + d, D - d) - mean) * scale;
       if (weight) y *= load_lanes(weight + d, D - d);
@@ -72,13 +71,8 @@ void rows(const NormQuantize& q, const T* input, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void norm_quantize(const NormQuantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+void run(const NormQuantize& q, int64_t begin, int64_t end) {
+  with_type(q.x_type, [&](auto t) { rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

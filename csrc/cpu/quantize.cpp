@@ -5,16 +5,15 @@
 #include <cfloat>
 #include <cmath>
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 template <bool SMOOTH, class T>
-void codes_of_row(int8_t* codes, const T* x, const float* inv_smooth, int64_t channels, Grid grid) {
+void codes_of_row(int8_t* codes, const T* x, const float* inv_smooth, int64_t channels, RowQParams qparams) {
   for (int64_t d = 0; d < channels; d += WIDTH) {
     f32xw value = load_lanes(x + d, channels - d);
     if (SMOOTH) value *= load_lanes(inv_smooth + d, channels - d);
-    store_codes(codes + d, value, grid, channels - d);
+    store_codes(codes + d, value, qparams, channels - d);
   }
 }
 
@@ -22,7 +21,7 @@ template <class T>
 void quantize_rows(const Quantize& q, const T* x, int64_t begin, int64_t end) {
   const auto one = q.qparams.inv_smooth ? codes_of_row<true, T> : codes_of_row<false, T>;
   for (int64_t r = begin; r < end; r++) {
-    one(q.codes + r * q.channels, x + r * q.channels, q.qparams.inv_smooth, q.channels, Grid(q.qparams, r));
+    one(q.codes + r * q.channels, x + r * q.channels, q.qparams.inv_smooth, q.channels, RowQParams(q.qparams, r));
   }
 }
 
@@ -52,11 +51,11 @@ Range range_of_row(const T* x, const float* inv_smooth, int64_t channels) {
 }
 
 template <class T>
-void choose_rows(const ChooseQparams& q, const T* x, int64_t begin, int64_t end) {
-  const float steps = static_cast<float>(q.high - q.low), least = static_cast<float>(q.low);
+void choose_rows(const ChooseQParams& q, const T* x, int64_t begin, int64_t end) {
+  const float intervals = static_cast<float>(q.high - q.low), least = static_cast<float>(q.low);
   for (int64_t r = begin; r < end; r++) {
     const Range range = range_of_row(x + r * q.channels, q.inv_smooth, q.channels);
-    const float wide = (range.high - range.low) / steps, scale = wide < FLT_MIN ? FLT_MIN : wide;
+    const float wide = (range.high - range.low) / intervals, scale = wide < FLT_MIN ? FLT_MIN : wide;
     const float zero = least - std::nearbyint(range.low / scale);
     q.scale[r] = scale;
     // Zero lies in the range, so that its code needs no bounds; a row with NaN has no range.
@@ -66,23 +65,15 @@ void choose_rows(const ChooseQparams& q, const T* x, int64_t begin, int64_t end)
 
 }  // namespace
 
-void quantize(const Quantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    quantize_rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    quantize_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+void run(const Quantize& q, int64_t begin, int64_t end) {
+  with_type(q.x_type, [&](auto t) { quantize_rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
-void choose_qparams(const ChooseQparams& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    choose_rows(q, static_cast<const float*>(q.x), begin, end);
-  } else {
-    choose_rows(q, static_cast<const bfloat16*>(q.x), begin, end);
-  }
+void run(const ChooseQParams& q, int64_t begin, int64_t end) {
+  with_type(q.x_type, [&](auto t) { choose_rows(q, static_cast<const decltype(t)*>(q.x), begin, end); });
 }
 
-void dequantize(const Dequantize& q, int64_t begin, int64_t end) {
+void run(const Dequantize& q, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; r++) {
     const float scale = q.scale[r % q.scales], zero = static_cast<float>(q.zero_point[r % q.scales]);
     const int8_t* x = q.x + r * q.channels;
@@ -91,5 +82,4 @@ void dequantize(const Dequantize& q, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

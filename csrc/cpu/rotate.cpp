@@ -3,14 +3,13 @@
 
 #include "quantize.h"
 
-namespace ptq4vm {
-namespace PTQ4VM_SET {
+namespace ptq4vm::PTQ4VM_SET {
 namespace {
 
 template <class T>
 void rows(const Rotate& q, int64_t begin, int64_t end) {
   const int64_t D = q.rotation.channels;
-  Row own(D);
+  AlignedRow own(D);
   float* row = own.data();
   for (int64_t r = begin; r < end; r++) {
     const T* x = static_cast<const T*>(q.x) + r * D;
@@ -23,7 +22,7 @@ void rows(const Rotate& q, int64_t begin, int64_t end) {
 template <class T, bool GELU>
 void code_rows(const RotateQuantize& q, int64_t begin, int64_t end) {
   const int64_t D = q.rotation.channels;
-  Row own(D);
+  AlignedRow own(D);
   float* row = own.data();
   const float* inv_smooth = q.qparams.inv_smooth;
   for (int64_t r = begin; r < end; r++) {
@@ -34,26 +33,23 @@ void code_rows(const RotateQuantize& q, int64_t begin, int64_t end) {
       if (inv_smooth) value *= load_lanes(inv_smooth + d, D - d);
       store_lanes(row + d, value, D - d);
     }
-    const Grid grid(q.qparams, r);
+    const RowQParams qparams(q.qparams, r);
     int8_t* codes = q.codes + r * D;
     rotate_row(q.rotation, row,
-               [=](int64_t d, f32xw value, int64_t count) { store_codes(codes + d, value, grid, count); });
+               [=](int64_t d, f32xw value, int64_t count) { store_codes(codes + d, value, qparams, count); });
   }
 }
 
 }  // namespace
 
-void rotate(const Rotate& q, int64_t begin, int64_t end) {
-  q.type == Float::f32 ? rows<float>(q, begin, end) : rows<bfloat16>(q, begin, end);
+void run(const Rotate& q, int64_t begin, int64_t end) {
+  with_type(q.type, [&](auto t) { rows<decltype(t)>(q, begin, end); });
 }
 
-void rotate_quantize(const RotateQuantize& q, int64_t begin, int64_t end) {
-  if (q.x_type == Float::f32) {
-    q.gelu ? code_rows<float, true>(q, begin, end) : code_rows<float, false>(q, begin, end);
-  } else {
-    q.gelu ? code_rows<bfloat16, true>(q, begin, end) : code_rows<bfloat16, false>(q, begin, end);
-  }
+void run(const RotateQuantize& q, int64_t begin, int64_t end) {
+  with_type(q.x_type, [&](auto t) {
+    q.gelu ? code_rows<decltype(t), true>(q, begin, end) : code_rows<decltype(t), false>(q, begin, end);
+  });
 }
 
-}  // namespace PTQ4VM_SET
-}  // namespace ptq4vm
+}  // namespace ptq4vm::PTQ4VM_SET

@@ -11,7 +11,7 @@
 namespace ptq4vm {
 namespace {
 
-constexpr int MOST = 8;  // registers that one pass over a row transforms together
+constexpr int MAX_REGISTERS = 8;  // registers that one pass over a row transforms together
 
 // Lanes whose numbers differ in the bit H become their sum and their difference.
 template <int H, int... lane>
@@ -63,7 +63,7 @@ void pass(float* x, int64_t channels, int64_t half) {
 
 template <bool LANES_TOO>
 int64_t pass_of(int64_t count, float* x, int64_t channels, int64_t half) {
-  if (count >= MOST) return pass<MOST, LANES_TOO>(x, channels, half), MOST;
+  if (count >= MAX_REGISTERS) return pass<MAX_REGISTERS, LANES_TOO>(x, channels, half), MAX_REGISTERS;
   if (count >= 4) return pass<4, LANES_TOO>(x, channels, half), 4;
   if (count >= 2) return pass<2, LANES_TOO>(x, channels, half), 2;
   return pass<1, LANES_TOO>(x, channels, half), 1;
@@ -85,10 +85,11 @@ void hadamard(float* x, int64_t channels, int64_t order) {
   }
 }
 
-// Where a row is transformed, at a vector's alignment: a vector across two lines of the cache takes twice as long.
-class Row {
+// Memory in which a row is transformed, at a vector's alignment: a vector across two lines of the cache takes twice as
+// long.
+class AlignedRow {
  public:
-  explicit Row(int64_t channels) : lines_((channels + 15) / 16) {}
+  explicit AlignedRow(int64_t channels) : lines_((channels + 15) / 16) {}
   float* data() { return reinterpret_cast<float*>(lines_.data()); }
 
  private:
@@ -102,7 +103,7 @@ class Row {
 template <int SIZE, class Emit>
 inline void mix(const float* matrix, int64_t size, int64_t order, float factor, const float* x, Emit emit) {
   if (SIZE) size = SIZE;
-  float factors[SIZE ? SIZE : LARGEST_HARTLEY];  // which no store of codes can change
+  float factors[SIZE ? SIZE : MAX_HARTLEY];  // which no store of codes can change
   for (int64_t j = 0; j < size; j++) {
     for (int64_t k = 0; k < size; k++) factors[k] = matrix[j * size + k];
     for (int64_t i = 0; i < order; i += WIDTH) {
@@ -113,7 +114,7 @@ inline void mix(const float* matrix, int64_t size, int64_t order, float factor, 
   }
 }
 
-// Transforms a row in place, and gives what comes of it to emit(d, value, count).
+// Transforms a row in place, and hands the result to emit(d, value, count).
 template <class Emit>
 inline void rotate_row(Rotation q, float* x, Emit emit) {
   const int64_t D = q.channels;

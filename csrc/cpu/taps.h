@@ -1,9 +1,9 @@
-// Weights of depth-wise convolutions, as the vectors that their kernels read.
+// The weights of depth-wise convolutions, as the vectors that their kernels read.
 #pragma once
 
 #include <algorithm>
 
-#include "math.h"
+#include "vec.h"
 
 namespace ptq4vm {
 namespace {

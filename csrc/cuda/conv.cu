@@ -1,17 +1,16 @@
-// ops.conv1d_quantize and ops.causal_conv1d. A thread has V channels and STRIP steps of a direction: it reads
-// all that they need before it writes. Sums have one order, in float32. Rows may lie anywhere; V is 4 where they are
-// aligned.
+// ops.conv1d_quantize and ops.causal_conv1d. A thread has V channels and STRIP positions of a direction: it
+// reads all that they need before it writes. Sums have one order, in float32. Rows may lie anywhere; V is 4 where they
+// are aligned.
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int STRIP = 8, STRIPS = 4;  // STRIPS of them in a block
 
 // TAPS is their number, or 0 where it is not known: then inputs are read again for every tap.
 template <class T, int V, int TAPS>
-__global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
+__global__ void __launch_bounds__(WARP_SIZE* STRIPS) conv_kernel(Conv c) {
   const int64_t panels = ceil_div<int64_t>(c.channels, WARP_SIZE * V);
   const int64_t chunks = ceil_div<int64_t>(c.tokens, STRIP * STRIPS);
   const int64_t chunk = blockIdx.x / panels % chunks, item = blockIdx.x / panels / chunks;
@@ -21,13 +20,15 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
   if (e >= c.channels || first >= c.tokens) return;
 
   const int taps = TAPS ? TAPS : static_cast<int>(c.taps);
-  const T* x = static_cast<const T*>(c.x) + image * c.x_image + e;
+  const T* x = static_cast<const T*>(c.x.data) + image * c.x.image + e;
   const int32_t* order = c.order ? c.order + direction * c.tokens : nullptr;
   const float* weight = c.weight + (direction * c.channels + e) * taps;
-  const auto token_of = [&](int64_t step) { return order ? checked_token(order[step], 0, c.tokens) : step; };
-  const auto input = [&](int64_t step, float(&value)[V]) {
-    if (0 <= step && step < c.tokens) {
-      load<V>(x + token_of(step) * c.x_row, value);
+  const auto token_of = [&](int64_t position) {
+    return order ? checked_token(order[position], 0, c.tokens) : position;
+  };
+  const auto input = [&](int64_t position, float(&value)[V]) {
+    if (0 <= position && position < c.tokens) {
+      load<V>(x + token_of(position) * c.x.row, value);
     } else {
 #pragma unroll
       for (int v = 0; v < V; v++) value[v] = 0.0f;
@@ -76,10 +77,10 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv_kernel(Conv c) {
     for (int v = 0; v < V; v++) y[t][v] = c.silu ? silu(y[t][v]) : y[t][v];
     store<V>(static_cast<T*>(c.y) + at, y[t]);
     if (c.codes) {
-      const Grid grid(c.qparams, token, direction);
+      const RowQParams qparams(c.qparams, token, direction);
       int codes[V];
 #pragma unroll
-      for (int v = 0; v < V; v++) codes[v] = grid.code(__fmul_rn(y[t][v], inv_smooth[v]));
+      for (int v = 0; v < V; v++) codes[v] = qparams.code(__fmul_rn(y[t][v], inv_smooth[v]));
       store_codes<V>(c.codes + at, codes);
     }
   }
@@ -95,11 +96,11 @@ void launch(const Conv& c, Stream stream) {
 
 }  // namespace
 
-void conv(const Conv& c, Stream stream) {
-  with_type(c.type, [&](auto t) {
+void run(const Conv& c, Stream stream) {
+  with_type(c.x.type, [&](auto t) {
     using T = decltype(t);
     constexpr int V = 4;
-    const bool whole = (c.channels | c.x_row | c.x_image) % V == 0 && aligned<V>(static_cast<const T*>(c.x)) &&
+    const bool whole = (c.channels | c.x.row | c.x.image) % V == 0 && aligned<V>(static_cast<const T*>(c.x.data)) &&
                        aligned<V>(static_cast<T*>(c.y)) && aligned<V>(c.codes);
     const bool four = c.taps == 4 && aligned<4>(c.weight);
     if (whole) return four ? launch<T, V, 4>(c, stream) : launch<T, V, 0>(c, stream);
@@ -107,5 +108,4 @@ void conv(const Conv& c, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

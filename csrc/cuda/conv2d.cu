@@ -2,15 +2,14 @@
 // float32. Rows of x may lie anywhere; V is 4 where they are aligned.
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int STRIP = 4, STRIPS = 4;  // STRIPS of them in a block
 
 // SIDE is that of a square kernel, or 0 where it is another: then inputs are read again for every tap.
 template <class T, int V, int SIDE>
-__global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
+__global__ void __launch_bounds__(WARP_SIZE* STRIPS) conv2d_kernel(Conv2d c) {
   const int64_t panels = ceil_div<int64_t>(c.channels, WARP_SIZE * V), strips = ceil_div<int64_t>(c.width, STRIP);
   const int64_t item = blockIdx.x / panels * STRIPS + threadIdx.y, row = item / strips;  // of all images' rows
   const int64_t e = (blockIdx.x % panels * WARP_SIZE + threadIdx.x) * V;
@@ -18,7 +17,7 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
 
   const int64_t image = row / c.height, h = row % c.height, first = item % strips * STRIP;
   const int rows = SIDE ? SIDE : static_cast<int>(c.rows), columns = SIDE ? SIDE : static_cast<int>(c.columns);
-  const T* x = static_cast<const T*>(c.x) + image * c.x_image + e;
+  const T* x = static_cast<const T*>(c.x.data) + image * c.x.image + e;
   const float* weight = c.weight + e * rows * columns;
 
   float y[STRIP][V];
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
     if (from < 0 || from >= c.height) continue;
     const auto input = [&](int64_t w, float(&value)[V]) {
       if (0 <= w && w < c.width) {
-        load<V>(x + (from * c.width + w) * c.x_row, value);
+        load<V>(x + (from * c.width + w) * c.x.row, value);
       } else {
 #pragma unroll
         for (int v = 0; v < V; v++) value[v] = 0.0f;
@@ -85,10 +84,10 @@ __global__ void __launch_bounds__(WARP_SIZE * STRIPS) conv2d_kernel(Conv2d c) {
 #pragma unroll
     for (int t = 0; t < STRIP; t++) {
       if (first + t >= c.width) break;
-      const Grid grid(c.qparams, token + t, k);
+      const RowQParams qparams(c.qparams, token + t, k);
       int codes[V];
 #pragma unroll
-      for (int v = 0; v < V; v++) codes[v] = grid.code(__fmul_rn(y[t][v], inv_smooth[v]));
+      for (int v = 0; v < V; v++) codes[v] = qparams.code(__fmul_rn(y[t][v], inv_smooth[v]));
       store_codes<V>(to + t * c.channels, codes);
     }
   }
@@ -104,11 +103,11 @@ void launch(const Conv2d& c, Stream stream) {
 
 }  // namespace
 
-void conv2d(const Conv2d& c, Stream stream) {
-  with_type(c.type, [&](auto t) {
+void run(const Conv2d& c, Stream stream) {
+  with_type(c.x.type, [&](auto t) {
     using T = decltype(t);
     constexpr int V = 4;
-    const bool whole = (c.channels | c.x_row | c.x_image) % V == 0 && aligned<V>(static_cast<const T*>(c.x)) &&
+    const bool whole = (c.channels | c.x.row | c.x.image) % V == 0 && aligned<V>(static_cast<const T*>(c.x.data)) &&
                        aligned<V>(static_cast<T*>(c.y)) && aligned<V>(c.codes);
     const bool three = c.rows == 3 && c.columns == 3;
     if (whole) return three ? launch<T, V, 3>(c, stream) : launch<T, V, 0>(c, stream);
@@ -116,5 +115,4 @@ void conv2d(const Conv2d& c, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,17 +1,17 @@
-// What kernels share. The same text is CUDA under nvcc and C++ under emulator/cuda_runtime.h:
+// Shared by all kernels. The same text is CUDA under nvcc and C++ under the emulator (tests/emulated):
 //   PTQ4VM_LAUNCH(kernel<float, 8>, grid, block, shared_bytes, stream, arguments...)   <<<>>>; nothing for an empty grid
-//   PTQ4VM_SHARED(float, tile, [64][33]);       __shared__ float tile[64][33], 16-byte aligned
-//   PTQ4VM_DYNAMIC_SHARED(float, row);          float* row: the shared_bytes of the launch; once in a kernel
+//   PTQ4VM_SHARED(float, tile, [64][33]);            __shared__ float tile[64][33], 16-byte aligned
+//   PTQ4VM_DYNAMIC_SHARED(float, row);               float* row: the shared_bytes of the launch; once in a kernel
 //   with_type(q.x_type, [&](auto t) { using T = decltype(t); … });      T: float, bfloat16 or float16
-//   load<8>(from, v), store<8>(to, v)           float v[8] from and to any T, in 16-byte accesses: `from` is aligned to
-//                                               8 elements or 16 bytes, whichever is less (aligned<8>(pointer) tells)
-//   to_float(x), from_float<T>(v)               one number, rounded half to even
-//   const Grid grid(q.qparams, row, set);       the qparams of a row of a set of rows (a direction)
-//   grid.code(__fmul_rn(v, inv_smooth[d]))      ops.quantize of one smoothed number, bit for bit
-//   store_codes<8>(to, codes)                   int codes[8] as 8 int8 in one access
-//   write_codes<8>(to, v, inv_smooth + d, grid) all of that: float v[8] smoothed, quantized, stored; inv_smooth may be null
-//   warp_sum(v), warp_min(v), warp_max(v)       over all 32 lanes, to all of them
-//   block_sum<WARPS>(v, scratch)                over a block of WARPS warps, to all threads, in one order
+//   load<8>(from, v), store<8>(to, v)                float v[8] from and to any T, in 16-byte accesses: `from` is aligned
+//                                                    to 8 elements or 16 bytes, whichever is less (aligned<8>(from) tells)
+//   to_float(x), from_float<T>(v)                    one number, rounded half to even
+//   const RowQParams qparams(q.qparams, row, set);   the qparams of a row of a set of rows (a direction)
+//   qparams.code(__fmul_rn(v, inv_smooth[d]))        ops.quantize of one smoothed number, bit for bit
+//   store_codes<8>(to, codes)                        int codes[8] as 8 int8 in one access
+//   write_codes<8>(to, v, inv_smooth + d, qparams)   float v[8] smoothed, quantized, stored; inv_smooth may be null
+//   warp_sum(v), warp_min(v), warp_max(v)            over all 32 lanes, to all of them
+//   block_sum<WARPS>(v, scratch)                     over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
 #pragma once
 
@@ -24,33 +24,32 @@
 #include "launch.h"
 
 #ifdef PTQ4VM_EMULATOR
-#define PTQ4VM_SHARED(T, name, dims)  \
-  typedef T name##_array dims;        \
-  static const char name##_key = 0;   \
+#define PTQ4VM_SHARED(T, name, dims) \
+  typedef T name##_array dims;       \
+  static const char name##_key = 0;  \
   name##_array& name = ::ptq4vm::emulator::shared<name##_array>(&name##_key)
 #define PTQ4VM_DYNAMIC_SHARED(T, name) \
   T* const name = reinterpret_cast<T*>(::ptq4vm::emulator::Machine::get().dynamic.data())
 #else
 #define PTQ4VM_SHARED(T, name, dims) __shared__ __align__(16) T name dims
-#define PTQ4VM_DYNAMIC_SHARED(T, name)                              \
+#define PTQ4VM_DYNAMIC_SHARED(T, name)                            \
   extern __shared__ __align__(16) unsigned char ptq4vm_dynamic[]; \
   T* const name = reinterpret_cast<T*>(ptq4vm_dynamic)
 #endif
 #define PTQ4VM_LAUNCH(...) ::ptq4vm::cuda::launch_kernel(__VA_ARGS__)
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr int WARP_SIZE = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_WITHOUT_ASKING = 48 << 10;
 
-// Whether a block of this device may have so much, which then is the kernel's.
+// Returns whether a block of this device may have so much, which then is the kernel's.
 template <class Kernel>
 bool ask_for_shared(Kernel kernel, size_t bytes) {
 #ifdef PTQ4VM_EMULATOR
   (void)kernel;
-  return bytes <= ::ptq4vm::emulator::MOST_SHARED;
+  return bytes <= ::ptq4vm::emulator::MAX_SHARED;
 #else
   const auto most = cudaFuncAttributeMaxDynamicSharedMemorySize;
   if (cudaFuncSetAttribute(kernel, most, static_cast<int>(bytes)) == cudaSuccess) return true;
@@ -76,9 +75,10 @@ void launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 template <class T>
-__host__ __device__ constexpr T ceil_div(T a, T b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
 
-// Once a row it would be a call of a hundred instructions; most numbers have 32 bits.
 // A token of an order, which the host does not read: one below `least` or beyond the tokens stops the kernel before it
 // reads or writes there, as an index of torch's would.
 __device__ inline int32_t checked_token(int32_t token, int32_t least, int64_t tokens) {
@@ -86,13 +86,18 @@ __device__ inline int32_t checked_token(int32_t token, int32_t least, int64_t to
   return token;
 }
 
+// a % b; as 64 bits it would be a call of a hundred instructions for every row, and most numbers have 32.
 __device__ inline int64_t remainder(int64_t a, int64_t b) {
   if (((a | b) >> 32) == 0) return static_cast<uint32_t>(a) % static_cast<uint32_t>(b);
   return a % b;
 }
 
-struct bfloat16 { uint16_t bits; };
-struct float16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
 
 template <class F>
 void with_type(Float type, F f) {
@@ -123,7 +128,9 @@ template <class T>
 __device__ T from_float(float value);
 
 template <>
-__device__ inline float from_float<float>(float value) { return value; }
+__device__ inline float from_float<float>(float value) {
+  return value;
+}
 
 template <>
 __device__ inline bfloat16 from_float<bfloat16>(float value) {
@@ -146,19 +153,25 @@ __device__ inline float16 from_float<float16>(float value) {
 #else
   const unsigned bits = __float_as_uint(value), magnitude = bits & 0x7fffffffu;
   unsigned half;
-  if (magnitude > 0x7f800000) half = 0x7fff;
-  else if (magnitude >= 0x477ff000) half = 0x7c00;  // from 65520 on
-  else if (magnitude < 0x38800000) half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000;
-  else half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  if (magnitude > 0x7f800000)
+    half = 0x7fff;
+  else if (magnitude >= 0x477ff000)
+    half = 0x7c00;  // from 65520 on
+  else if (magnitude < 0x38800000)
+    half = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000;
+  else
+    half = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   return {static_cast<uint16_t>((bits >> 16 & 0x8000) | half)};
 #endif
 }
 
 // N numbers in one access, or several of 16 bytes.
 template <class T, int N>
-struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector { T values[N]; };
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
+  T values[N];
+};
 
-// Whether all accesses to vectors of N from this pointer on, at multiples of N, are aligned.
+// Returns whether all accesses to vectors of N from this pointer on, at multiples of N, are aligned.
 template <int N, class T>
 bool aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(Vector<T, N>) == 0;
@@ -187,19 +200,19 @@ __device__ inline void store_codes(int8_t* to, const int (&codes)[N]) {
   *reinterpret_cast<Vector<int8_t, N>*>(to) = vector;
 }
 
-// The qparams of a token.
-struct Grid {
+// The qparams of a row, a token.
+struct RowQParams {
   float inv_scale, low, high;  // bounds of the code less the zero point: one conversion rounds, and cannot overflow
   int zero_point;
 
-  __device__ Grid(float inv, int zero, int least, int most)
+  __device__ RowQParams(float inv, int zero, int least, int most)
       : inv_scale(inv), low(static_cast<float>(least) - static_cast<float>(zero)),
         high(static_cast<float>(most) - static_cast<float>(zero)), zero_point(zero) {}
 
-  // Of a row of a set.
-  __device__ Grid(const Qparams& q, int64_t row, int64_t set = 0) : Grid(q, at(q, row, set)) {}
+  // The qparams of a row of a set.
+  __device__ RowQParams(const QParams& q, int64_t row, int64_t set = 0) : RowQParams(q, at(q, row, set)) {}
 
-  // Of a value that is already smoothed. NaN has the code 0, as in torch.
+  // The code of a value that is already smoothed. NaN has the code 0, as in torch.
   __device__ int code(float value) const {
     const float scaled = __fmul_rn(value, inv_scale);
     const int shifted = __float2int_rn(fminf(fmaxf(scaled, low), high)) + zero_point;
@@ -207,23 +220,27 @@ struct Grid {
   }
 
  private:
-  struct Place { int64_t index; };
+  struct Place {
+    int64_t index;
+  };
 
-  __device__ static Place at(const Qparams& q, int64_t row, int64_t set) {
+  __device__ static Place at(const QParams& q, int64_t row, int64_t set) {
     return {set * q.scales + remainder(row, q.scales)};
   }
 
-  __device__ Grid(const Qparams& q, Place at) : Grid(q.inv_scale[at.index], q.zero_point[at.index], q.low, q.high) {}
+  __device__ RowQParams(const QParams& q, Place at)
+      : RowQParams(q.inv_scale[at.index], q.zero_point[at.index], q.low, q.high) {}
 };
 
 // The codes of N neighbours; `inv_smooth` is theirs, or null.
 template <int N>
-__device__ inline void write_codes(int8_t* to, const float (&value)[N], const float* inv_smooth, const Grid& grid) {
+__device__ inline void write_codes(int8_t* to, const float (&value)[N], const float* inv_smooth,
+                                   const RowQParams& qparams) {
   float smooth[N];
   int codes[N];
   if (inv_smooth) load<N>(inv_smooth, smooth);
 #pragma unroll
-  for (int i = 0; i < N; i++) codes[i] = grid.code(inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i]);
+  for (int i = 0; i < N; i++) codes[i] = qparams.code(inv_smooth ? __fmul_rn(value[i], smooth[i]) : value[i]);
   store_codes<N>(to, codes);
 }
 
@@ -245,7 +262,8 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// Of a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used again at once.
+// The sum over a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used
+// again at once.
 template <int WARPS>
 __device__ float block_sum(float value, float* scratch) {
   value = warp_sum(value);
@@ -265,5 +283,4 @@ __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707
 // Within 3 + |x| units in the last place, which are small where x is far from zero.
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,19 +1,18 @@
 // ops.directional_scan and ops.directional_scan_quantize. A thread has a channel and its states; orders are index
-// arithmetic, and threads with neighbouring channels read neighbouring numbers in any of them. The step's codes, B and
-// C are made once for all channels of a block, in shared memory. No direction names a token twice.
+// arithmetic, and threads with neighbouring channels read neighbouring numbers in any of them. The codes of dt's
+// linear, B and C are made once for all channels of a block, in shared memory. No direction names a token twice.
 //
 // Sums over directions have one order, which depends on nothing but the shapes and the orders. They lie in shared
 // memory where that is enough, else in y if that is float32, else in memory of the caller.
 #include "scan.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
-constexpr size_t MOST_SUMS = 32 << 10;  // bytes of shared memory: more would leave few blocks to a multiprocessor
-constexpr int MOST_DIRECTIONS = 4;      // at once
+constexpr size_t MAX_SUM_BYTES = 32 << 10;  // bytes of shared memory: more would leave few blocks to a multiprocessor
+constexpr int MAX_DIRECTIONS = 4;           // at once
 
-// Of one channel of an image.
+// The sums of one channel of an image.
 struct Sums {
   float* at;
   int64_t row;
@@ -23,7 +22,7 @@ struct Sums {
 
 template <int LANES>
 __host__ __device__ bool sums_fit(const DirectionalScan& s) {
-  return s.tokens * LANES * sizeof(float) <= MOST_SUMS;
+  return s.tokens * LANES * sizeof(float) <= MAX_SUM_BYTES;
 }
 
 template <int LANES>
@@ -54,8 +53,10 @@ struct Panel {
     e = blockIdx.x % panels * LANES + lane;
     inside = e < s.channels;
     channel = min(e, s.channels - 1);  // threads without one take the last, and write nothing
-    if (sums_in_shared<LANES>(s)) sums = {shared + lane, LANES};
-    else sums = {s.sums + image * s.tokens * s.channels + channel, s.channels};
+    if (sums_in_shared<LANES>(s))
+      sums = {shared + lane, LANES};
+    else
+      sums = {s.sums + image * s.tokens * s.channels + channel, s.channels};
   }
 
   // Tokens that a direction does not name are zeros.
@@ -90,11 +91,11 @@ struct Panel {
 
 // Directions at once, each of them one warp, which waits for others only to add to the sums.
 template <int N, class T>
-__global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(DirectionalScan s) {
+__global__ void __launch_bounds__(WARP_SIZE* MAX_DIRECTIONS, 4) warps_kernel(DirectionalScan s) {
   PTQ4VM_DYNAMIC_SHARED(float, memory);  // sums, a chunk for every warp, states
   const Panel<WARP_SIZE> panel(s, memory);
   float* free = memory + (sums_in_shared<WARP_SIZE>(s) ? s.tokens * WARP_SIZE : 0);
-  const Chunk<STRIP, N> chunk(s, free + panel.group * chunk.words(s));
+  const TokenChunk<STRIP, N> chunk(s, free + panel.group * chunk.words(s));
   free += panel.groups * chunk.words(s);
 
   panel.clear();
@@ -104,18 +105,19 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
     const Channel channel(s, k, panel.channel);
     const T* u = static_cast<const T*>(s.u.data) + k * s.u_direction + panel.image * s.u.image + panel.channel;
     States<N> states(s.A + (k * s.channels + panel.channel) * s.states, s.states, free);
-    for (int64_t begin = 0; begin < s.steps; begin += STRIP) {
-      float step[STRIP], y[STRIP];
+    for (int64_t begin = 0; begin < s.length; begin += STRIP) {
+      float dt[STRIP], y[STRIP];
       int tokens[STRIP];
       read_tokens(s, k, begin, tokens);
       read_inputs(u, s.u.row, tokens, y);
       __syncwarp();
       chunk.fill(s, k, panel.image, begin, panel.lane, WARP_SIZE);
       __syncwarp();
-      channel.steps(chunk, 0, step);
+      channel.read_dt(chunk, 0, dt);
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
-        y[t] = channel.skip * y[t] + states.advance(step[t], step[t] * y[t], chunk.mixing + t * chunk.mixed(s));
+        y[t] = channel.skip * y[t] +
+               states.advance(dt[t], dt[t] * y[t], chunk.coefficients + t * chunk.coefficient_count(s));
       }
       read_tokens(s, k, begin, tokens);  // again: there are not enough registers to keep them
       if (!s.merge) {
@@ -134,16 +136,16 @@ __global__ void __launch_bounds__(WARP_SIZE * MOST_DIRECTIONS, 4) warps_kernel(D
   panel.finish_all();
 }
 
-// One state, and one direction after the other. Every group of threads has STRIP of a chunk's steps: it runs them from
-// a state of zero, and adds what the state before them becomes when all groups know theirs.
+// One state, and one direction after the other. Every group of threads has STRIP of a chunk's positions: it runs them
+// from a state of zero, and adds what the state before them becomes when all groups know theirs.
 template <int LANES, int GROUPS, class T>
-__global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(DirectionalScan s) {
-  constexpr int STEPS = GROUPS * STRIP;
+__global__ void __launch_bounds__(LANES* GROUPS, 3) segments_kernel(DirectionalScan s) {
+  constexpr int CHUNK = GROUPS * STRIP;
   PTQ4VM_DYNAMIC_SHARED(float, memory);  // sums, a chunk
   PTQ4VM_SHARED(float, last, [GROUPS][LANES]);
   PTQ4VM_SHARED(float, decay, [GROUPS][LANES]);
   const Panel<LANES> panel(s, memory);
-  const Chunk<STEPS, 1> chunk(s, memory + (sums_in_shared<LANES>(s) ? s.tokens * LANES : 0));
+  const TokenChunk<CHUNK, 1> chunk(s, memory + (sums_in_shared<LANES>(s) ? s.tokens * LANES : 0));
   const int own = panel.group * STRIP, lane = panel.lane;
 
   panel.clear();
@@ -152,20 +154,20 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
     const T* u = static_cast<const T*>(s.u.data) + k * s.u_direction + panel.image * s.u.image + panel.channel;
     const float rate = s.A[k * s.channels + panel.channel] * LOG2_E;
     float state = 0.0f;
-    for (int64_t begin = 0; begin < s.steps; begin += STEPS) {
-      float step[STRIP], y[STRIP], weight[STRIP];  // of the state before, in y
+    for (int64_t begin = 0; begin < s.length; begin += CHUNK) {
+      float dt[STRIP], y[STRIP], weight[STRIP];  // of the state before, in y
       int tokens[STRIP];
       read_tokens(s, k, begin + own, tokens);
       read_inputs(u, s.u.row, tokens, y);
       chunk.fill(s, k, panel.image, begin, panel.group * LANES + lane, LANES * GROUPS);
       __syncthreads();
-      channel.steps(chunk, own, step);
+      channel.read_dt(chunk, own, dt);
       float h = 0.0f, whole = 1.0f;
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
-        const float B = chunk.mixing[2 * (own + t)], C = chunk.mixing[2 * (own + t) + 1];
-        const Decay decayed(step[t] * rate);
-        h = decayed(h, step[t] * y[t] * B);
+        const float B = chunk.coefficients[2 * (own + t)], C = chunk.coefficients[2 * (own + t) + 1];
+        const Decay decayed(dt[t] * rate);
+        h = decayed(h, dt[t] * y[t] * B);
         whole = decayed(whole, 0.0f);
         y[t] = channel.skip * y[t] + h * C;
         weight[t] = whole * C;
@@ -181,8 +183,10 @@ __global__ void __launch_bounds__(LANES * GROUPS, 3) segments_kernel(Directional
 #pragma unroll
       for (int t = 0; t < STRIP; t++) {
         y[t] = fmaf(before, weight[t], y[t]);
-        if (s.merge) panel.add(tokens[t], y[t]);
-        else panel.write_direction(k, tokens[t], y[t]);
+        if (s.merge)
+          panel.add(tokens[t], y[t]);
+        else
+          panel.write_direction(k, tokens[t], y[t]);
       }
       __syncthreads();
     }
@@ -197,15 +201,15 @@ unsigned blocks(const DirectionalScan& s) {
 
 template <int N, class T>
 void launch_warps(const DirectionalScan& s, Stream stream) {
-  const int groups = static_cast<int>(std::min<int64_t>(s.directions, MOST_DIRECTIONS));
-  const size_t words = words_of_sums<WARP_SIZE>(s) + groups * Chunk<STRIP, N>::words(s) +
+  const int groups = static_cast<int>(std::min<int64_t>(s.directions, MAX_DIRECTIONS));
+  const size_t words = words_of_sums<WARP_SIZE>(s) + groups * TokenChunk<STRIP, N>::words(s) +
                        States<N>::words(s.states, groups * WARP_SIZE);
   PTQ4VM_LAUNCH(warps_kernel<N, T>, blocks<WARP_SIZE>(s), dim3(WARP_SIZE, groups), words * sizeof(float), stream, s);
 }
 
 template <int LANES, int GROUPS, class T>
 void launch_segments(const DirectionalScan& s, Stream stream) {
-  const size_t words = words_of_sums<LANES>(s) + Chunk<GROUPS * STRIP, 1>::words(s);
+  const size_t words = words_of_sums<LANES>(s) + TokenChunk<GROUPS * STRIP, 1>::words(s);
   PTQ4VM_LAUNCH(segments_kernel<LANES, GROUPS, T>, blocks<LANES>(s), dim3(LANES, GROUPS), words * sizeof(float), stream,
                 s);
 }
@@ -216,7 +220,7 @@ int64_t directional_scan_sums(const DirectionalScan& s) {
   return s.merge && !sums_in_y(s) && !sums_in_shared<WARP_SIZE>(s) ? s.batch * s.tokens * s.channels : 0;
 }
 
-void directional_scan(const DirectionalScan& scan, Stream stream) {
+void run(const DirectionalScan& scan, Stream stream) {
   if (scan.directions == 0) return;
   DirectionalScan s = scan;
   if (sums_in_y(s)) s.sums = static_cast<float*>(s.y);
@@ -230,5 +234,4 @@ void directional_scan(const DirectionalScan& scan, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

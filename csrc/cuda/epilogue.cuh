@@ -1,12 +1,11 @@
-// What becomes of the accumulators of a linear, rounded as linears.rescale and ops.quantize do: each product
-// and each sum on its own. A thread takes eight neighbours of a row at a time.
+// The end of a linear: its accumulators become outputs, rounded as linears.rescale and ops.quantize do: each
+// product and each sum on its own. A thread takes eight neighbours of a row at a time.
 #pragma once
 
 #include "device.cuh"
 #include "linear.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr int WIDTH = 8;
 
@@ -31,14 +30,14 @@ __device__ inline void write_eight(T* to, const Vector<T, WIDTH>& from, int coun
   }
 }
 
-// What a row has of its own.
+// The parameters of a row.
 struct LinearRow {
   int zero_point;
   float x_scale;
-  Grid grid{0.0f, 0, 0, 0};  // of its codes
+  RowQParams qparams{0.0f, 0, 0, 0};  // of its codes
 };
 
-// What eight output channels have of their own.
+// The parameters of eight output channels.
 struct LinearColumns {
   Vector<int, WIDTH> weight_sum;
   Vector<float, WIDTH> weight_scale, bias, inv_smooth;
@@ -65,9 +64,9 @@ struct LinearEpilogue {
     const int64_t at = direction * p.scales + row % static_cast<uint32_t>(p.scales);
     LinearRow r{p.zero_point[at], p.x_scale[at]};
     if (CODES) {
-      const Qparams& q = p.qparams;
+      const QParams& q = p.qparams;
       const uint32_t next = row % static_cast<uint32_t>(q.scales);
-      r.grid = Grid(q.inv_scale[next], q.zero_point[next], q.low, q.high);
+      r.qparams = RowQParams(q.inv_scale[next], q.zero_point[next], q.low, q.high);
     }
     return r;
   }
@@ -75,8 +74,8 @@ struct LinearEpilogue {
   __device__ LinearColumns columns(int64_t direction, int column) const {
     const int64_t at = direction * p.features + column;
     const int count = static_cast<int>(p.features) - column;
-    const float *bias = p.bias ? p.bias + at : nullptr;
-    const float *inv_smooth = CODES && p.qparams.inv_smooth ? p.qparams.inv_smooth + at : nullptr;
+    const float* bias = p.bias ? p.bias + at : nullptr;
+    const float* inv_smooth = CODES && p.qparams.inv_smooth ? p.qparams.inv_smooth + at : nullptr;
     const bool all = whole && count > 0;
     return {read_eight(p.weight_sum + at, count, all, 0), read_eight(p.weight_scale + at, count, all, 0.0f),
             read_eight(bias, count, all, -0.0f),  // x + -0 is x, for every x
@@ -95,7 +94,7 @@ struct LinearEpilogue {
     const int64_t index = direction * p.rows + row;
     const int count = static_cast<int>(p.features) - column;
     if (CODES) {
-      store_codes(p.codes + index * p.codes_row + (p.nibbles ? column / 2 : column), value, r.grid, c, count);
+      store_codes(p.codes + index * p.codes_row + (p.nibbles ? column / 2 : column), value, r.qparams, c, count);
     } else if (p.y_type == Float::f16) {
       store_as(static_cast<float16*>(p.y) + index * p.features + column, value, count);
     } else if (p.y_type == Float::bf16) {
@@ -114,11 +113,11 @@ struct LinearEpilogue {
     write_eight(to, y, count, whole);
   }
 
-  __device__ void store_codes(uint8_t* to, const float (&value)[WIDTH], const Grid& grid, const LinearColumns& c,
-                              int count) const {
+  __device__ void store_codes(uint8_t* to, const float (&value)[WIDTH], const RowQParams& qparams,
+                              const LinearColumns& c, int count) const {
     int codes[WIDTH];
 #pragma unroll
-    for (int i = 0; i < WIDTH; i++) codes[i] = grid.code(__fmul_rn(gelu(value[i]), c.inv_smooth.values[i]));
+    for (int i = 0; i < WIDTH; i++) codes[i] = qparams.code(__fmul_rn(gelu(value[i]), c.inv_smooth.values[i]));
     if (p.nibbles) {
       Vector<uint8_t, WIDTH / 2> pairs;
 #pragma unroll
@@ -143,5 +142,4 @@ struct LinearEpilogue {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

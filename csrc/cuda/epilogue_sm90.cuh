@@ -5,10 +5,9 @@
 
 #include <cute/tensor.hpp>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
-// Of 32 columns, lane q of four neighbours has numbers 2q and 2q + 1 of every eight. It gets those of the q-th eight.
+// Lane q of four neighbours has numbers 2q and 2q + 1 of every eight of 32 columns. It gets those of the q-th eight.
 __device__ inline void exchange(int (&acc)[4][2]) {
 #pragma unroll
   for (int bit = 1; bit < 4; bit *= 2) {
@@ -77,7 +76,8 @@ struct LinearEpilogueSm90 {
     for (int eight = 0; eight < EIGHTS; eight += 4) {
       const int column = first_column + eight * WIDTH;
       const LinearColumns columns = CODES ? epilogue.columns(direction, column) : next;
-      if (!CODES && eight + 4 < EIGHTS) next = epilogue.columns(direction, column + 4 * WIDTH);  // on its way while others store
+      if (!CODES && eight + 4 < EIGHTS)
+        next = epilogue.columns(direction, column + 4 * WIDTH);  // on its way while others store
 #pragma unroll
       for (int i = 0; i < PARTS * 2; i++) {
         int values[4][2];
@@ -93,5 +93,4 @@ struct LinearEpilogueSm90 {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

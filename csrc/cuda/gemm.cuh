@@ -13,8 +13,7 @@
 #include "tiles.h"
 #include "visitor.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 template <class Gemm>
 __global__ void __launch_bounds__(Gemm::THREADS, 2)
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(Gemm::THREADS, 2)
 template <class Code, int ROWS, int FEATURES, bool CODES>
 struct Gemm {
   static constexpr int BITS = cutlass::sizeof_bits<Code>::value;
-  static constexpr int ALIGNED = 128 / BITS;       // codes
+  static constexpr int ALIGNED = 128 / BITS;      // codes
   static constexpr int CHANNELS = 64 * 8 / BITS;  // of a stage: 64 bytes of every row
   static constexpr int STAGES = 3;
   using Block = cutlass::gemm::GemmShape<ROWS, FEATURES, CHANNELS>;
@@ -106,5 +105,4 @@ bool launch_linear(const LinearProblem& p, Stream stream) {
   return true;
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

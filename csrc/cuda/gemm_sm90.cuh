@@ -8,8 +8,7 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::MaxThreadsPerBlock, 1)
@@ -34,8 +33,10 @@ struct GemmSm90 {
         cutlass::gemm::GemmUniversalMode::kGemm,
         {static_cast<int>(p.rows), static_cast<int>(p.features), static_cast<int>(p.channels),
          static_cast<int>(p.directions)},
-        {static_cast<const int8_t*>(p.x), {p.channels, {}, p.rows * p.channels},
-         static_cast<const int8_t*>(p.weight), {p.channels, {}, p.features * p.channels}},
+        {static_cast<const int8_t*>(p.x),
+         {p.channels, {}, p.rows * p.channels},
+         static_cast<const int8_t*>(p.weight),
+         {p.channels, {}, p.features * p.channels}},
         LinearEpilogue<CODES>(p)};  // on every multiprocessor of the current device
     const typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
     PTQ4VM_LAUNCH(linear_s8_sm90_kernel<Kernel>, Kernel::get_grid_shape(params), Kernel::get_block_shape(),
@@ -43,5 +44,4 @@ struct GemmSm90 {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

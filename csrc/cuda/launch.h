@@ -1,27 +1,19 @@
 // One host function per operator: it starts the kernels on a stream of the current device and returns at once. Pointers
-// are to that device's memory, but for what operators.h has by value or as a Rotation. No allocation, no synchronisation,
-// no state; an operator without rows starts nothing. Whoever calls asks cudaGetLastError afterwards. Where a block needs
-// more shared memory than the device has, std::length_error is thrown.
+// are to that device's memory, but for what operators.h has by value or as a Rotation. No allocation, no
+// synchronisation, no state; an operator without rows starts nothing. Whoever calls asks cudaGetLastError afterwards.
+// Where a block needs more shared memory than the device has, std::length_error is thrown.
 #pragma once
 
 #include "../operators.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-void quantize(const Quantize&, Stream);
-void choose_qparams(const ChooseQparams&, Stream);
-void dequantize(const Dequantize&, Stream);
-void rotate(const Rotate&, Stream);
-void rotate_quantize(const RotateQuantize&, Stream);
-void norm_quantize(const NormQuantize&, Stream);
-void conv(const Conv&, Stream);
-void conv2d(const Conv2d&, Stream);
-void scan(const Scan&, Stream);
-void directional_scan(const DirectionalScan&, Stream);
+#define PTQ4VM_OPERATOR(Operator, items, numbers) void run(const Operator&, Stream);
+#define PTQ4VM_CPU_OPERATOR(Operator, items, numbers)
+#include "../operators.def"
+
 int64_t directional_scan_sums(const DirectionalScan&);  // the floats that its `sums` needs, often none
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,8 +1,7 @@
-// Which kernel runs a linear, of those that the library has: PTQ4VM_NO_S4 and PTQ4VM_SM90 say which.
+// Chooses the kernel of a linear, of those that the library has: PTQ4VM_NO_S4 and PTQ4VM_SM90 say which.
 #include "linear.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 bool linear(const LinearProblem& p, bool nibbles, int capability, Stream stream) {
 #ifdef PTQ4VM_NO_S4
@@ -16,5 +15,4 @@ bool linear(const LinearProblem& p, bool nibbles, int capability, Stream stream)
   return linear_s8(p, stream);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -8,8 +8,7 @@
 #include "gemm_sm90.cuh"
 #include "tiles.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 template <bool CODES>
@@ -31,5 +30,4 @@ bool linear_s8_sm90(const LinearProblem& p, Stream stream) {
   return true;
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,20 +1,19 @@
 // ops.norm_quantize: the sum with the residual, RMS norm or layer norm, a rotation, and the codes, in one pass over
-// memory. A warp has a row of up to 1024 channels and a block one of more; its values stay in registers, or are read again
-// where rows are longer than those or at no alignment. Sums have one order; codes may differ from the reference's by one
-// at rounding ties.
+// memory. A warp has a row of up to 1024 channels and a block one of more; its values stay in registers, or are read
+// again where rows are longer than those or at no alignment. Sums have one order; codes may differ from the reference's
+// by one at rounding ties.
 #include "rotate.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
 
 // The values of x + residual that a thread has: ITEMS times N neighbours, or with ITEMS = 0 any number, not kept.
 template <class T, int WARPS, int N, int ITEMS>
-class Row {
+class NormRow {
  public:
-  __device__ Row(const NormQuantize& q, int64_t row)
+  __device__ NormRow(const NormQuantize& q, int64_t row)
       : x_(static_cast<const T*>(q.x) + row * q.channels),
         residual_(q.residual ? q.residual + row * q.channels : nullptr), channels_(q.channels) {
     float* total = q.total ? q.total + row * q.channels : nullptr;
@@ -48,13 +47,13 @@ class Row {
  private:
   template <class F>
   __device__ void over_channels(F f) const {
-    constexpr int STEP = Team<WARPS>::SIZE * N;
+    constexpr int STRIDE = Team<WARPS>::SIZE * N;
     int64_t d = Team<WARPS>::rank() * N;
     if constexpr (ITEMS == 0) {
-      for (; d < channels_; d += STEP) f(0, d);
+      for (; d < channels_; d += STRIDE) f(0, d);
     } else {
 #pragma unroll
-      for (int item = 0; item < ITEMS; item++, d += STEP) {
+      for (int item = 0; item < ITEMS; item++, d += STRIDE) {
         if (d < channels_) f(item, d);
       }
     }
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(THREADS)
   PTQ4VM_DYNAMIC_SHARED(float, rotated_rows);
   const int64_t row = own_row<WARPS>();
   if (row >= q.rows) return;
-  const Row<T, WARPS, N, ITEMS> values(q, row);
+  const NormRow<T, WARPS, N, ITEMS> values(q, row);
   const float share = 1.0f / static_cast<float>(q.channels);
   const auto mean_of = [&](auto term) {
     float total = 0.0f;
@@ -95,7 +94,7 @@ __global__ void __launch_bounds__(THREADS)
   const float mean = q.rms ? 0.0f : mean_of([](float value) { return value; });
   const float variance = mean_of([=](float value) { return (value - mean) * (value - mean); });
   const float scale = 1.0f / sqrtf(variance + q.eps);
-  const Grid grid(q.qparams, row);
+  const RowQParams qparams(q.qparams, row);
   const float* inv_smooth = q.qparams.inv_smooth;
   int8_t* to = q.codes + row * q.channels;
   float* turned = own_shared<WARPS>(rotated_rows, rotation.channels);
@@ -112,20 +111,20 @@ __global__ void __launch_bounds__(THREADS)
       if (inv_smooth) value[i] = __fmul_rn(value[i], smooth[i]);
       if (ROTATED) turned[place(static_cast<int>(d) + i)] = value[i];
     }
-    if (!ROTATED) write_codes<N>(to + d, value, nullptr, grid);
+    if (!ROTATED) write_codes<N>(to + d, value, nullptr, qparams);
   });
   if (!ROTATED) return;
   Team<WARPS>::sync();
   constexpr int M = N == 1 ? 1 : NEIGHBOURS;
   rotate_row<WARPS, M>(rotation, turned,
-                       [=](int d, const float(&value)[M]) { write_codes<M>(to + d, value, nullptr, grid); });
+                       [=](int d, const float(&value)[M]) { write_codes<M>(to + d, value, nullptr, qparams); });
 }
 
 template <class T, int WARPS, int N, int ITEMS>
-void run(const NormQuantize& q, Stream stream) {
+void launch(const NormQuantize& q, Stream stream) {
   if (q.rotation) {
-    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, true>, grid_of<WARPS>(q.rows), THREADS,
-                  shared_bytes<WARPS>(q.channels), stream, q, RotationOnDevice(*q.rotation));
+    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, true>, grid_of<WARPS>(q.rows), THREADS, shared_bytes<WARPS>(q.channels),
+                  stream, q, RotationOnDevice(*q.rotation));
   } else {
     PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, false>, grid_of<WARPS>(q.rows), THREADS, 0, stream, q,
                   RotationOnDevice(Rotation{}));
@@ -133,23 +132,22 @@ void run(const NormQuantize& q, Stream stream) {
 }
 
 template <class T>
-void run_with(const NormQuantize& q, Stream stream) {
-  constexpr int64_t STEP = WARP_SIZE * VECTOR;
+void launch_rows(const NormQuantize& q, Stream stream) {
+  constexpr int64_t STRIDE = WARP_SIZE * VECTOR;
   const bool vectors = q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
                        aligned<VECTOR>(q.residual) && aligned<VECTOR>(q.total) && aligned<VECTOR>(q.weight) &&
                        aligned<VECTOR>(q.bias) && aligned<VECTOR>(q.qparams.inv_smooth) && aligned<VECTOR>(q.codes);
-  if (!vectors || q.channels > 4 * WARPS_IN_BLOCK * STEP) return run<T, WARPS_IN_BLOCK, 1, 0>(q, stream);
-  if (q.channels <= 2 * STEP) return run<T, 1, VECTOR, 2>(q, stream);
-  if (q.channels <= 4 * STEP) return run<T, 1, VECTOR, 4>(q, stream);
-  if (q.channels <= 2 * WARPS_IN_BLOCK * STEP) return run<T, WARPS_IN_BLOCK, VECTOR, 2>(q, stream);
-  run<T, WARPS_IN_BLOCK, VECTOR, 4>(q, stream);
+  if (!vectors || q.channels > 4 * WARPS_IN_BLOCK * STRIDE) return launch<T, WARPS_IN_BLOCK, 1, 0>(q, stream);
+  if (q.channels <= 2 * STRIDE) return launch<T, 1, VECTOR, 2>(q, stream);
+  if (q.channels <= 4 * STRIDE) return launch<T, 1, VECTOR, 4>(q, stream);
+  if (q.channels <= 2 * WARPS_IN_BLOCK * STRIDE) return launch<T, WARPS_IN_BLOCK, VECTOR, 2>(q, stream);
+  launch<T, WARPS_IN_BLOCK, VECTOR, 4>(q, stream);
 }
 
 }  // namespace
 
-void norm_quantize(const NormQuantize& q, Stream stream) {
-  with_type(q.x_type, [&](auto type) { run_with<decltype(type)>(q, stream); });
+void run(const NormQuantize& q, Stream stream) {
+  with_type(q.x_type, [&](auto type) { launch_rows<decltype(type)>(q, stream); });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

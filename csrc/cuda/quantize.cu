@@ -1,11 +1,10 @@
-// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit. A team of up to a warp reads a row
-// once, 8 channels a thread where rows are aligned to that, one elsewhere.
+// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit. A team of up to a warp reads a
+// row once, 8 channels a thread where rows are aligned to that, one elsewhere.
 #include <cfloat>
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = 128, VECTOR = 8;
@@ -30,17 +29,17 @@ __global__ void __launch_bounds__(THREADS) quantize_rows(const Quantize q) {
   if (row >= q.rows) return;
   const T* x = static_cast<const T*>(q.x) + row * q.channels;
   int8_t* to = q.codes + row * q.channels;
-  const Grid grid(q.qparams, row);
+  const RowQParams qparams(q.qparams, row);
   for (int64_t d = threadIdx.x * N; d < q.channels; d += blockDim.x * N) {
     float value[N];
     load<N>(x + d, value);
-    write_codes<N>(to + d, value, q.qparams.inv_smooth ? q.qparams.inv_smooth + d : nullptr, grid);
+    write_codes<N>(to + d, value, q.qparams.inv_smooth ? q.qparams.inv_smooth + d : nullptr, qparams);
   }
 }
 
 // A warp has a row.
 template <class T, int N>
-__global__ void __launch_bounds__(THREADS) choose_rows(const ChooseQparams q) {
+__global__ void __launch_bounds__(THREADS) choose_rows(const ChooseQParams q) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (THREADS / WARP_SIZE) + threadIdx.x / WARP_SIZE;
   if (row >= q.rows) return;
   const int lane = threadIdx.x % WARP_SIZE;
@@ -88,7 +87,7 @@ __global__ void __launch_bounds__(THREADS) dequantize_rows(const Dequantize q) {
 
 }  // namespace
 
-void quantize(const Quantize& q, Stream stream) {
+void run(const Quantize& q, Stream stream) {
   with_type(q.x_type, [&](auto type) {
     using T = decltype(type);
     const bool vectors = q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
@@ -98,21 +97,20 @@ void quantize(const Quantize& q, Stream stream) {
   });
 }
 
-void choose_qparams(const ChooseQparams& q, Stream stream) {
+void run(const ChooseQParams& q, Stream stream) {
   with_type(q.x_type, [&](auto type) {
     using T = decltype(type);
-    const bool vectors = q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
-                         aligned<VECTOR>(q.inv_smooth);
+    const bool vectors =
+        q.channels % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) && aligned<VECTOR>(q.inv_smooth);
     const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(q.rows, THREADS / WARP_SIZE)));
     PTQ4VM_LAUNCH(vectors ? choose_rows<T, VECTOR> : choose_rows<T, 1>, grid, THREADS, 0, stream, q);
   });
 }
 
-void dequantize(const Dequantize& q, Stream stream) {
+void run(const Dequantize& q, Stream stream) {
   const bool vectors = q.channels % VECTOR == 0 && aligned<VECTOR>(q.x) && aligned<VECTOR>(q.y);
   const Shape shape(q.rows, vectors ? q.channels / VECTOR : q.channels);
   PTQ4VM_LAUNCH(vectors ? dequantize_rows<VECTOR> : dequantize_rows<1>, shape.grid, shape.block, 0, stream, q);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,9 +1,8 @@
-// ops.rotate and ops.rotate_quantize. A row goes through shared memory, a warp's up to 1024 channels and a block's
-// beyond; its result does not depend on the others.
+// ops.rotate and ops.rotate_quantize. A row goes through shared memory, a warp's up to 1024 channels and a
+// block's beyond; its result does not depend on the others.
 #include "rotate.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 constexpr int THREADS = WARPS_IN_BLOCK * WARP_SIZE, VECTOR = 8, NEIGHBOURS = 4;
@@ -46,10 +45,10 @@ __global__ void __launch_bounds__(THREADS)
   float* values = own_shared<WARPS>(rows, of.channels);
   const float* inv_smooth = q.qparams.inv_smooth;
   fetch<T, WARPS, VECTORS ? VECTOR : 1>(static_cast<const T*>(q.x) + first, q.gelu, inv_smooth, values, of.channels);
-  const Grid grid(q.qparams, row);
+  const RowQParams qparams(q.qparams, row);
   int8_t* to = q.codes + first;
   rotate_row<WARPS, N>(of, values,
-                       [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, grid); });
+                       [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, qparams); });
 }
 
 // run(std::integral_constant WARPS) → run with the warps that a row of so many channels gets.
@@ -64,7 +63,7 @@ void with_warps(int64_t channels, F run) {
 
 }  // namespace
 
-void rotate(const Rotate& q, Stream stream) {
+void run(const Rotate& q, Stream stream) {
   with_type(q.type, [&](auto type) {
     with_warps(q.rotation.channels, [&](auto warps) {
       using T = decltype(type);
@@ -77,7 +76,7 @@ void rotate(const Rotate& q, Stream stream) {
   });
 }
 
-void rotate_quantize(const RotateQuantize& q, Stream stream) {
+void run(const RotateQuantize& q, Stream stream) {
   with_type(q.x_type, [&](auto type) {
     with_warps(q.rotation.channels, [&](auto warps) {
       using T = decltype(type);
@@ -90,5 +89,4 @@ void rotate_quantize(const RotateQuantize& q, Stream stream) {
   });
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -4,8 +4,7 @@
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 // The threads of a row: one warp of several in a block, or the whole block.
 template <int WARPS>
@@ -24,15 +23,15 @@ struct Team {
   }
 };
 
-// Where channel d of a row lies. After 16 numbers there is a gap, so that neither neighbours nor strides of 16 meet in a
-// bank. Runs of 4 from a multiple of 4 on have none.
+// Where channel d of a row lies. After 16 numbers there is a gap, so that neither neighbours nor strides of 16 meet in
+// a bank. Runs of 4 from a multiple of 4 on have none.
 __host__ __device__ inline int place(int d) { return d + d / 16; }
 
 // A Rotation whose matrix travels with the kernel's arguments: no copy to the device, nothing to keep alive.
 struct RotationOnDevice {
   int channels, order, size, log_order;  // size of the matrix, 1 without
   float factor;
-  float matrix[LARGEST_HARTLEY * LARGEST_HARTLEY];
+  float matrix[MAX_HARTLEY * MAX_HARTLEY];
 
   explicit RotationOnDevice(const Rotation& q)
       : channels(static_cast<int>(q.channels)), order(static_cast<int>(q.order)),
@@ -97,10 +96,14 @@ template <int WARPS>
 __device__ void hadamard(float* row, int channels, int log_order) {
   for (int done = 0; done < log_order;) {
     const int left = log_order - done;
-    if (left >= 4) butterflies<WARPS, 16>(row, channels, done), done += 4;
-    else if (left == 3) butterflies<WARPS, 8>(row, channels, done), done += 3;
-    else if (left == 2) butterflies<WARPS, 4>(row, channels, done), done += 2;
-    else butterflies<WARPS, 2>(row, channels, done), done += 1;
+    if (left >= 4)
+      butterflies<WARPS, 16>(row, channels, done), done += 4;
+    else if (left == 3)
+      butterflies<WARPS, 8>(row, channels, done), done += 3;
+    else if (left == 2)
+      butterflies<WARPS, 4>(row, channels, done), done += 2;
+    else
+      butterflies<WARPS, 2>(row, channels, done), done += 1;
   }
 }
 
@@ -141,7 +144,7 @@ __device__ void scale_all(const RotationOnDevice& q, const float* row, Emit emit
   }
 }
 
-// Transforms a row, which the team has written and synced, and gives what comes of it to emit(d, value), N neighbours
+// Transforms a row, which the team has written and synced, and hands the result to emit(d, value), N neighbours
 // at once: N is 4 where the order is a multiple of that, else 1.
 template <int WARPS, int N, class Emit>
 __device__ void rotate_row(const RotationOnDevice& q, float* row, Emit emit) {
@@ -155,5 +158,4 @@ __device__ void rotate_row(const RotationOnDevice& q, float* row, Emit emit) {
   }
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,11 +1,10 @@
-// What the scans share: the recurrence of one channel, and the chunks of steps that a directional scan has in shared
+// Shared by the scans: the recurrence of one channel, and the chunks of tokens that a directional scan has in shared
 // memory. All in float32; results differ from those in float64 by about 1e-6 of the largest.
 #pragma once
 
 #include "device.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 constexpr float LOG2_E = 1.442695041f;
 
@@ -20,7 +19,7 @@ __device__ inline float fast_exp2(float x) {
 #endif
 }
 
-// log(1 + x) for 0 <= x <= 1, relative to x: steps are small, and so must be their errors.
+// log(1 + x) for 0 <= x <= 1, relative to x: dt is small, and so must be their errors.
 __device__ inline float log1p_of_fraction(float x) {
   float p = x * 5.23269411e-3f - 2.950523728e-2f;
   p = p * x + 7.822594782e-2f;
@@ -33,9 +32,7 @@ __device__ inline float log1p_of_fraction(float x) {
   return p * x;
 }
 
-__device__ inline float softplus(float x) {
-  return fmaxf(x, 0.0f) + log1p_of_fraction(fast_exp2(-fabsf(x) * LOG2_E));
-}
+__device__ inline float softplus(float x) { return fmaxf(x, 0.0f) + log1p_of_fraction(fast_exp2(-fabsf(x) * LOG2_E)); }
 
 // 2^x, which multiplies states. Where it is close to one its distance from one counts: an error there adds up over
 // thousands of tokens.
@@ -55,7 +52,7 @@ struct Decay {
   }
 };
 
-// The states of a channel in registers. `mixing` is B and then C of a token, in shared memory.
+// The states of a channel in registers. `coefficients` is B and then C of a token, in shared memory.
 template <int N>
 struct States {
   float h[N], rate[N];
@@ -67,14 +64,14 @@ struct States {
     for (int n = 0; n < N; n++) h[n] = 0.0f, rate[n] = A[n] * LOG2_E;
   }
 
-  __device__ float advance(float step, float drive, const float* mixing) {
+  __device__ float advance(float dt, float dt_u, const float* coefficients) {
     float B[N], C[N], y[2] = {};
-    load<N>(mixing, B);
-    load<N>(mixing + N, C);
+    load<N>(coefficients, B);
+    load<N>(coefficients + N, C);
 #pragma unroll
     for (int n = 0; n < N; n++) {
       // The fast one: with this many states, exponentials bound the whole scan.
-      h[n] = fmaf(h[n], fast_exp2(step * rate[n]), drive * B[n]);
+      h[n] = fmaf(h[n], fast_exp2(dt * rate[n]), dt_u * B[n]);
       y[n % 2] += h[n] * C[n];
     }
     return y[0] + y[1];
@@ -89,9 +86,9 @@ struct States<1> {
 
   __device__ States(const float* A, int64_t, float*) : rate(*A * LOG2_E) {}
 
-  __device__ float advance(float step, float drive, const float* mixing) {
-    h = Decay(step * rate)(h, drive * mixing[0]);
-    return h * mixing[1];
+  __device__ float advance(float dt, float dt_u, const float* coefficients) {
+    h = Decay(dt * rate)(h, dt_u * coefficients[0]);
+    return h * coefficients[1];
   }
 };
 
@@ -109,12 +106,12 @@ struct States<0> {
     for (int64_t n = 0; n < count; n++) h[n * stride] = 0.0f;
   }
 
-  __device__ float advance(float step, float drive, const float* mixing) {
+  __device__ float advance(float dt, float dt_u, const float* coefficients) {
     float y = 0.0f;
     for (int64_t n = 0; n < count; n++) {
-      const float next = Decay(step * (A[n] * LOG2_E))(h[n * stride], drive * mixing[n]);
+      const float next = Decay(dt * (A[n] * LOG2_E))(h[n * stride], dt_u * coefficients[n]);
       h[n * stride] = next;
-      y += next * mixing[count + n];
+      y += next * coefficients[count + n];
     }
     return y;
   }
@@ -136,67 +133,74 @@ __device__ inline void write(void* data, Float type, int64_t at, float value) {
   if (type == Float::f16) static_cast<float16*>(data)[at] = from_float<float16>(value);
 }
 
-constexpr int STRIP = 8;  // steps that a thread takes at once
+constexpr int STRIP = 8;  // tokens that a thread takes at once
 
-// What all channels read of STEPS steps of a direction, in shared memory. A step without a token is one of zeros. N is
-// the number of states, or 0 where it is not known.
-template <int STEPS, int N>
-struct Chunk {
-  float* mixing;    // (STEPS, 2 states): B and C
-  float* scale;     // (STEPS,)
-  int* zero_point;  // (STEPS,)
-  int* codes;       // (rank / 4, STEPS): four codes each
+// All that channels read of CHUNK positions of a direction, in shared memory. A position without a token is one of
+// zeros. N is the number of states, or 0 where it is not known.
+template <int CHUNK, int N>
+struct TokenChunk {
+  float* coefficients;  // (CHUNK, 2 states): B and C
+  float* scale;         // (CHUNK,)
+  int* zero_point;      // (CHUNK,)
+  int* codes;           // (rank / 4, CHUNK): four codes each
 
   static __host__ __device__ int quads(const DirectionalScan& s) { return static_cast<int>((s.rank + 3) / 4); }
 
-  static __host__ __device__ int mixed(const DirectionalScan& s) { return 2 * (N ? N : static_cast<int>(s.states)); }
+  static __host__ __device__ int coefficient_count(const DirectionalScan& s) {
+    return 2 * (N ? N : static_cast<int>(s.states));
+  }
 
-  static __host__ __device__ int words(const DirectionalScan& s) { return STEPS * (mixed(s) + 2 + quads(s)); }
+  static __host__ __device__ int words(const DirectionalScan& s) {
+    return CHUNK * (coefficient_count(s) + 2 + quads(s));
+  }
 
-  __device__ Chunk(const DirectionalScan& s, float* memory)
-      : mixing(memory), scale(mixing + STEPS * mixed(s)), zero_point(reinterpret_cast<int*>(scale) + STEPS),
-        codes(zero_point + STEPS) {}
+  __device__ TokenChunk(const DirectionalScan& s, float* memory)
+      : coefficients(memory), scale(coefficients + CHUNK * coefficient_count(s)),
+        zero_point(reinterpret_cast<int*>(scale) + CHUNK), codes(zero_point + CHUNK) {}
 
-  // The steps from `begin` on, by `threads` threads of which this is one.
+  // Fills the positions from `begin` on, by `threads` threads of which this is one.
   __device__ void fill(const DirectionalScan& s, int64_t direction, int64_t image, int64_t begin, int thread,
                        int threads) const {
-    const int32_t* order = s.order + direction * s.steps;
-    const int mixed = Chunk::mixed(s), count = quads(s), rank = static_cast<int>(s.rank), width = rank + mixed;
+    const int32_t* order = s.order + direction * s.length;
+    const int coefficient_count = TokenChunk::coefficient_count(s), count = quads(s), rank = static_cast<int>(s.rank),
+              width = rank + coefficient_count;
     const float* projected = s.projected + (direction * s.batch + image) * s.tokens * width;
-    const auto token_of = [&](int t) { return begin + t < s.steps ? checked_token(order[begin + t], -1, s.tokens) : -1; };
+    const auto token_of = [&](int t) {
+      return begin + t < s.length ? checked_token(order[begin + t], -1, s.tokens) : -1;
+    };
 
 #pragma unroll 4
-    for (int i = thread; i < STEPS * mixed; i += threads) {
-      const int at = token_of(i / mixed);
-      mixing[i] = at < 0 ? 0.0f : projected[static_cast<int64_t>(at) * width + rank + i % mixed];
+    for (int i = thread; i < CHUNK * coefficient_count; i += threads) {
+      const int at = token_of(i / coefficient_count);
+      coefficients[i] = at < 0 ? 0.0f : projected[static_cast<int64_t>(at) * width + rank + i % coefficient_count];
     }
 #pragma unroll 1
-    for (int t = thread; t < STEPS; t += threads) {
+    for (int t = thread; t < CHUNK; t += threads) {
       const int at = token_of(t);
-      const int64_t place = direction * s.step.scales + remainder(max(at, 0), s.step.scales);
-      scale[t] = at < 0 ? 0.0f : s.step_scale[place];
-      zero_point[t] = at < 0 ? 0 : s.step.zero_point[place];
+      const int64_t place = direction * s.dt_qparams.scales + remainder(max(at, 0), s.dt_qparams.scales);
+      scale[t] = at < 0 ? 0.0f : s.dt_scale[place];
+      zero_point[t] = at < 0 ? 0 : s.dt_qparams.zero_point[place];
     }
 #pragma unroll 1
-    for (int i = thread; i < STEPS * count; i += threads) {
+    for (int i = thread; i < CHUNK * count; i += threads) {
       const int t = i / count, quad = i % count, at = token_of(t);
       unsigned four = 0;
       if (at >= 0) {
-        const Grid grid(s.step, at, direction);
+        const RowQParams qparams(s.dt_qparams, at, direction);
         for (int j = 0; j < 4; j++) {
           const int r = 4 * quad + j;
           if (r >= rank) continue;
           float value = projected[static_cast<int64_t>(at) * width + r];
-          if (s.step.inv_smooth) value = __fmul_rn(value, s.step.inv_smooth[direction * rank + r]);
-          four |= static_cast<unsigned>(grid.code(value) & 255) << 8 * j;
+          if (s.dt_qparams.inv_smooth) value = __fmul_rn(value, s.dt_qparams.inv_smooth[direction * rank + r]);
+          four |= static_cast<unsigned>(qparams.code(value) & 255) << 8 * j;
         }
       }
-      codes[quad * STEPS + t] = static_cast<int>(four);
+      codes[quad * CHUNK + t] = static_cast<int>(four);
     }
   }
 };
 
-// What a direction has for a channel.
+// The parameters of a direction for a channel.
 struct Channel {
   float bias, skip, weight_scale;
   int weight_sum, quads;
@@ -207,14 +211,14 @@ struct Channel {
   __device__ Channel(const DirectionalScan& s, int64_t direction, int64_t channel)
       : quads(static_cast<int>(s.rank + 3) / 4), packed(s.packed) {
     const int64_t at = direction * s.channels + channel;
-    bias = s.step_bias[at], skip = s.D ? s.D[at] : 0.0f;
-    weight_scale = s.step_weight_scale[at], weight_sum = s.step_weight_sum[at];
+    bias = s.dt_bias[at], skip = s.D ? s.D[at] : 0.0f;
+    weight_scale = s.dt_weight_scale[at], weight_sum = s.dt_weight_sum[at];
     // Tiles (channels / 16, rank / 64, 16, 16) of four codes; packed ones share 8 words, the last 8 the high nibbles.
     const int64_t tile = direction * ceil_div<int64_t>(s.channels, 16) + channel / 16;
     const int64_t row = tile * ceil_div<int64_t>(s.rank, 64) * 16;
     const int lane = static_cast<int>(channel % 16);
     stride = packed ? 8 : 16, shift = lane < 8 ? 0 : 4;
-    weight = static_cast<const unsigned*>(s.step_weight) + row * stride + lane % stride;
+    weight = static_cast<const unsigned*>(s.dt_weight) + row * stride + lane % stride;
   }
 
   __device__ int four_weights(int quad) const {
@@ -226,32 +230,32 @@ struct Channel {
     return static_cast<int>(codes);
   }
 
-  // Δ of STRIP steps: the integer linear, exactly, and its scales as linears.rescale rounds them.
-  template <int STEPS, int N>
-  __device__ void steps(const Chunk<STEPS, N>& chunk, int first, float (&step)[STRIP]) const {
+  // dt of STRIP positions: the integer linear, exactly, and its scales as linears.rescale rounds them.
+  template <int CHUNK, int N>
+  __device__ void read_dt(const TokenChunk<CHUNK, N>& chunk, int first, float (&dt)[STRIP]) const {
     int sums[STRIP];
 #pragma unroll
     for (int t = 0; t < STRIP; t++) sums[t] = -chunk.zero_point[first + t] * weight_sum;
 #pragma unroll 2
     for (int quad = 0; quad < quads; quad++) {
       const int w = four_weights(quad);
-      const auto codes = *reinterpret_cast<const Vector<int, STRIP>*>(chunk.codes + quad * STEPS + first);
+      const auto codes = *reinterpret_cast<const Vector<int, STRIP>*>(chunk.codes + quad * CHUNK + first);
 #pragma unroll
       for (int t = 0; t < STRIP; t++) sums[t] = __dp4a(codes.values[t], w, sums[t]);
     }
 #pragma unroll
     for (int t = 0; t < STRIP; t++) {
       const float delta = __fmul_rn(__fmul_rn(static_cast<float>(sums[t]), chunk.scale[first + t]), weight_scale);
-      step[t] = softplus(__fadd_rn(delta, bias));
+      dt[t] = softplus(__fadd_rn(delta, bias));
     }
   }
 };
 
-// The tokens of STRIP steps, the first of which is `first`; -1 behind the last one.
+// The tokens of STRIP positions, the first of which is `first`; -1 behind the last one.
 __device__ inline void read_tokens(const DirectionalScan& s, int64_t direction, int64_t first, int (&tokens)[STRIP]) {
 #pragma unroll
   for (int t = 0; t < STRIP; t++) {
-    tokens[t] = first + t < s.steps ? checked_token(s.order[direction * s.steps + first + t], -1, s.tokens) : -1;
+    tokens[t] = first + t < s.length ? checked_token(s.order[direction * s.length + first + t], -1, s.tokens) : -1;
   }
 }
 
@@ -272,11 +276,10 @@ __device__ inline void finish(const DirectionalScan& s, float sum, int64_t image
   const float y = gated(s, sum, image, token, channel);
   if (s.codes) {
     const float* smooth = s.qparams.inv_smooth;
-    s.codes[at] = static_cast<int8_t>(Grid(s.qparams, token).code(smooth ? __fmul_rn(y, smooth[channel]) : y));
+    s.codes[at] = static_cast<int8_t>(RowQParams(s.qparams, token).code(smooth ? __fmul_rn(y, smooth[channel]) : y));
   } else {
     write(s.y, s.y_type, at, y);
   }
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

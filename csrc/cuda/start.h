@@ -1,17 +1,16 @@
-// How an operator starts its kernels, and what it says when that fails.
+// How an operator starts its kernels, and the error when that fails.
 #pragma once
 
 #include <stdexcept>
 
-#include "../glue.h"
+#include "../bindings/tensors.h"
 #include "toolkit.h"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
-// start(stream) with the device of `on` current and its current stream.
+// Calls start(stream) with the device of `on` current and its current stream.
 template <class F>
-void launch(const char* name, const Tensor& on, F start) {
+void launch(const Tensor& on, F start) {
   const int device = on.get_device_index();
   const auto current = use_device(device);
   std::string problem;
@@ -23,8 +22,7 @@ void launch(const char* name, const Tensor& on, F start) {
   } catch (const std::length_error& error) {  // from device.cuh
     problem = error.what();
   }
-  STD_TORCH_CHECK(problem.empty(), "ptq4vm::", name, " on GPU ", device, ": ", problem);
+  PTQ4VM_CHECK(problem.empty(), " on GPU ", device, ": ", problem);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

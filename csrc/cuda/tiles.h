@@ -1,10 +1,9 @@
-// Which tile a linear is cut into.
+// The tile that a linear is cut into.
 #pragma once
 
 #include <cstdint>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 enum class Tile { rows64_features64, rows64_features128, rows128_features128 };
 
@@ -22,7 +21,8 @@ constexpr TileRule TILES[] = {
     {0, 0, Tile::rows64_features64},
 };
 
-// Of linear_s8_sm90: two tiles are in work on every multiprocessor, and a tile of fewer features would not read less.
+// The rules of linear_s8_sm90: two tiles are in work on every multiprocessor, and a tile of fewer features would not
+// read less.
 constexpr TileRule TILES_SM90[] = {
     {65, 1 << 22, Tile::rows128_features128},
     {0, 0, Tile::rows64_features128},
@@ -37,5 +37,4 @@ constexpr Tile choose_tile(const TileRule (&rules)[RULES], int64_t directions, i
   return rules[RULES - 1].tile;
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -5,8 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 namespace {
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -42,11 +41,11 @@ const char* take_error() {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return nullptr;
   if (error == cudaErrorNoKernelImageForDevice) {
-    return "this library was built for " PTQ4VM_ARCHITECTURES ", and not for this GPU; build it again with its compute "
+    return "this library was built for " PTQ4VM_ARCHITECTURES
+           ", and not for this GPU; build it again with its compute "
            "capability in TORCH_CUDA_ARCH_LIST";
   }
   return cudaGetErrorString(error);
 }
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

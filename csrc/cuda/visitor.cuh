@@ -7,8 +7,7 @@
 
 #include "epilogue.cuh"
 
-namespace ptq4vm {
-namespace cuda {
+namespace ptq4vm::cuda {
 
 template <class ThreadMap, class TileShape, class Epilogue>
 struct LinearVisitor {
@@ -64,5 +63,4 @@ struct LinearVisitor {
   }
 };
 
-}  // namespace cuda
-}  // namespace ptq4vm
+}  // namespace ptq4vm::cuda

@@ -1,7 +1,7 @@
 """What every operator must do on a GPU: drawn arguments, and what the reference makes of them.
 
-tests/cuda/test_glue.py holds the emulated kernels to these laws, and tests/gpu/test_operators.py those of a real GPU. A
-law is given the operators by name, which take tensors of the CPU and return some, and what its strategies drew.
+tests/emulated/test_glue.py holds the emulated kernels to these laws, and tests/gpu/test_operators.py those of a real
+GPU. A law is given the operators by name, which take tensors of the CPU and return some, and what its strategies drew.
 """
 
 from collections.abc import Callable, Mapping

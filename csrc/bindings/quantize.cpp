@@ -1,0 +1,67 @@
+// Quantization: ops.quantize, choose_qparams and dequantize.
+#include "run.h"
+
+namespace ptq4vm {
+namespace {
+
+Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smooth, int64_t bits) {
+  check_channels("x", x);
+  check_shape("inv_smooth", inv_smooth, {channels_of(x)});
+  const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales_of(x, inv_scale));
+  const ContiguousInput input(x);
+  Tensor codes = empty_like(x, ScalarType::Char);
+  run(Quantize{.x = input.data(),
+               .x_type = input.type,
+               .qparams = qparams.view(),
+               .codes = mutable_ptr<int8_t>(codes),
+               .rows = rows_of(x),
+               .channels = channels_of(x)},
+      x);
+  return codes;
+}
+
+std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t bits) {
+  check_bits(bits), check_channels("x", x);
+  PTQ4VM_CHECK(channels_of(x) > 0, "x needs channels: no token has a range without them");
+  check_shape("inv_smooth", inv_smooth, {channels_of(x)});
+  inv_smooth = floats("inv_smooth", inv_smooth);
+  const ContiguousInput input(x);
+  const Shape tokens(x.sizes().data(), x.sizes().size() - 1);
+  Tensor scale = empty_like(x, tokens, ScalarType::Float), zero_point = empty_like(x, tokens, ScalarType::Int);
+  run(ChooseQParams{.x = input.data(),
+                    .x_type = input.type,
+                    .inv_smooth = const_ptr<float>(inv_smooth),
+                    .scale = mutable_ptr<float>(scale),
+                    .zero_point = mutable_ptr<int32_t>(zero_point),
+                    .rows = rows_of(x),
+                    .channels = channels_of(x),
+                    .low = lowest(bits),
+                    .high = highest(bits)},
+      x);
+  return {scale, zero_point};
+}
+
+Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
+  check_codes("x_q", x_q, 1);
+  check_zero_points("zero_point", zero_point, scale);
+  const int64_t scales = scales_of(x_q, scale);
+  x_q = to_contiguous(x_q);
+  scale = floats("scale", scale), zero_point = zero_points("zero_point", zero_point);
+  Tensor y = empty_like(x_q, ScalarType::Float);
+  run(Dequantize{.x = const_ptr<int8_t>(x_q),
+                 .scale = const_ptr<float>(scale),
+                 .zero_point = const_ptr<int32_t>(zero_point),
+                 .y = mutable_ptr<float>(y),
+                 .rows = rows_of(x_q),
+                 .channels = channels_of(x_q),
+                 .scales = scales},
+      x_q);
+  return y;
+}
+
+}  // namespace
+}  // namespace ptq4vm
+
+PTQ4VM_IMPL(quantize, "(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor")
+PTQ4VM_IMPL(choose_qparams, "(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)")
+PTQ4VM_IMPL(dequantize, "(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor")

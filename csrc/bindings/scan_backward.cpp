@@ -1,0 +1,116 @@
+// The gradients of the scan, and its states as codes, which only the CPU has.
+#include "run.h"
+#include "scan_inputs.h"
+
+namespace ptq4vm {
+namespace {
+
+Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
+                                Optional bias, bool softplus, Tensor state_scale, Tensor state_inv_scale,
+                                int64_t bits) {
+  const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
+  check_bits(bits);
+  const int64_t scales = state_scale.numel();
+  check_shape("state_scale", state_scale, {scales});
+  PTQ4VM_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
+               " tokens, the input has ", s.tokens, "; calibrate at this resolution");
+  check_shape("state_inv_scale", state_inv_scale, {scales});
+  state_scale = floats("state_scale", state_scale, s.type);
+  state_inv_scale = floats("state_inv_scale", state_inv_scale, s.type);
+  Tensor y = empty_like(s.u, s.u.scalar_type());
+  if (s.type == ScalarType::Double) {
+    float64::Scan scan = s.exact();
+    scan.state_scale = const_ptr<double>(state_scale), scan.state_inv_scale = const_ptr<double>(state_inv_scale);
+    scan.scales = scales, scan.low = lowest(bits), scan.high = highest(bits);
+    if (y.numel()) float64::scan(scan, mutable_ptr<double>(y));
+    return y;
+  }
+  run(QuantizedScan{.scan = s.view(y.mutable_data_ptr(), float_type(y)),
+                    .state_scale = const_ptr<float>(state_scale),
+                    .state_inv_scale = const_ptr<float>(state_inv_scale),
+                    .scales = scales,
+                    .low = lowest(bits),
+                    .high = highest(bits)},
+      u);
+  return cast_like(y, u);
+}
+
+// (parts, …) → (…), in one order whatever the number of threads.
+Tensor sum_first(const Tensor& x, Shape sizes) {
+  Tensor total = zeros_like(x, sizes, ScalarType::Float);
+  const int64_t parts = x.size(0), count = total.numel();
+  const float* from = const_ptr<float>(x);
+  float* to = mutable_ptr<float>(total);
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t part = 0; part < parts; part++) {
+      for (int64_t i = begin; i < end; i++) to[i] += from[part * count + i];
+    }
+  });
+  return total;
+}
+
+using EightTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+EightTensors selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D,
+                                     Optional z, Optional bias, bool softplus) {
+  const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
+  check_shape("grad", grad, u.sizes());
+  grad = floats("grad", grad, s.type);
+  // Loops over what is empty in one axis could be long in the others.
+  const bool empty = !grad.numel(), in_parts = !empty && s.type == ScalarType::Float;
+  const int64_t panels = divided_up(s.channels, PANEL);
+  const auto fresh = [&](Shape sizes) {
+    return in_parts ? empty_like(s.u, sizes, s.type) : zeros_like(s.u, sizes, s.type);
+  };
+  const auto of_states = [&] {
+    return in_parts ? fresh({panels, s.batch, s.tokens, s.states}) : fresh({s.batch, s.tokens, s.states});
+  };
+  const auto of_channels = [&](const Optional& x) {
+    if (!x) return Optional();
+    return Optional(in_parts ? fresh({s.batch, s.channels}) : fresh({s.channels}));
+  };
+  Tensor du = fresh(u.sizes()), ddelta = fresh(u.sizes()), dB = of_states(), dC = of_states();
+  Tensor dA = in_parts ? fresh({s.batch, s.channels, s.states}) : fresh({s.channels, s.states});
+  Optional dD = of_channels(D), dbias = of_channels(bias), dz;
+  if (z) dz = fresh(u.sizes());
+  if (in_parts) {
+    run(ScanBackward{.forward = s.view(nullptr, Float::f32),
+                     .grad = const_ptr<float>(grad),
+                     .u = mutable_ptr<float>(du),
+                     .delta = mutable_ptr<float>(ddelta),
+                     .A = mutable_ptr<float>(dA),
+                     .B = mutable_ptr<float>(dB),
+                     .C = mutable_ptr<float>(dC),
+                     .D = mutable_ptr<float>(dD),
+                     .z = mutable_ptr<float>(dz),
+                     .delta_bias = mutable_ptr<float>(dbias)},
+        u);
+    dA = sum_first(dA, {s.channels, s.states});
+    dB = sum_first(dB, {s.batch, s.tokens, s.states}), dC = sum_first(dC, {s.batch, s.tokens, s.states});
+    if (dD) dD = sum_first(*dD, {s.channels});
+    if (dbias) dbias = sum_first(*dbias, {s.channels});
+  } else if (!empty) {
+    float64::scan_backward(s.exact(), const_ptr<double>(grad),
+                           {.u = mutable_ptr<double>(du),
+                            .delta = mutable_ptr<double>(ddelta),
+                            .A = mutable_ptr<double>(dA),
+                            .B = mutable_ptr<double>(dB),
+                            .C = mutable_ptr<double>(dC),
+                            .D = mutable_ptr<double>(dD),
+                            .z = mutable_ptr<double>(dz),
+                            .delta_bias = mutable_ptr<double>(dbias)});
+  }
+  const auto optional = [&](const Optional& value, const Optional& original) {
+    return value ? cast_like(*value, *original) : empty_like(s.u, {0}, s.type);
+  };
+  return {cast_like(du, u), cast_like(ddelta, delta), cast_like(dA, A), cast_like(dB, B),
+          cast_like(dC, C), optional(dD, D),          optional(dz, z),  optional(dbias, bias)};
+}
+
+}  // namespace
+}  // namespace ptq4vm
+
+PTQ4VM_IMPL(selective_scan_quantized,
+            "(" PTQ4VM_SCAN ", Tensor state_scale, Tensor state_inv_scale, int bits) -> Tensor")
+PTQ4VM_IMPL(selective_scan_backward,
+            "(Tensor grad, " PTQ4VM_SCAN ") -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")

@@ -87,9 +87,9 @@ def warn() -> None:
     """Says once that the reference operators run, and the way out."""
     if os.environ.get("PTQ4VM_ISA") != "reference":
         warnings.warn(
-            f"quantized models run on the slow PyTorch reference operators: {unavailable_reason()}. Install a C++ "
-            "compiler (GCC or Clang), then ptq4vm again (`pip install --force-reinstall --no-deps`); PTQ4VM_ISA=reference "
-            "silences this",
+            f"quantized models run on the slow PyTorch reference operators: {unavailable_reason()}. Install a "
+            "C++ compiler (GCC or Clang), then ptq4vm again (`pip install --force-reinstall --no-deps`); "
+            "PTQ4VM_ISA=reference silences this",
             RuntimeWarning,
             stacklevel=3,
         )

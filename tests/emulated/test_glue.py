@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from emulated.cuda_glue import NAMESPACE, Emulated, on_gpu
 from helpers.draws import directional_inputs, draw, linear_inputs
+from helpers.operator_laws import WITHOUT_CUDA, laws_of, name_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

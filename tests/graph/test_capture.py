@@ -336,7 +336,7 @@ def parts(request, small_vim, images):
 
     gm = canonical(model, *inputs(3))
     sites = find_linears(gm)
-    blocks = [site.node for site in sites if site.block is not None] or [site.node for site in sites]
+    blocks = [node for node, site in sites.items() if site.block is not None] or list(sites)
     return gm, partition_blocks(gm, blocks), inputs, names
 
 
@@ -390,7 +390,7 @@ def pieces_of(model: nn.Module) -> dict[str, torch.fx.GraphModule]:
     gm = canonical(model.eval(), tokens())
     return {
         piece.name: piece
-        for piece in partition_blocks(gm, [site.node for site in find_linears(gm) if site.block is not None])
+        for piece in partition_blocks(gm, [n for n, site in find_linears(gm).items() if site.block is not None])
     }
 
 
@@ -430,7 +430,7 @@ def test_a_border_without_a_batch_is_an_error_that_names_the_node():
 
 def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):
     gm = canonical(small_vim, images)
-    pieces = partition_blocks(gm, [site.node for site in find_linears(gm)])
+    pieces = partition_blocks(gm, list(find_linears(gm)))
     own = {id(parameter) for parameter in gm.parameters()}
     assert all(id(parameter) in own for piece in pieces for parameter in piece.module.parameters())
     before = compose(gm, pieces, (images,))[0]
@@ -442,6 +442,6 @@ def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):
 
 def test_parameters_still_learn_after_the_cut(small_vim, images):
     gm = canonical(small_vim, images)
-    pieces = partition_blocks(gm, [site.node for site in find_linears(gm)])
+    pieces = partition_blocks(gm, list(find_linears(gm)))
     compose(gm, pieces, (images,))[0].square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in gm.parameters())

@@ -76,7 +76,7 @@ def test_a_model_without_one_is_refused():
 def test_its_row_stays_as_it_is_and_the_others_are_quantized(roads, images, config):
     gm = roads.calibrated(config)
     for linear in quantized_linears(gm):
-        assert linear.input.kept == 8
+        assert linear.input.float_token_index == 8
         x = torch.randn(
             2, 17, len(linear.smooth) if linear.smooth is not None else linear.node.args[1].meta["val"].shape[1]
         )

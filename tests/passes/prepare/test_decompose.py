@@ -98,7 +98,7 @@ def test_every_quantizer_has_step_sizes_and_is_on(kscaled):
     fakes += [scan.fake for scan in quantized_scans(kscaled)]
     # two blocks: norm, 5 kinds of linears, conv1d, SiLU twice, softplus, scan by direction, and the ends
     assert len(quantized_scans(kscaled)) == 4 and len(quantized_convolutions(kscaled)) == 5
-    assert all(fake.mode is Mode.QUANTIZE and fake.scale is not None and fake.tap is None for fake in fakes)
+    assert all(fake.mode is Mode.QUANTIZE and fake.scale is not None for fake in fakes)
 
 
 def test_the_three_forms_are_one_model(kscaled, images, tmp_path):
@@ -156,19 +156,19 @@ def test_both_papers_at_once_learn(roads, images):
 def test_a_calibration_goes_on_where_it_stopped(roads, images, tmp_path, monkeypatch):
     from ptq4vm.passes.calibrate import blockwise as module
 
-    done, run = [], module.set_ranges
+    done, run = [], module.choose_qparams
 
-    def stop(whole, members, *rest):
-        done.append(members)
+    def stop(quantizers, *rest):
+        done.append(quantizers)
         if len(done) == 3:
             raise KeyboardInterrupt
-        run(whole, members, *rest)
+        run(quantizers, *rest)
 
-    monkeypatch.setattr(module, "set_ranges", stop)
+    monkeypatch.setattr(module, "choose_qparams", stop)
     gm = roads.prepared(KSCALED)
     with pytest.raises(KeyboardInterrupt):
         calibrate(gm, images.split(5), resume_dir=tmp_path, progress=False)
-    monkeypatch.setattr(module, "set_ranges", run)
+    monkeypatch.setattr(module, "choose_qparams", run)
     again = calibrate(roads.prepared(KSCALED), images.split(5), resume_dir=tmp_path, progress=False)
     whole = roads.calibrated(KSCALED)
     for name, value in whole.state_dict().items():

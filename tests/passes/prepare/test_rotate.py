@@ -10,7 +10,7 @@ from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.sites import LinearSite, sites_of
 from ptq4vm.passes.prepare.rotate import insert_rotation
 from ptq4vm.passes.quantized import quantized_linears
-from ptq4vm.quantizers import constant
+from ptq4vm.quantizers import Mode, constant
 
 
 class Mlp(nn.Module):
@@ -90,10 +90,10 @@ def test_smoothing_before_the_rotation_keeps_the_function():
     assert [linear.rotated for linear in linears] == [False, False, True]
 
     def seen() -> torch.Tensor:
-        pieces: list[torch.Tensor] = []
-        linears[-1].input.tap = pieces.append
+        linears[-1].input.forget()
+        linears[-1].input.mode = Mode.OBSERVE
         assert torch.allclose(prepared(x), model(x), atol=1e-5)
-        return pieces[0]
+        return linears[-1].input.observations[0]
 
     before = seen()
     for linear in linears:

@@ -41,9 +41,9 @@ from benchmarks.subject import Subject
 from ptq4vm.backend import native
 from ptq4vm.config import QuantConfig
 from ptq4vm.data import open_dataset
+from ptq4vm.formatting import model_bytes, table
 from ptq4vm.models.outliers import inject_outliers
 from ptq4vm.recipes import RECIPES
-from ptq4vm.report import model_bytes, table
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.jsonl"
 MODELS = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")

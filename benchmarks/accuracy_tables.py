@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recipes import ABLATIONS, base_of
-from ptq4vm.extras import pyplot
 from ptq4vm.files import replace_file
+from ptq4vm.optional_packages import pyplot
 from ptq4vm.recipes import RECIPES
 
 VARIANTS = ("plain", "hard")

@@ -39,7 +39,7 @@ from benchmarks.speed.graphs import stopwatch
 from ptq4vm import doctor
 from ptq4vm.backend import native
 from ptq4vm.benchmark.timing import Timing, compare, machine
-from ptq4vm.report import table, write_json
+from ptq4vm.formatting import table, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from benchmarks.speed.torch_ops import replace_ops
 from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
-from ptq4vm.specs import ActivationSpec, Granularity, RangeSearch, WeightSpec
+from ptq4vm.quantization_specs import ActivationSpec, Granularity, RangeSearch, WeightSpec
 
 MODELS = (
     "vim_base_patch16_224",

@@ -25,12 +25,12 @@ import ptq4vm
 import ptq4vm.models
 from benchmarks.recipes import config_of
 from benchmarks.subject import Subject
-from ptq4vm import benchmark, report
+from ptq4vm import benchmark, formatting
 from ptq4vm.backend import native
 from ptq4vm.config import QuantConfig
 from ptq4vm.evaluate import Evaluation
-from ptq4vm.extras import pyplot
 from ptq4vm.inspection.phenomena import Phenomena, observe
+from ptq4vm.optional_packages import pyplot
 
 Row = dict[str, Any]
 
@@ -76,7 +76,7 @@ def row(label: str, bits: str, method: str, module: nn.Module, costs: list[Evalu
         "spread": round((max(top1) - min(top1)) / 2, 2),
         "agreement": round(statistics.mean(cost.agreement for cost in costs), 2),
         "divergence": round(1e3 * statistics.mean(cost.divergence for cost in costs), 2),
-        "kilobytes": round(report.model_bytes(module) / 1e3),
+        "kilobytes": round(formatting.model_bytes(module) / 1e3),
         "calibrate_s": round(statistics.mean(seconds), 1),
     }
 
@@ -167,12 +167,12 @@ def main() -> None:
         "\nTop-1 of 450 held-out digits; agreement is with the predictions of FP32; times are of the fused\n"
         f"models and FP32, side by side in this process, on {native.isa()} kernels.\n"
     )
-    print(report.table(rows, COLUMNS))
+    print(formatting.table(rows, COLUMNS))
     print("\nThe paper's three phenomena at the linears' inputs (largest over the blocks; 1 = none):\n")
-    print(report.table(figures))
+    print(formatting.table(figures))
     facts = {"machine": benchmark.machine(), "seeds": options.seeds, "epochs": epochs, "images": IMAGES}
-    report.write_json(options.output / "results.json", facts | {"rows": rows, "phenomena": figures})
-    report.write_csv(options.output / "results.csv", rows)
+    formatting.write_json(options.output / "results.json", facts | {"rows": rows, "phenomena": figures})
+    formatting.write_csv(options.output / "results.csv", rows)
     draw(rows, options.output / "results.png")
     names = ", ".join(f"results.{kind}" for kind in ("json", "csv", "png"))
     print(f"\nwrote {names} to {options.output} after {time.perf_counter() - started:.0f} s")

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
-    from ptq4vm.checkpoint import load, save
     from ptq4vm.config import QuantConfig
-    from ptq4vm.finite import check_finite
+    from ptq4vm.finite_checks import check_finite
     from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
-    from ptq4vm.specs import (
+    from ptq4vm.quantization_specs import (
         ActivationSpec,
         Granularity,
         Learning,
@@ -26,16 +25,24 @@ if TYPE_CHECKING:
         StateQuantization,
         WeightSpec,
     )
+    from ptq4vm.saving import load, save
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "api": ("prepare", "calibrate", "convert", "fuse", "quantize"),
-    "checkpoint": ("save", "load"),
+    "saving": ("save", "load"),
     "config": ("QuantConfig",),
-    "finite": ("check_finite",),
+    "finite_checks": ("check_finite",),
     "passes.calibrate.callbacks": ("CalibrationCallback",),
-    "specs": ("ActivationSpec", "Granularity", "Learning", "OutputQuantization", "StateQuantization", "WeightSpec"),
+    "quantization_specs": (
+        "ActivationSpec",
+        "Granularity",
+        "Learning",
+        "OutputQuantization",
+        "StateQuantization",
+        "WeightSpec",
+    ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Self
 
 from ptq4vm import config_v1
-from ptq4vm.fields import Checked, member, number, refuse
-from ptq4vm.recipes import RECIPES, merged, settings_at
-from ptq4vm.specs import (
+from ptq4vm.config_fields import Checked, member, number, refuse
+from ptq4vm.quantization_specs import (
     ActivationSpec,
     Granularity,
     IntegerRange,
@@ -24,6 +23,7 @@ from ptq4vm.specs import (
     StateQuantization,
     WeightSpec,
 )
+from ptq4vm.recipes import RECIPES, merged, settings_at
 
 FORMAT_VERSION = 2
 """The layout of what `to_dict` returns; version 1 had flat keys, see `ptq4vm.config_v1`."""

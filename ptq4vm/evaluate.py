@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq4vm.finite import finite_rows
+from ptq4vm.finite_checks import finite_rows
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images and their classes
 

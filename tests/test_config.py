@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 import json
 
 import pytest
@@ -7,11 +6,9 @@ from helpers.strategies import bits, configs, fitting
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq4vm import config as module
-from ptq4vm import fields, specs
 from ptq4vm.config import QuantConfig
+from ptq4vm.quantization_specs import ActivationSpec, Granularity, IntegerRange, Learning, Loss, RangeSearch
 from ptq4vm.recipes import PRESETS, RECIPES, parse
-from ptq4vm.specs import ActivationSpec, Granularity, IntegerRange, Learning, Loss, RangeSearch
 
 
 @given(bits)
@@ -272,8 +269,3 @@ def test_changes_of_a_recipe_change_only_the_keys_they_have():
     assert config.learning == dataclasses.replace(best.learning, epochs=3)
     assert QuantConfig.recipe("best", 4, learning=None).learning is None
     assert QuantConfig.recipe("best", 4) == best
-
-
-@pytest.mark.parametrize("documented", [module, specs, fields])
-def test_examples_run(documented):
-    assert doctest.testmod(documented).failed == 0

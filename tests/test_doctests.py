@@ -8,11 +8,12 @@ import torch
 
 MODULES = [
     "ptq4vm.api",
-    "ptq4vm.checkpoint",
+    "ptq4vm.saving",
     "ptq4vm.config",
+    "ptq4vm.config_fields",
     "ptq4vm.data",
     "ptq4vm.evaluate",
-    "ptq4vm.finite",
+    "ptq4vm.finite_checks",
     "ptq4vm.graph.pipeline",
     "ptq4vm.inspection.layers",
     "ptq4vm.models",
@@ -28,8 +29,8 @@ MODULES = [
     "ptq4vm.passes.calibrate.callbacks",
     "ptq4vm.passes.lower.pipeline",
     "ptq4vm.passes.prepare.pipeline",
-    "ptq4vm.report",
-    "ptq4vm.specs",
+    "ptq4vm.formatting",
+    "ptq4vm.quantization_specs",
 ]
 
 

@@ -83,6 +83,6 @@ print(json.dumps([before, timm.list_models("vim_*"), [name for name in ours if "
     assert before == []
     sizes = ("base_patch16_224", "nano_patch4_32", "small_patch16_224", "tiny_patch16_224")
     assert set(after) >= {f"vim_{size}" for size in sizes}
-    below = ("ptq4vm.ops", "ptq4vm.specs", "ptq4vm.fields", "ptq4vm.backend")
+    below = ("ptq4vm.ops", "ptq4vm.quantization_specs", "ptq4vm.config_fields", "ptq4vm.backend")
     assert all(name.startswith(below) for name in other)
     assert not any(name.startswith(("ptq4vm.backend.dynamo", "ptq4vm.backend.aot")) for name in other)

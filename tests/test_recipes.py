@@ -5,8 +5,7 @@ import dataclasses
 import pytest
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.recipes import RECIPES
-from ptq4vm.specs import (
+from ptq4vm.quantization_specs import (
     Factors,
     Granularity,
     Learning,
@@ -16,6 +15,7 @@ from ptq4vm.specs import (
     StateQuantization,
     WeightGranularity,
 )
+from ptq4vm.recipes import RECIPES
 
 EPOCHS = {2: 100, 3: 100, 4: 100, 5: 100, 6: 50, 7: 50, 8: 10}
 """PTQ4VM table 7 has 8, 6 and 4 bits; a number of bits between two of them learns as long as the lower."""

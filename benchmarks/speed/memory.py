@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ptq4vm.benchmark.kinds import CHECKOUT, Network, build
-from ptq4vm.checkpoint import load, save
+from ptq4vm.saving import load, save
 
 FLOAT, SHAPE, QUANTIZED = "float.pt", "shape.json", "quantized"
 

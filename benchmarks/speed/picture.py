@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed.layers import Category
-from ptq4vm.extras import pyplot, require
 from ptq4vm.files import replace_file
+from ptq4vm.optional_packages import pyplot, require
 
 COLORS = {
     Category.LINEAR: "#2f6db3",

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from benchmarks.speed.torch_ops import EXPORTED, LOOP, replace_ops
 from ptq4vm.benchmark.kinds import KINDS, Builder, Call, Network, called
-from ptq4vm.extras import require
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
+from ptq4vm.optional_packages import require
 
 CALIBRATION = 4
 """Batches of noise that others calibrate on: their scales decide nothing about time."""

@@ -16,9 +16,9 @@ from benchmarks.speed.picture import draw
 from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network
 from ptq4vm.benchmark.run import Plan, Section
+from ptq4vm.formatting import table
 from ptq4vm.graph.capture import capture
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
-from ptq4vm.report import table
 
 SLOWEST = 15
 """Rows of the table of layers."""

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.backend import native
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
-from ptq4vm.serialization.values import example_inputs
+from ptq4vm.serialization.recorded_values import example_inputs
 
 
 def package(quantized: GraphModule, path: str | Path) -> Path:

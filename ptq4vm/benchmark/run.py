@@ -20,8 +20,8 @@ from tqdm import tqdm
 from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import Network, build, builder, from_checkout
 from ptq4vm.benchmark.timing import WARMUP, Timing, compare, machine
-from ptq4vm.checkpoint import WEIGHTS, save
-from ptq4vm.report import mebibytes, table
+from ptq4vm.formatting import mebibytes, table
+from ptq4vm.saving import WEIGHTS, save
 
 THREADS_A_PROCESSOR = 4
 """The limit of threads: more show nothing, and very many crash the runtime that starts them."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from ptq4vm.cli.sources import RANDOM
-from ptq4vm.text import escaped
+from ptq4vm.terminal_text import escaped
 
 MODEL = "folder of a quantized model, or a timm name"
 DATA = "digits (part of scikit-learn), or a folder DIR/<split>/<class>/*"

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm.benchmark.kinds import from_checkout
     from ptq4vm.benchmark.run import Plan, run
+    from ptq4vm.formatting import write_csv
     from ptq4vm.metadata import metadata_of
-    from ptq4vm.report import write_csv
 
     if args.picture is not None:
         from_checkout("picture", "--picture").check_picture(args.picture)

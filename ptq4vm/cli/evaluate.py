@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm import evaluate as evaluation
-    from ptq4vm.report import table
+    from ptq4vm.formatting import table
 
     names = [args.model] if args.against is None else [args.model, args.against]
     if args.checkpoint is not None and all(map(sources.is_model_folder, names)):

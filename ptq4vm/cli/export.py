@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     import ptq4vm
     from ptq4vm.backend import aot, native
-    from ptq4vm.report import mebibytes
+    from ptq4vm.formatting import mebibytes
 
     if not sources.is_model_folder(args.model):
         raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")

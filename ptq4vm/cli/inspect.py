@@ -13,8 +13,8 @@ from ptq4vm.cli import sources
 from ptq4vm.cli.arguments import DATA, add_split, add_weights, count
 from ptq4vm.cli.destinations import check_folder
 from ptq4vm.cli.render import Outcome, loss_table, stage
-from ptq4vm.extras import require
-from ptq4vm.fields import refuse
+from ptq4vm.config_fields import refuse
+from ptq4vm.optional_packages import require
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -91,9 +91,9 @@ def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
 
 def _inspect_folder(path: Path, graph: bool) -> Outcome:
     import ptq4vm
+    from ptq4vm.formatting import linear_rows, table
     from ptq4vm.inspection.contents import graph_report
     from ptq4vm.metadata import metadata_of
-    from ptq4vm.report import linear_rows, table
 
     quantized = ptq4vm.load(path)
     if graph:
@@ -149,7 +149,7 @@ def _inspect_activations(args: argparse.Namespace) -> Outcome:
 
 
 def _measured(args: argparse.Namespace, model: dict[str, Any], contents: dict[str, Any], report: Report) -> Outcome:
-    from ptq4vm.report import table
+    from ptq4vm.formatting import table
 
     files, images = _draw(args, report), {"split": args.split, "images": args.images}
     lines = [*_heading(contents), table(report.rows, report.columns), *(f"wrote {file}" for file in files)]
@@ -171,8 +171,8 @@ def _draw(args: argparse.Namespace, report: Report) -> list[str]:
 
 
 def _contents(quantized: GraphModule) -> dict[str, Any]:
+    from ptq4vm.formatting import linear_rows, model_bytes
     from ptq4vm.metadata import metadata_of
-    from ptq4vm.report import linear_rows, model_bytes
 
     metadata = metadata_of(quantized)
     return {
@@ -190,7 +190,7 @@ def _name(contents: Mapping[str, Any]) -> str:
 
 def _heading(contents: Mapping[str, Any]) -> list[str]:
     """Returns the name, size and config of a quantized model as lines; none for a floating-point one."""
-    from ptq4vm.report import mebibytes
+    from ptq4vm.formatting import mebibytes
 
     if not contents:
         return []

@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Outcome:
     """Checks all that can be known before the work, then does it in five stages."""
     import ptq4vm
-    from ptq4vm.checkpoint import free_folder
     from ptq4vm.data import calibration_batches
+    from ptq4vm.formatting import mebibytes, model_bytes, table
     from ptq4vm.metadata import metadata_of
-    from ptq4vm.report import mebibytes, model_bytes, table
+    from ptq4vm.saving import free_folder
 
     output, config = free_folder(args.output), _config(args.config, args.seed)
     check_folder(output)

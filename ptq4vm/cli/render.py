@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ptq4vm.text import escaped
+from ptq4vm.terminal_text import escaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def stage(name: str, seconds: dict[str, float] | None = None) -> Iterator[None]:
 
 def show(outcome: Outcome, as_json: bool) -> int:
     """Prints the result and returns the exit code."""
-    from ptq4vm.report import to_json
+    from ptq4vm.formatting import to_json
 
     lines = "\n".join(outcome.lines).split("\n")
     text = to_json(outcome.result) if as_json else "\n".join(map(escaped, lines))
@@ -73,7 +73,7 @@ def show(outcome: Outcome, as_json: bool) -> int:
 
 def loss_table(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a table of the losses of learning; nothing where nothing was learned."""
-    from ptq4vm.report import table
+    from ptq4vm.formatting import table
 
     rows = [block for block in blocks if "loss_after" in block]
     columns = {"block": "block", "loss_before": "loss before", "loss_after": "loss after"}

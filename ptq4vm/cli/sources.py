@@ -21,7 +21,7 @@ RANDOM = "random"
 
 def is_model_folder(name: str) -> bool:
     """Returns whether a name is that of a folder with files of a model; loading tells what is wrong with them."""
-    from ptq4vm.checkpoint import CONFIG, WEIGHTS
+    from ptq4vm.saving import CONFIG, WEIGHTS
 
     return any((Path(name) / file).exists() for file in (CONFIG, WEIGHTS))
 
@@ -59,7 +59,7 @@ def _classes(quantized: GraphModule) -> int:
     """Returns how many logits a model has; 0 for a backbone, which has none."""
     import torch
 
-    from ptq4vm.serialization.values import example_inputs
+    from ptq4vm.serialization.recorded_values import example_inputs
 
     with torch.inference_mode():
         logits = quantized(*example_inputs(quantized, 1))
@@ -137,8 +137,8 @@ def open_both(name: str) -> tuple[nn.Module, GraphModule]:
 
     import ptq4vm
     from ptq4vm.metadata import metadata_of
+    from ptq4vm.quantization_specs import RangeSearch
     from ptq4vm.serialization.version_1 import build_model
-    from ptq4vm.specs import RangeSearch
 
     with stage("load"):
         torch.manual_seed(0)

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.views import parameter_of, scope
-from ptq4vm.specs import Granularity
+from ptq4vm.quantization_specs import Granularity
 
 SITE = "ptq4vm.site"
 """The key of a node's metadata; torchao's passes and copies of graphs keep it."""

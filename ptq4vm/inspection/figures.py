@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptq4vm.extras import pyplot
 from ptq4vm.files import replace_file
 from ptq4vm.inspection.layers import COLUMNS, Layer, Report
 from ptq4vm.inspection.statistics import PERCENTILES, Activation
+from ptq4vm.optional_packages import pyplot
 
 BEFORE, AFTER = "#2f6db3", "#c8423c"
 COLORS = {"max|x|": "#2f6db3", "mean|x|": "#e08a1e", "max|x / s|": "#4c9f70"}

@@ -17,16 +17,16 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from ptq4vm import ops
 from ptq4vm.config import QuantConfig
+from ptq4vm.formatting import linear_rows
 from ptq4vm.graph.insert import attribute
 from ptq4vm.inspection.statistics import Activation, Fidelity
 from ptq4vm.metadata import metadata_of
 from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
-from ptq4vm.passes.quantized import QuantizedLinear, quantized_linears
+from ptq4vm.passes.quantized_nodes import QuantizedLinear, quantized_linears
+from ptq4vm.quantization_specs import IntegerRange
 from ptq4vm.quantizers import constant
-from ptq4vm.report import linear_rows
-from ptq4vm.specs import IntegerRange
 
 COLUMNS = {
     "output_sqnr_db": "output SQNR dB",

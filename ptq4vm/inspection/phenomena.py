@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ptq4vm.metadata import Stage, prepared_metadata
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 from ptq4vm.quantizers import Mode
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
-from ptq4vm.text import escaped
+from ptq4vm.terminal_text import escaped
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]

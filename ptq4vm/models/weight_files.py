@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ptq4vm.models.identify import listing
-from ptq4vm.text import escaped
+from ptq4vm.terminal_text import escaped
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptq4vm.ops._arguments import Values, check_scales
 from ptq4vm.ops._define import define
-from ptq4vm.specs import IntegerRange
+from ptq4vm.quantization_specs import IntegerRange
 
 EPSILON = torch.finfo(torch.float32).tiny
 """The smallest scale whose reciprocal is finite: a tensor of zeros still has one."""

@@ -10,10 +10,10 @@ from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import Insertion, replace_node
 from ptq4vm.ops import quantization
+from ptq4vm.quantization_specs import Granularity, IntegerRange
 from ptq4vm.quantizers.base import FakeQuantize, laid_out_as
 from ptq4vm.quantizers.clusters import Statistics, symmetric_scale
 from ptq4vm.quantizers.range_search import input_qparams
-from ptq4vm.specs import Granularity, IntegerRange
 
 
 class ActivationFakeQuantize(FakeQuantize):

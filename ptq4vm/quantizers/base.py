@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ptq4vm.graph.insert import attribute, set_tensor
-from ptq4vm.specs import IntegerRange
+from ptq4vm.quantization_specs import IntegerRange
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ptq4vm.ops import quantization
-from ptq4vm.specs import IntegerRange, RangeSearch
+from ptq4vm.quantization_specs import IntegerRange, RangeSearch
 
 ROUNDS = 100
 """Rounds of Lloyd's algorithm, at most; in one dimension it stops after a few."""

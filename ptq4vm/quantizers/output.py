@@ -8,9 +8,9 @@ from torch import Tensor, fx
 from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import replace_node
+from ptq4vm.quantization_specs import Granularity, IntegerRange
 from ptq4vm.quantizers.base import FakeQuantize, laid_out_as
 from ptq4vm.quantizers.clusters import Statistics
-from ptq4vm.specs import Granularity, IntegerRange
 
 OUTPUT = "ptq4vm.output"
 """The key in the meta of a dequantize node that has taken an `OutputFakeQuantize`'s place; its name."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptq4vm.ops import quantization
-from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
+from ptq4vm.quantization_specs import Granularity, IntegerRange, RangeSearch
 
 FRACTIONS = torch.arange(32, 1, -1) / 32
 """Candidate ends of a range, as fractions of the minimum or the maximum."""

@@ -8,9 +8,9 @@ from torch import Tensor, fx
 from ptq4vm import ops
 from ptq4vm.graph.insert import replace_node
 from ptq4vm.ops import scans
+from ptq4vm.quantization_specs import RangeSearch
 from ptq4vm.quantizers.base import FakeQuantize
 from ptq4vm.quantizers.clusters import symmetric_scale
-from ptq4vm.specs import RangeSearch
 
 STATE_IMAGES = 8
 """Images whose states are kept to score truncations, of the first batch."""

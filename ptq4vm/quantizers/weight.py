@@ -9,9 +9,9 @@ from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import replace_node
 from ptq4vm.ops import quantization
+from ptq4vm.quantization_specs import WeightGranularity
 from ptq4vm.quantizers.base import FakeQuantize, constant, quantized_decomposed
 from ptq4vm.quantizers.range_search import weight_scale
-from ptq4vm.specs import WeightGranularity
 
 
 class WeightFakeQuantize(FakeQuantize):

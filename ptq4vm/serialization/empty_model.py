@@ -10,14 +10,14 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
-from ptq4vm.passes.quantized import (
+from ptq4vm.passes.quantized_nodes import (
     convolution_weight,
     quantized_convolutions,
     quantized_linears,
     quantized_outputs,
     quantized_scans,
 )
-from ptq4vm.specs import Granularity
+from ptq4vm.quantization_specs import Granularity
 
 
 def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:

@@ -19,6 +19,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from ptq4vm.graph.insert import attribute, has_attribute
+from ptq4vm.serialization.allowed_operators import GraphFormatError, check_call, find_operator, operator_name, shortened
 from ptq4vm.serialization.json_values import (
     check_tensor_name,
     decode,
@@ -28,8 +29,7 @@ from ptq4vm.serialization.json_values import (
     identifier,
     torch_value,
 )
-from ptq4vm.serialization.operators import GraphFormatError, check_call, find_operator, operator_name, shortened
-from ptq4vm.serialization.values import RECORDED
+from ptq4vm.serialization.recorded_values import RECORDED
 
 BATCH = "batch"
 """Size of a dynamic axis in `inputs`."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ptq4vm.serialization.operators import GraphFormatError, shortened
+from ptq4vm.serialization.allowed_operators import GraphFormatError, shortened
 
 
 def encode(value: Any) -> Any:

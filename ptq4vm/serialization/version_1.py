@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.metadata import QuantizationMetadata, set_metadata
-from ptq4vm.serialization.content import METHOD, CheckpointError, check_qparams, read_metadata
+from ptq4vm.serialization.model_file import METHOD, CheckpointError, check_qparams, read_metadata
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import accuracy, accuracy_tables
 from benchmarks.recipes import ABLATIONS, config_of
 from ptq4vm.config import QuantConfig
+from ptq4vm.formatting import table
 from ptq4vm.recipes import RECIPES
-from ptq4vm.report import table
 
 
 def options(*words: str):

@@ -8,8 +8,8 @@ from benchmarks.speed.layers import CATEGORIES, Category, category, is_known, pr
 from ptq4vm import convert, fuse, ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
+from ptq4vm.quantization_specs import Granularity
 from ptq4vm.serialization.empty_model import empty_quantized_model
-from ptq4vm.specs import Granularity
 
 IMAGES = normal(2, 3, 32, 32, seed=0)
 

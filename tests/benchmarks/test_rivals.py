@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule
 
 from benchmarks.speed import memory, torch_ops
 from benchmarks.speed.rivals import RIVALS
-from ptq4vm import extras, quantize
+from ptq4vm import optional_packages, quantize
 from ptq4vm.benchmark import kinds
 from ptq4vm.benchmark.kinds import KINDS, Network, build, builder
 from ptq4vm.benchmark.run import Plan
@@ -93,7 +93,7 @@ def test_an_unknown_kind_is_told_which_there_are():
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path, name):
-    monkeypatch.setattr(extras, "find_spec", lambda package: None)
+    monkeypatch.setattr(optional_packages, "find_spec", lambda package: None)
     extra = name.removesuffix("-int8").removesuffix("runtime")
     with pytest.raises(ImportError, match=rf"{name} needs onnx and .*: pip install 'ptq4vm\[{extra}\]'"):
         build(name, network(NANO[0], tmp_path), IMAGES)

@@ -17,7 +17,7 @@ from ptq4vm.backend import native
 from ptq4vm.benchmark import compare, machine, timing
 from ptq4vm.benchmark.run import Plan, run
 from ptq4vm.config import QuantConfig
-from ptq4vm.report import write_csv
+from ptq4vm.formatting import write_csv
 from ptq4vm.serialization.empty_model import empty_quantized_model
 
 seconds = st.integers(1, 1000)

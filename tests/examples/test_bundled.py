@@ -15,7 +15,7 @@ from ptq4vm.data import calibration_batches, loader, open_dataset, transform_for
 from ptq4vm.evaluate import evaluate, predictions
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import metadata_of
-from ptq4vm.specs import Learning
+from ptq4vm.quantization_specs import Learning
 
 pytest.importorskip("sklearn")
 

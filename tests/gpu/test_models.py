@@ -14,7 +14,7 @@ import ptq4vm
 from benchmarks.speed.graphs import copied, recorded
 from ptq4vm.backend.dynamo import ptq4vm_backend
 from ptq4vm.config import QuantConfig
-from ptq4vm.specs import Granularity, RangeSearch
+from ptq4vm.quantization_specs import Granularity, RangeSearch
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.class_token import class_tokens
 from ptq4vm.graph.sites import find_linears
 from ptq4vm.models import LocalVim, Vim
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 
 KEPT = QuantConfig.minmax(8, class_token_in_float=True)
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.graph.partition import partition_blocks
 from ptq4vm.metadata import metadata_of
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 
 X = normal(8, 5, 8)
 

@@ -8,8 +8,8 @@ from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from ptq4vm.serialization import content as module
-from ptq4vm.serialization.content import KEY, read_content
+from ptq4vm.serialization import model_file as module
+from ptq4vm.serialization.model_file import KEY, read_content
 
 
 def signed(content: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:

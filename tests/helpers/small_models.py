@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq4vm import Learning, QuantConfig
-from ptq4vm.specs import Loss
+from ptq4vm.quantization_specs import Loss
 
 LEARNED = QuantConfig.w4a4(learning=Learning(epochs=1, batch_size=4))
 BEST = QuantConfig.w4a4(best=True, mirror=False, learning=Learning(epochs=1, batch_size=4, loss=Loss.FISHER))

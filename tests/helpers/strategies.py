@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4vm.config import QuantConfig
-from ptq4vm.specs import (
+from ptq4vm.quantization_specs import (
     Factors,
     Granularity,
     Learning,

@@ -24,7 +24,7 @@ from helpers.hostile_outcomes import Case, report, run_all
 from helpers.portable_models import made
 
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
-from ptq4vm.checkpoint import CheckpointError
+from ptq4vm.saving import CheckpointError
 
 SEEDS = int(os.environ.get("PTQ4VM_HOSTILE_SEEDS", "250"))
 """Number of mutations of each kind."""

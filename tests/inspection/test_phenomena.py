@@ -9,7 +9,7 @@ from hypothesis import given
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.inspection.phenomena import Phenomena, observe, phenomena
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 from ptq4vm.quantizers import Mode
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ptq4vm.ops import convolution_1d, linears, quantization, rotation, scans
 from ptq4vm.ops import layouts as weight_layouts
+from ptq4vm.quantization_specs import IntegerRange
 from ptq4vm.quantizers import quantized_decomposed as qd
-from ptq4vm.specs import IntegerRange
 
 
 def bounds(count: int, narrow_range: bool = False) -> tuple[int, int]:

@@ -6,8 +6,8 @@ from helpers.strategies import bits, normal, seeds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptq4vm.quantization_specs import IntegerRange, RangeSearch
 from ptq4vm.quantizers.clusters import Statistics, cluster, symmetric_scale
-from ptq4vm.specs import IntegerRange, RangeSearch
 
 SPEC = IntegerRange(bits=8, narrow_range=False)
 searches = st.sampled_from([RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR])

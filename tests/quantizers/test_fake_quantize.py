@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptq4vm.ops import fake_quantization, quantization
+from ptq4vm.quantization_specs import Granularity, IntegerRange
 from ptq4vm.quantizers import ActivationFakeQuantize, Mode, WeightFakeQuantize
-from ptq4vm.specs import Granularity, IntegerRange
 
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq4vm.ops import quantization
+from ptq4vm.quantization_specs import Granularity, IntegerRange, RangeSearch
 from ptq4vm.quantizers.range_search import input_qparams, weight_scale
-from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 MINMAX, SEARCH = RangeSearch.MINMAX, RangeSearch.SQUARED_ERROR
 STATIC = [Granularity.PER_TOKEN, Granularity.PER_TENSOR]

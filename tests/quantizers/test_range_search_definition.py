@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ptq4vm.ops import quantization
+from ptq4vm.quantization_specs import Granularity, IntegerRange, RangeSearch
 from ptq4vm.quantizers import range_search
 from ptq4vm.quantizers.clusters import Statistics, least_error, symmetric_scale
 from ptq4vm.quantizers.range_search import input_qparams, weight_scale
-from ptq4vm.specs import Granularity, IntegerRange, RangeSearch
 
 widths = st.integers(2, 5)
 ENDS = [i / 32 for i in range(32, 1, -1)]

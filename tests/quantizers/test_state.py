@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ptq4vm.quantization_specs import Granularity, IntegerRange
 from ptq4vm.quantizers import ActivationFakeQuantize, WeightFakeQuantize
-from ptq4vm.specs import Granularity, IntegerRange
 
 
 def activation():

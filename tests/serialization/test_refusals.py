@@ -13,7 +13,7 @@ from torch import nn
 
 import ptq4vm
 from ptq4vm import QuantConfig, load, save
-from ptq4vm.serialization.content import CheckpointError, dumps, loads
+from ptq4vm.serialization.model_file import CheckpointError, dumps, loads
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ptq4vm import load, save
-from ptq4vm.checkpoint import CheckpointError, is_saved
+from ptq4vm.saving import CheckpointError, is_saved
 
 SAVED = Path(__file__).parents[1] / "golden" / "format_version_1"
 """Vim of one block at W4A4, saved by ptq4vm 0.1.0 at commit 39c74e5, with images and its logits."""

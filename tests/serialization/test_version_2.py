@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from ptq4vm import QuantConfig, load, save
-from ptq4vm.checkpoint import CheckpointError
 from ptq4vm.metadata import metadata_of
+from ptq4vm.saving import CheckpointError
 
 SAVED = Path(__file__).parents[1] / "golden" / "format_version_2"
 """A Vim of one block at W4A6 with a quantized state, saved by ptq4vm 0.1.0 at commit a2b6a1a, with images and the

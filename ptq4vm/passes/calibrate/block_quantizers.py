@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 from ptq4vm.graph.partition import Block, NamedTensors
 from ptq4vm.passes.prepare.bias_correction import CORRECTION
 from ptq4vm.passes.prepare.reparameterize import B_FACTOR, C_FACTOR, CHANNELS, INVERSE_CHANNELS
-from ptq4vm.passes.quantized import (
+from ptq4vm.passes.quantized_nodes import (
     QuantizedConvolution,
     QuantizedLinear,
     QuantizedOutput,

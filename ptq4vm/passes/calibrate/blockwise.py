@@ -18,14 +18,14 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import Block, NamedTensors, partition_blocks
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers
 from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
-from ptq4vm.passes.calibrate.correct import correct_and_round
+from ptq4vm.passes.calibrate.choose_qparams import choose_qparams, collect
+from ptq4vm.passes.calibrate.correct_and_round import correct_and_round
 from ptq4vm.passes.calibrate.fisher import fisher_diagonal
-from ptq4vm.passes.calibrate.jlss import block_loss, learn_block, residual_streams
-from ptq4vm.passes.calibrate.ranges import choose_qparams, collect
+from ptq4vm.passes.calibrate.learn_scales import block_loss, learn_block, residual_streams
 from ptq4vm.passes.calibrate.resume import Finished, finished_blocks
-from ptq4vm.passes.quantized import QuantizedLinear
+from ptq4vm.passes.quantized_nodes import QuantizedLinear
+from ptq4vm.quantization_specs import Loss
 from ptq4vm.quantizers import Mode
-from ptq4vm.specs import Loss
 
 
 @dataclass

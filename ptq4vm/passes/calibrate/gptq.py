@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ptq4vm.specs import IntegerRange
+from ptq4vm.quantization_specs import IntegerRange
 
 DAMPING = 0.1
 """Added to the diagonal of x̂ᵀx̂ when codes are chosen, as a share of its mean."""

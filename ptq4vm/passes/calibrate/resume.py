@@ -20,7 +20,7 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
 from ptq4vm.graph.partition import Block, NamedTensors
-from ptq4vm.passes.quantized import quantizer_settings
+from ptq4vm.passes.quantized_nodes import quantizer_settings
 
 try:
     import fcntl

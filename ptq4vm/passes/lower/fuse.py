@@ -41,7 +41,7 @@ from ptq4vm.passes.lower.patterns import (
     shaped_as,
     source_of,
 )
-from ptq4vm.serialization.values import with_values
+from ptq4vm.serialization.recorded_values import with_values
 
 
 def fusions(gm: GraphModule) -> tuple[Fusion, ...]:

@@ -19,7 +19,7 @@ from ptq4vm.passes.prepare.annotate import insert_integers
 from ptq4vm.passes.prepare.bias_correction import CORRECTION
 from ptq4vm.passes.prepare.reparameterize import B_FACTOR, C_FACTOR
 from ptq4vm.passes.prepare.smooth import fold_smoothing
-from ptq4vm.serialization.content import portable
+from ptq4vm.serialization.model_file import portable
 
 
 def lowering_pipeline(config: QuantConfig, *, integers: bool = True) -> Pipeline:

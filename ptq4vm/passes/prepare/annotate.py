@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import module_of, replace_node
 from ptq4vm.graph.sites import SITE, ConvolutionSite, LinearSite, OutputSite, ScanSite, Site, sites_of
+from ptq4vm.quantization_specs import IntegerRange
 from ptq4vm.quantizers import (
     ActivationFakeQuantize,
     OutputFakeQuantize,
@@ -19,7 +20,6 @@ from ptq4vm.quantizers import (
     WeightFakeQuantize,
     quiet_import,
 )
-from ptq4vm.specs import IntegerRange
 
 with quiet_import():
     import torchao.utils

@@ -19,8 +19,8 @@ from ptq4vm.passes.prepare.reparameterize import InsertFactors
 from ptq4vm.passes.prepare.rotate import insert_rotation
 from ptq4vm.passes.prepare.select import SelectSites
 from ptq4vm.passes.prepare.smooth import insert_smoothing
-from ptq4vm.serialization.content import portable
-from ptq4vm.specs import Granularity
+from ptq4vm.quantization_specs import Granularity
+from ptq4vm.serialization.model_file import portable
 
 
 def preparation_pipeline(config: QuantConfig) -> Pipeline:

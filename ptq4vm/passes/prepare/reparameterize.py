@@ -18,7 +18,7 @@ from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
 from ptq4vm.graph.sites import LinearSite, ScanSite, find_linears, sites_of
 from ptq4vm.graph.token_order import token_map
 from ptq4vm.ops import quantization
-from ptq4vm.specs import Factors
+from ptq4vm.quantization_specs import Factors
 
 CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR = "channel_factor", "inv_channel_factor", "B_factor", "C_factor"
 """Buffers beside a scan: r_C and 1 / r_C (E,), 1 / r_D and r_D (S,), which B and C are multiplied by."""

@@ -29,7 +29,7 @@ from ptq4vm.graph.sites import (
 )
 from ptq4vm.graph.token_order import channels_first, moves_tokens
 from ptq4vm.graph.views import parameter_of, scope, writes_stream
-from ptq4vm.specs import Granularity
+from ptq4vm.quantization_specs import Granularity
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from helpers.strategies import EVERYTHING
 from ptq4vm import QuantConfig
 from ptq4vm.graph.partition import Block, partition_blocks
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 from ptq4vm.quantizers import Mode
 
 CONFIGS = [QuantConfig.kscaled(8), EVERYTHING, QuantConfig.w4a4(learning=None, gptq=True)]

@@ -11,11 +11,11 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare, save
 from ptq4vm.inspection.phenomena import observe
 from ptq4vm.metadata import metadata_of
 from ptq4vm.ops.quantization import affine_qparams
-from ptq4vm.passes.calibrate import block_quantizers, correct
+from ptq4vm.passes.calibrate import block_quantizers, correct_and_round
 from ptq4vm.passes.calibrate import blockwise as module
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
+from ptq4vm.quantization_specs import Granularity, Learning, Loss
 from ptq4vm.quantizers import Mode
-from ptq4vm.specs import Granularity, Learning, Loss
 
 LEARNED = QuantConfig.w4a4(learning=Learning(epochs=2, batch_size=5))
 UNLEARNED = QuantConfig.w4a4(learning=None)
@@ -186,9 +186,11 @@ def test_a_block_learns_with_its_own_fisher_diagonal_and_is_compensated_as_the_h
         module, "fisher_diagonal", lambda blocks, *_: given.extend({"of": b.name} for b in blocks) or given
     )
     monkeypatch.setattr(module, "learn_block", lambda part, *rest: learned.update({part.name: rest[-1]["of"]}))
-    monkeypatch.setattr(correct, "best_ridge", lambda *_: 7.0)
-    compensated = correct.compensated_weight
-    monkeypatch.setattr(correct, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args))
+    monkeypatch.setattr(correct_and_round, "best_ridge", lambda *_: 7.0)
+    compensated = correct_and_round.compensated_weight
+    monkeypatch.setattr(
+        correct_and_round, "compensated_weight", lambda *args: ridges.append(args[-1]) or compensated(*args)
+    )
     config = QuantConfig.w4a4(best=True, learning=Learning(epochs=1, loss=Loss.FISHER))
     calibrate(roads.prepared(config), [images], progress=False)
     assert learned == {"layers.0": "layers.0", "layers.1": "layers.1"}

@@ -11,7 +11,7 @@ from helpers.strategies import normal
 from ptq4vm import CalibrationCallback, calibrate, prepare, quantize
 from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.calibrate import callbacks as module
-from ptq4vm.specs import Loss
+from ptq4vm.quantization_specs import Loss
 
 X = normal(8, 5, 8)
 EPOCHS = LEARNED.learning.epochs

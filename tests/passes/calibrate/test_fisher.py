@@ -6,7 +6,7 @@ from ptq4vm import QuantConfig
 from ptq4vm.graph.partition import partition_blocks
 from ptq4vm.passes.calibrate import fisher
 from ptq4vm.passes.calibrate.fisher import FLOOR, fisher_diagonal
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 
 WEIGHT = normal(5, 4, seed=3)
 

@@ -5,7 +5,7 @@ from helpers.strategies import normal
 from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, prepare
-from ptq4vm.specs import OutputQuantization, RangeSearch
+from ptq4vm.quantization_specs import OutputQuantization, RangeSearch
 
 CONFIG = QuantConfig(
     activations={"symmetric": True, "granularity": "per_tensor"},

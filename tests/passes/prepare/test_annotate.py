@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptq4vm import QuantConfig, ops, prepare
-from ptq4vm.passes.quantized import QuantizedLinear
+from ptq4vm.passes.quantized_nodes import QuantizedLinear
 
 
 class Chain(nn.Sequential):

@@ -7,8 +7,8 @@ from torch import nn
 
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.passes.prepare.bias_correction import correction_of
-from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears
-from ptq4vm.specs import OutputQuantization
+from ptq4vm.passes.quantized_nodes import quantized_convolutions, quantized_linears
+from ptq4vm.quantization_specs import OutputQuantization
 
 COARSE = QuantConfig.minmax(8, weights={"bits": 3}, bias_correction=True)
 

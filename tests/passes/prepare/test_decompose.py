@@ -14,9 +14,9 @@ from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.prepare.canonicalize import canonicalize
 from ptq4vm.passes.prepare.decompose import decompose_fused_ops
 from ptq4vm.passes.prepare.select import SelectSites
-from ptq4vm.passes.quantized import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
+from ptq4vm.passes.quantized_nodes import quantized_convolutions, quantized_linears, quantized_outputs, quantized_scans
+from ptq4vm.quantization_specs import Granularity, OutputQuantization, StateQuantization
 from ptq4vm.quantizers import Mode
-from ptq4vm.specs import Granularity, OutputQuantization, StateQuantization
 
 NAMES = ["vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32"]
 KSCALED = QuantConfig.kscaled()
@@ -144,7 +144,7 @@ def test_one_interval_for_all_steps_leaves_the_factors_of_tokens(roads):
 
 @pytest.mark.slow
 def test_both_papers_at_once_learn(roads, images):
-    from ptq4vm.specs import Learning
+    from ptq4vm.quantization_specs import Learning
 
     config = QuantConfig.recipe("ptq4vm+state", 8, learning=Learning(epochs=1, batch_size=6))
     gm = roads.calibrated(config)

@@ -11,8 +11,8 @@ from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.models.scan_order import Direction, initial_states, scan_tokens
 from ptq4vm.ops.scans import scan_states, selective_scan
 from ptq4vm.passes.prepare.reparameterize import determine_factors, factors_of, set_factors
-from ptq4vm.passes.quantized import quantized_scans
-from ptq4vm.specs import Factors, StateQuantization
+from ptq4vm.passes.quantized_nodes import quantized_scans
+from ptq4vm.quantization_specs import Factors, StateQuantization
 
 DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip")
 

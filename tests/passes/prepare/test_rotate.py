@@ -9,7 +9,7 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, ops, prepare
 from ptq4vm.graph.sites import LinearSite, sites_of
 from ptq4vm.passes.prepare.rotate import insert_rotation
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
 from ptq4vm.quantizers import Mode, constant
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.graph.sites import LinearSite, find_linears, sites_of
-from ptq4vm.passes.calibrate.ranges import _root_mean_square
+from ptq4vm.passes.calibrate.choose_qparams import _root_mean_square
 from ptq4vm.passes.prepare.smooth import fold_smoothing, insert_smoothing, smoothing_scale
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from helpers.strategies import normal
 
 from ptq4vm import QuantConfig
 from ptq4vm.graph.partition import partition_blocks
-from ptq4vm.passes.calibrate.jlss import (
+from ptq4vm.passes.calibrate.learn_scales import (
     _descend,
     block_loss,
     fold_learned_scales,
@@ -15,9 +15,9 @@ from ptq4vm.passes.calibrate.jlss import (
     residual_streams,
     weighted_error,
 )
-from ptq4vm.passes.quantized import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears
+from ptq4vm.quantization_specs import Granularity, Learning, Loss
 from ptq4vm.quantizers import Mode
-from ptq4vm.specs import Granularity, Learning, Loss
 
 UNLEARNED = QuantConfig.w4a4(learning=None)
 LEARNING = Learning(epochs=3, batch_size=4)
@@ -82,7 +82,7 @@ def test_only_the_linears_named_learn(monkeypatch, block):
     members = block[1]
     before = state(members)
     losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.calibrate.jlss._mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ptq4vm.passes.calibrate.learn_scales._mean_loss", lambda *_: next(losses))
     learn(block, dataclasses.replace(LEARNING, only=("*.in_proj",), epochs=10))
     moved = {i // 3 for i, (a, b) in enumerate(zip(state(members), before, strict=True)) if not torch.equal(a, b)}
     assert moved == {i for i, member in enumerate(members) if member.name.endswith(".in_proj")}
@@ -129,7 +129,7 @@ def test_learning_lowers_the_loss(block):
 
 def test_every_learnable_moves(monkeypatch, block):
     losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.calibrate.jlss._mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ptq4vm.passes.calibrate.learn_scales._mean_loss", lambda *_: next(losses))
     before = state(block[1])
     learn(block)
     unmoved = [i for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if torch.equal(a, b)]
@@ -165,7 +165,7 @@ def test_without_rates_nothing_changes(block):
 @pytest.mark.parametrize(("rate", "kinds"), [("scale_rate", {2}), ("smooth_rate", {0, 1})])
 def test_each_rate_has_its_own_parameters(monkeypatch, block, rate, kinds):
     losses = iter((1.0, 0.0))  # whatever was learned is kept
-    monkeypatch.setattr("ptq4vm.passes.calibrate.jlss._mean_loss", lambda *_: next(losses))
+    monkeypatch.setattr("ptq4vm.passes.calibrate.learn_scales._mean_loss", lambda *_: next(losses))
     before = state(block[1])
     learn(block, dataclasses.replace(LEARNING, **{rate: 0.0}))
     moved = {i % 3 for i, (a, b) in enumerate(zip(state(block[1]), before, strict=True)) if not torch.equal(a, b)}

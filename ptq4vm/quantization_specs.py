@@ -6,7 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from ptq4vm.fields import Checked, number, patterns, whole
+from ptq4vm.config_fields import Checked, number, patterns, whole
 
 Bits = Annotated[int, whole(2, 8)]
 Clusters = Annotated[int, whole(1, 256)]

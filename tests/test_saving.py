@@ -18,8 +18,8 @@ from torch import nn
 import ptq4vm
 import ptq4vm.models  # adds vim_* to timm's registry
 from ptq4vm import Learning, QuantConfig, convert, load, save
-from ptq4vm import checkpoint as module
-from ptq4vm.checkpoint import CheckpointError
+from ptq4vm import saving as module
+from ptq4vm.saving import CheckpointError
 
 W4A4 = QuantConfig.w4a4(learning=Learning(epochs=1))
 W8A8 = QuantConfig()

@@ -1,8 +1,8 @@
 """Saves and loads quantized models: folders with `model.safetensors` and `config.json`, never unpickled.
 
-`model.safetensors` is the model: its tensors, graph and metadata (`ptq4vm.serialization.content`). One rename replaces
-it, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats the
-metadata for people and for programs that look for it.
+`model.safetensors` is the model: its tensors, graph and metadata (`ptq4vm.serialization.model_file`). One rename
+replaces it, so that readers find the old model or the new one, and loading reads no other file. `config.json` repeats
+the metadata for people and for programs that look for it.
 """
 
 import json
@@ -18,7 +18,7 @@ from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph.verify import is_lowered
 from ptq4vm.metadata import FUSIONS, Stage, metadata_of
 from ptq4vm.serialization import version_1
-from ptq4vm.serialization.content import (
+from ptq4vm.serialization.model_file import (
     METHOD,
     CheckpointError,
     NotPortable,

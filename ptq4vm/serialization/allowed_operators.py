@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ptq4vm import ops  # noqa: F401  (defines the operators of the namespace ptq4vm)
 from ptq4vm.graph.capture import check_input
 
 

@@ -26,8 +26,8 @@ from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute, set_tensor
 from ptq4vm.metadata import FUSIONS, LinearMetadata, QuantizationMetadata, Stage, metadata_of, set_metadata
+from ptq4vm.serialization.allowed_operators import GraphFormatError, operator_name
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
-from ptq4vm.serialization.operators import GraphFormatError, operator_name
 
 FORMAT_VERSION = 3
 """Files of version 2 are read too: their record holds the config's flat keys among its own."""

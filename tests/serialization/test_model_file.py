@@ -20,7 +20,7 @@ from ptq4vm import QuantConfig, convert, fuse, save
 from ptq4vm.graph.insert import attribute, set_tensor
 from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.fuse import fusions
-from ptq4vm.serialization.content import dumps, loads
+from ptq4vm.serialization.model_file import dumps, loads
 
 
 def equal(one, other) -> bool:

@@ -9,9 +9,9 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import NamedTensors
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers, run_block
 from ptq4vm.passes.calibrate.gptq import Moments, best_ridge, compensated_weight, gptq_codes
-from ptq4vm.passes.calibrate.jlss import weight_of
+from ptq4vm.passes.calibrate.learn_scales import weight_of
 from ptq4vm.passes.prepare.bias_correction import correction_of
-from ptq4vm.passes.quantized import QuantizedConvolution, QuantizedLinear
+from ptq4vm.passes.quantized_nodes import QuantizedConvolution, QuantizedLinear
 from ptq4vm.quantizers import Mode, OutputFakeQuantize
 from ptq4vm.quantizers.clusters import Statistics
 

@@ -21,9 +21,9 @@ from ptq4vm.config import matches
 from ptq4vm.graph.partition import Block, NamedTensors
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.prepare.smooth import merge_smoothing
-from ptq4vm.passes.quantized import QuantizedLinear
+from ptq4vm.passes.quantized_nodes import QuantizedLinear
+from ptq4vm.quantization_specs import Learning, Loss
 from ptq4vm.quantizers import constant
-from ptq4vm.specs import Learning, Loss
 
 
 def block_loss(outputs: NamedTensors, targets: NamedTensors, channels: int) -> Tensor:

@@ -11,9 +11,9 @@ from torch import nn
 
 import ptq4vm
 from ptq4vm.config import QuantConfig
+from ptq4vm.formatting import linear_rows, model_bytes, table, to_json, write_csv, write_json
 from ptq4vm.metadata import metadata_of
-from ptq4vm.report import linear_rows, model_bytes, table, to_json, write_csv, write_json
-from ptq4vm.specs import Granularity
+from ptq4vm.quantization_specs import Granularity
 
 words = st.text("abcxyz", min_size=1, max_size=8)
 rows = st.lists(st.dictionaries(words, st.none() | words | st.integers() | st.floats()), max_size=5)

@@ -17,7 +17,7 @@ from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
 from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.patterns import source_of
-from ptq4vm.text import escaped
+from ptq4vm.terminal_text import escaped
 
 Row = Mapping[str, Any]
 

@@ -9,12 +9,12 @@ from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import NamedTensors
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers
-from ptq4vm.passes.calibrate.jlss import weight_of
+from ptq4vm.passes.calibrate.learn_scales import weight_of
 from ptq4vm.passes.prepare.reparameterize import determine_factors, set_factors
 from ptq4vm.passes.prepare.smooth import smoothing_scale
-from ptq4vm.passes.quantized import QuantizedLinear, QuantizedScan, convolution_weight, quantized_outputs
+from ptq4vm.passes.quantized_nodes import QuantizedLinear, QuantizedScan, convolution_weight, quantized_outputs
+from ptq4vm.quantization_specs import Granularity
 from ptq4vm.quantizers.clusters import Statistics
-from ptq4vm.specs import Granularity
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ MODULES = [
     "ptq4vm.api",
     "ptq4vm.saving",
     "ptq4vm.config",
-    "ptq4vm.config_fields",
     "ptq4vm.data",
     "ptq4vm.evaluate",
     "ptq4vm.finite_checks",

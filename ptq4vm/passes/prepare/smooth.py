@@ -3,15 +3,12 @@
 Shapes: x (images, L, D), W (N, D).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.insert import Insertion, aten, set_tensor
+from ptq4vm.graph.insert import Insertion, aten, attribute, replace_node
 from ptq4vm.graph.sites import LinearSite, sites_of, update_site
-from ptq4vm.quantizers import ActivationFakeQuantize, WeightFakeQuantize
 
 SMALLEST_ACTIVATION, SMALLEST_WEIGHT, SMALLEST_SCALE = 1e-3, 1e-5, 1e-5
 """Floors of max|X|, max|W| and s, as in the paper's code."""
@@ -42,38 +39,21 @@ def smoothing_scale(x_max: Tensor, w_max: Tensor, alpha: float) -> Tensor:
 
 def merge_smoothing(gm: GraphModule) -> GraphModule:
     """A fake-quantizer of x · f → one that multiplies by f itself: x is read once, and so is its gradient."""
-    for node in gm.graph.find_nodes(op="call_module"):
-        fake = gm.get_submodule(str(node.target))
-        if isinstance(fake, (ActivationFakeQuantize, WeightFakeQuantize)) and _is_smoothed(node.args[0]):
-            node.args = node.all_input_nodes[0].args
+    for node, site in sites_of(gm, LinearSite).items():
+        if site.log_smooth is not None and not site.rotated:
+            for quantizer in node.all_input_nodes[:2]:
+                quantizer.args = quantizer.all_input_nodes[0].args
     return gm
-
-
-def _is_smoothed(node: Any) -> bool:
-    """Returns whether a node is x · (1 / exp(log s)) or W · exp(log s), of our own log s."""
-    if not isinstance(node, Node) or node.target is not aten.mul.Tensor:
-        return False
-    factor = node.args[1]
-    if isinstance(factor, Node) and factor.target is aten.reciprocal.default:
-        factor = factor.args[0]
-    return isinstance(factor, Node) and factor.target is aten.exp.default and _is_log_smooth(factor.args[0])
-
-
-def _is_log_smooth(node: Any) -> bool:
-    return isinstance(node, Node) and node.op == "get_attr" and str(node.target).endswith(".log_smooth")
 
 
 def fold_smoothing(gm: GraphModule) -> GraphModule:
     """1 / exp(log s) → a constant `inv_smooth`, computed once."""
+    names = {site.log_smooth: f"{site.name}.inv_smooth" for site in sites_of(gm, LinearSite).values()}
     for node in gm.graph.find_nodes(op="call_function", target=aten.reciprocal.default):
-        scale = node.args[0]
-        if scale.target is not aten.exp.default or not _is_log_smooth(scale.args[0]):
-            continue
-        name = str(scale.args[0].target)
-        with torch.no_grad():
-            value = gm.get_parameter(name).exp().reciprocal()
-        with gm.graph.inserting_before(node):
-            folded = gm.graph.get_attr(set_tensor(gm, f"{name.removesuffix('.log_smooth')}.inv_smooth", value))
-        folded.meta["val"] = value
-        node.replace_all_uses_with(folded)
+        (scale,) = node.all_input_nodes
+        log_scale = scale.args[0] if scale.target is aten.exp.default else None
+        if isinstance(log_scale, Node) and log_scale.target in names:
+            with torch.no_grad():
+                value = attribute(gm, str(log_scale.target)).exp().reciprocal()
+            replace_node(node, Insertion(gm, node).tensor(names[log_scale.target], value))
     return gm

@@ -11,7 +11,7 @@ namespace ptq4vm {
 
 enum class Float { f32, bf16, f16 };  // f16 on CUDA only
 
-constexpr int64_t MAX_HARTLEY = 15;  // LARGEST_HARTLEY of reference.py
+constexpr int64_t MAX_HARTLEY = 15;  // LARGEST_HARTLEY of ptq4vm/ops/rotation.py
 
 // The qparams of an operator's codes: row r of a set has the ones at r % scales.
 struct QParams {

@@ -29,7 +29,7 @@ class Granularity(enum.StrEnum):
     token count."""
     K_SCALED_TOKEN = "k_scaled_token"
     """As many static scales as there are `clusters` of token positions of like magnitude: x (B, L, D), scale (L,) with
-    K values (k-scaled paper)."""
+    K values (k-scaled paper); learning tells those of a cluster apart again."""
     K_SCALED_CHANNEL = "k_scaled_channel"
     """As many static scales as there are clusters of channels: x (B, L, D), scale (D,) with K values. At run time x is
     multiplied by a vector, as smoothing does, and W by its inverse."""
@@ -37,7 +37,8 @@ class Granularity(enum.StrEnum):
     @property
     def static_per_token(self) -> bool:
         """True where there is a table with the scale of every token."""
-        return self in (Granularity.PER_TOKEN, Granularity.K_SCALED_TOKEN)
+        without = (Granularity.PER_TENSOR, Granularity.PER_TOKEN_DYNAMIC, Granularity.K_SCALED_CHANNEL)
+        return self not in without
 
     @property
     def k_scaled(self) -> bool:

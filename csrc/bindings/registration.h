@@ -90,7 +90,7 @@ struct Checked<F, Schema> {
 
 }  // namespace ptq4vm
 
-// Registers ptq4vm::name for this library's device. The schema, "(arguments) -> results", is the one that ptq4vm/ops.py
+// Registers ptq4vm::name for this library's device. The schema, "(arguments) -> results", is the one that ptq4vm/ops
 // defines where the libraries are missing; a test holds them equal. The CPU's library defines it.
 #ifdef PTQ4VM_CUDA
 #define PTQ4VM_DEFINE(schema)

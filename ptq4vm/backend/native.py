@@ -38,7 +38,10 @@ def _load(library: Path, missing: str) -> str | None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"{library.name} does not load: {error}"
+        reason = f"{library.name} does not load: {error}"
+        if library is LIBRARY:  # that for GPUs may lack a driver
+            warnings.warn(f"{reason}; install ptq4vm again, which builds it", RuntimeWarning, stacklevel=2)
+        return reason
     return None
 
 

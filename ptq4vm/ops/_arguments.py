@@ -1,4 +1,4 @@
-"""Checks of the operators' arguments, by tables: the Python side of csrc/glue.h, which asks the same.
+"""Checks of the operators' arguments, by tables: the Python side of csrc/bindings/checks.h, which asks the same.
 
 They run before every implementation in Python, so that a user without a compiler reads the same refusals. Values (zero
 points, orders, sums) are read on the CPU only: a GPU would wait.

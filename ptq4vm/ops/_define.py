@@ -52,7 +52,7 @@ def define(
     """Defines an operator.
 
     Args:
-        schema: Name, arguments and results. Saved graphs hold them, and csrc/schemas.h repeats them.
+        schema: Name, arguments and results. Saved graphs hold them, and csrc/bindings/ repeats them.
         reference: The operator in plain PyTorch.
         shapes: Each argument's kind and shape; see `Arguments`.
         fake: Returns empty results, for tensors without numbers.
@@ -62,9 +62,13 @@ def define(
     """
     arguments = Arguments(schema, shapes, checks)
     name = arguments.operator
-    SCHEMAS.append(schema)
     if not _NATIVE:
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    elif not hasattr(torch.ops.ptq4vm, name):
+        raise ImportError(
+            f"{native.LIBRARY.name} is older than the code, without {name}: `pip install -e .` builds it anew"
+        )
+    SCHEMAS.append(schema)
     REFERENCES[name] = _checked(arguments, reference, fake)
     _library.impl(name, REFERENCES[name], "CompositeExplicitAutograd")
     kernel = triton.operator(name, reference)
@@ -78,7 +82,7 @@ def define(
 
 
 def _checked(arguments: Arguments, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns an implementation in Python behind the checks that csrc/glue.h has for the native ones."""
+    """Returns an implementation in Python behind the checks that csrc/bindings/checks.h has for the native ones."""
 
     @functools.wraps(run)
     def checked(*values: Any) -> Any:

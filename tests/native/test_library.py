@@ -340,6 +340,22 @@ def test_doctor_tells_who_serves_each_gpu(built_for, monkeypatch, capabilities, 
 
 @pytest.mark.slow
 @needs_library
+@needs_library
+def test_a_library_that_is_older_than_the_code_is_an_error():
+    schemas = list(ops.SCHEMAS)
+    with pytest.raises(ImportError, match=r"_C_cpu.so is older than the code, without later"):
+        _define.define("later(Tensor x) -> Tensor", lambda x: x, "x float ...", _define.like)
+    assert schemas == ops.SCHEMAS
+
+
+def test_a_library_that_does_not_load_is_said(tmp_path, monkeypatch):
+    broken = tmp_path / "_C_cpu.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    with pytest.warns(RuntimeWarning, match=r"_C_cpu.so does not load: .*; install ptq4vm again"):
+        assert native._load(broken, "").startswith("_C_cpu.so does not load")
+
+
 @pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("gcc"), reason="needs cmake and gcc")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     """All tests of native kernels again, on those built with AddressSanitizer and UndefinedBehaviorSanitizer."""
@@ -362,12 +378,13 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
         for name in ("libasan.so", "libubsan.so")
     ]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
-    tests = sorted(str(path) for path in (tmp_path / "tests").glob("test_native*.py"))
+    tests = sorted(str(path) for path in (tmp_path / "tests" / "native").glob("test_*.py"))
     run_here = (  # an editable install's finder would import the library that is not sanitized
         "import sys\n"
         "sys.meta_path[:] = [finder for finder in sys.meta_path if '_editable' not in type(finder).__module__]\n"
-        "import pytest, ptq4vm.native\n"
-        "assert str(ptq4vm.native.LIBRARY).startswith(sys.argv[1]), ptq4vm.native.LIBRARY\n"
+        "import pytest, ptq4vm.backend.native\n"
+        "library = str(ptq4vm.backend.native.LIBRARY)\n"
+        "assert library.startswith(sys.argv[1]), library\n"
         "sys.exit(pytest.main(sys.argv[2:]))"
     )
     test = [sys.executable, "-c", run_here, str(tmp_path), "-p", "no:xdist", *tests]

@@ -52,7 +52,9 @@ def test_every_linear_gets_its_qparams(roads, granularity):
     for linear, fact in zip(
         linears_of(roads.calibrated(config)), metadata_of(roads.prepared(config)).linears, strict=True
     ):
-        tokens = {"per_token": (17,), "k_scaled_token": (17,), "per_token_dynamic": None}.get(granularity, (1,))
+        tokens = {"per_token_dynamic": None}.get(
+            granularity, (17,) if Granularity(granularity).static_per_token else (1,)
+        )
         assert (None if linear.input.scale is None else tuple(linear.input.scale.shape)) == tokens
         assert linear.weight.scale.shape == (fact.out_features,)
         assert linear.smooth is not None and linear.smooth.any()

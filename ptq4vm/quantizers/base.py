@@ -1,7 +1,7 @@
 """The base of all fake-quantizers: modes, observations, results in buffers, a scale that can learn.
 
-They compute exactly what the references of `ptq4vm.ops` do, in floating point and with straight-through gradients. `mode`
-is a Python attribute, so that nothing synchronises with a device. `convert` hands the integers to torchao.
+They compute exactly what the references of `ptq4vm.ops` do, in floating point and with straight-through gradients.
+`mode` is a Python attribute, so that nothing synchronises with a device. `convert` hands the integers to torchao.
 """
 
 import contextlib

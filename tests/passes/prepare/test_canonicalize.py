@@ -1,15 +1,13 @@
 """x (B, L, D) or (B, H, W, D), channel-first (B, D, L) or (B, D, H, W); W (N, D), K weights (K, N, D)."""
 
 import copy
-import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.strategies import integers
+from helpers.products import aten, canonical, layer, of, targets, whole
 from safetensors.torch import save
 from torch import nn
 
@@ -20,45 +18,8 @@ from ptq4vm.graph.sites import find_linears
 from ptq4vm.graph.verify import GraphStage
 from ptq4vm.passes.prepare.canonicalize import canonicalize
 
-aten = torch.ops.aten
-
 # torch 2.11 warns about its own classes when a graph is copied
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
-
-
-def whole(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Small whole numbers: their products and sums are exact in any order."""
-    return integers(-8, 7, *shape, seed=seed).float()
-
-
-def filled(model: nn.Module) -> nn.Module:
-    for i, parameter in enumerate(model.parameters()):
-        parameter.data = whole(*parameter.shape, seed=i)
-    return model
-
-
-class Of(nn.Module):
-    """A function of x and of parameters with the given shapes."""
-
-    def __init__(self, function: Callable, *shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        self.function = function
-        for name, shape in zip(("weight", "bias"), shapes, strict=False):
-            self.register_parameter(name, nn.Parameter(whole(*shape, seed=len(name))))
-
-    def forward(self, x):
-        return self.function(x, *self._parameters.values())
-
-
-class In(nn.Module):
-    """A module under the name `op`."""
-
-    def __init__(self, op: nn.Module) -> None:
-        super().__init__()
-        self.op = op
-
-    def forward(self, x):
-        return self.op(x)
 
 
 @dataclass(frozen=True)
@@ -68,14 +29,6 @@ class Form:
     """Of x, without the batch."""
     linears: dict[str, tuple[int, int, int]]
     """Tokens, channels in and channels out of each, in order."""
-
-
-def of(function: Callable, *shapes: tuple[int, ...]) -> Callable[[], nn.Module]:
-    return lambda: In(Of(function, *shapes))
-
-
-def layer(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: In(filled(make()))
 
 
 def one(*sizes: int) -> dict[str, tuple[int, int, int]]:
@@ -180,14 +133,6 @@ FORMS = {
         {"op.weight_linear.0": (3, 6, 1), "op": (3, 6, 2)},
     ),
 }
-
-
-def canonical(model: nn.Module, shape: tuple[int, ...]) -> torch.fx.GraphModule:
-    return canonicalize(capture(model, (whole(2, *shape),)))
-
-
-def targets(gm) -> list:
-    return [node.target for node in gm.graph.nodes if node.op == "call_function"]
 
 
 class Case:
@@ -320,169 +265,3 @@ def test_a_name_that_is_taken_is_left_alone():
     gm = canonical(model, (3, 6))
     assert torch.equal(gm(whole(3, 3, 6)), model(whole(3, 3, 6)))
     assert sorted(gm.state_dict()) == ["p", "p_linear.0.weight", "p_linear.0_.weight"]
-
-
-# --- what stays ---
-
-
-LEFT = {
-    "a linear without tokens": ((6,), "no tokens", layer(lambda: nn.Linear(6, 4))(), aten.linear.default),
-    "a linear on tokens first": (
-        (3, 6),
-        "first axis of its input is not the batch",
-        of(lambda x, w: F.linear(x.transpose(0, 1), w), (4, 6))(),
-        aten.linear.default,
-    ),
-    "a matmul without tokens": ((6,), "no tokens", of(lambda x, w: x @ w, (6, 4))(), aten.linear.default),
-    "mm on merged tokens": (
-        (3, 6),
-        "no tokens",
-        of(lambda x, w: torch.mm(x.flatten(0, 1), w), (6, 4))(),
-        aten.linear.default,
-    ),
-    "addmm on merged tokens": (
-        (3, 6),
-        "no tokens",
-        of(lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w), (6, 4), (4,))(),
-        aten.linear.default,
-    ),
-    "W @ x on merged tokens": (
-        (3, 6),
-        "no tokens",
-        of(lambda x, w: w @ x.flatten(0, 1).t(), (4, 6))(),
-        aten.matmul.default,
-    ),
-    "a scaled addmm": (
-        (6,),
-        r"a bias \(N,\)",
-        of(lambda x, w, c: torch.addmm(c, x, w, beta=2), (6, 4), (4,))(),
-        aten.addmm.default,
-    ),
-    "bmm": ((3, 6), "no tokens", of(lambda x, p: torch.bmm(x.transpose(0, 1), p), (3, 6, 4))(), aten.bmm.default),
-    "baddbmm": (
-        (3, 6),
-        r"a bias \(N,\)",
-        of(lambda x, p, c: torch.baddbmm(c, x.transpose(0, 1), p), (3, 6, 4), (3, 1, 4))(),
-        aten.baddbmm.default,
-    ),
-    "an expanded weight": ((3, 5, 6), "axis of size one", of(lambda x, p: x @ p, (1, 6, 4))(), aten.matmul.default),
-    "einsum over tokens": (
-        (3, 6),
-        "more than a sum over channels",
-        of(lambda x, w: torch.einsum("bld,nd->bn", x, w), (4, 6))(),
-        aten.einsum.default,
-    ),
-    "einsum over two axes": (
-        (3, 2, 6),
-        r"not a row of matrices",
-        of(lambda x, w: torch.einsum("bled,ned->bln", x, w), (4, 2, 6))(),
-        aten.einsum.default,
-    ),
-    "einsum without an arrow": (
-        (3, 6),
-        "'bld,dn' is not of the form",
-        of(lambda x, w: torch.einsum("bld,dn", x, w), (6, 4))(),
-        aten.einsum.default,
-    ),
-    "einsum of three": (
-        (3, 6),
-        "is not of the form",
-        of(lambda x, w: torch.einsum("bld,nd,bld->bln", x, w, x), (4, 6))(),
-        aten.einsum.default,
-    ),
-    "a strided 1×1 convolution": (
-        (6, 4, 4),
-        r"stride \[2, 2\]",
-        layer(lambda: nn.Conv2d(6, 4, 1, stride=2))(),
-        aten.conv2d.default,
-    ),
-    "a padded 1×1 convolution": (
-        (6, 4),
-        r"padding \[1\]",
-        layer(lambda: nn.Conv1d(6, 4, 1, padding=1))(),
-        aten.conv1d.default,
-    ),
-    "a 1×1 convolution of a 1×1 map": (
-        (6, 1, 1),
-        "no tokens",
-        layer(lambda: nn.Conv2d(6, 4, 1))(),
-        aten.conv2d.default,
-    ),
-    "a convolution of length one": ((6, 1), "no tokens", layer(lambda: nn.Conv1d(6, 4, 1))(), aten.conv1d.default),
-}
-
-
-@pytest.mark.parametrize("name", LEFT)
-def test_what_stays_is_reported_in_one_line(name, caplog):
-    shape, why, model, operator = LEFT[name]
-    with caplog.at_level(logging.INFO, logger="ptq4vm"):
-        gm = canonical(model, shape)
-    assert targets(gm).count(operator) == 1 and find_linears(gm) == {}
-    (record,) = [record for record in caplog.records if record.name == "ptq4vm.passes.prepare.canonicalize"]
-    (node,) = gm.graph.find_nodes(op="call_function", target=operator)
-    message = record.getMessage()
-    assert message.startswith(f"{node.name} ({operator} in op) stays in floating point: ")
-    assert re.search(why, message)
-    assert torch.equal(gm(whole(3, *shape)), model(whole(3, *shape)))
-
-
-SILENT = {
-    "a depth-wise 1×1 convolution": ((6, 3, 5), lambda: nn.Conv2d(6, 6, 1, groups=6), aten.conv2d.default),
-    "a 3×3 convolution": ((6, 3, 5), lambda: nn.Conv2d(6, 4, 3, padding=1), aten.conv2d.default),
-    "a product of activations": ((3, 6), lambda: Of(lambda x: x @ x.transpose(1, 2)), aten.matmul.default),
-    "a product with a vector": (
-        (3, 6),
-        lambda: Of(lambda x, w: torch.einsum("bld,d->bl", x, w), (6,)),
-        aten.einsum.default,
-    ),
-    "a product of weights": ((4, 6), lambda: Of(lambda x, w: x + (w @ w.t()).sum(), (4, 6)), aten.matmul.default),
-}
-
-
-@pytest.mark.parametrize("name", SILENT)
-def test_what_is_no_product_of_channels_with_a_matrix_stays(name, caplog):
-    shape, make, operator = SILENT[name]
-    model = filled(make())
-    with caplog.at_level(logging.INFO, logger="ptq4vm"):
-        gm = canonical(model, shape)
-    assert operator in targets(gm) and aten.linear.default not in targets(gm)
-    assert not [record for record in caplog.records if record.name == "ptq4vm.passes.prepare.canonicalize"]
-    assert torch.equal(gm(whole(3, *shape)), model(whole(3, *shape)))
-
-
-def test_blocks_are_told_apart():
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.op = Of(lambda x, p: sum(F.linear(x, w) for w in p), (2, 6, 6))
-
-        def forward(self, x):
-            return self.op(x)
-
-    gm = canonical(nn.Sequential(Block(), Block()), (3, 6))
-    assert [(site.name, site.block) for site in find_linears(gm).values()] == [
-        (f"{i}.op.weight.{k}", str(i)) for i in range(2) for k in range(2)
-    ]
-
-
-def test_models_without_products_stay_as_they_are(small_vim, images):
-    gm = capture(small_vim, (images,))
-    before = targets(gm)
-    assert targets(canonicalize(gm)) == before
-
-
-class Scores(nn.Module):
-    """An einsum of two activations, which is no linear, before one with a weight."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 8))
-
-    def forward(self, x):
-        scores = torch.einsum("bld,bmd->blm", x, x).softmax(-1)
-        return torch.einsum("bld,nd->bln", scores @ x, self.weight)
-
-
-def test_an_einsum_of_activations_hides_no_later_linear():
-    gm = canonicalize(capture(Scores().eval(), (torch.randn(2, 5, 8),)))
-    assert [site.weight for site in find_linears(gm).values()] == ["weight"]

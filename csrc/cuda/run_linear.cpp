@@ -107,14 +107,13 @@ Tensor run_linear_gelu_rotated(const LinearInputs& i, const QParams& qparams) {
   const Tensor y = run_linear(i, ScalarType::Float);
   const RotationMatrix rotation(i.features);
   Tensor codes = empty_like(y, ScalarType::Char);
-  run(RotateQuantize{.x = y.const_data_ptr(),
-                     .x_type = Float::f32,
-                     .gelu = true,
-                     .rotation = rotation.view(),
-                     .codes = mutable_ptr<int8_t>(codes),
-                     .qparams = qparams,
-                     .rows = i.rows},
-      y);
+  run(y, RotateQuantize{.x = y.const_data_ptr(),
+                        .x_type = Float::f32,
+                        .gelu = true,
+                        .rotation = rotation.view(),
+                        .codes = mutable_ptr<int8_t>(codes),
+                        .qparams = qparams,
+                        .rows = i.rows});
   return codes;
 }
 

@@ -85,13 +85,10 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
 // Calls run(DIVIDE, SMOOTH) with constants.
 template <class Run>
 void choose(const FakeQuantize& q, Run run) {
-  using yes = std::true_type;
-  using no = std::false_type;
-  if (q.zero_point) {
-    q.smooth ? run(no(), yes()) : run(no(), no());
-  } else {
-    q.smooth ? run(yes(), yes()) : run(yes(), no());
-  }
+  const auto with_smooth = [&](auto divide) {
+    q.smooth ? run(divide, std::true_type()) : run(divide, std::false_type());
+  };
+  q.zero_point ? with_smooth(std::false_type()) : with_smooth(std::true_type());
 }
 
 }  // namespace

@@ -34,9 +34,9 @@ inline f32xw smoothed(const FakeQuantize& q, f32xw x, int64_t d, int64_t left) {
 // The code before it is clamped, and v, which is bounded where the code is out of range whatever the zero point.
 template <bool DIVIDE>
 inline f32xw code(f32xw x, float factor, f32xw& v) {
-  constexpr float FAR = 1024.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float FAR = 1024.0f;
   v = at_most(FAR, at_least(-FAR, DIVIDE ? x / factor : x * factor));
-  return (v + MAGIC) - MAGIC;
+  return round_small(v);
 }
 
 template <bool DIVIDE, bool SMOOTH>

@@ -94,7 +94,7 @@ Tensor empty_results(const LinearInputs& i, ScalarType type) {
 
 }  // namespace
 
-PackedPlainWeight pack_plain_weight(const Tensor& weight, int64_t channels) {
+std::tuple<Tensor, Tensor> pack_plain_weight(const Tensor& weight, int64_t channels) {
   const int64_t features = weight.size(0);
   Tensor tiles = empty_like(weight, {groups(features), divided_up(channels, K_TILE), LANES, K_TILE}, ScalarType::Char);
   Tensor sum = empty_like(weight, {features}, ScalarType::Int);

@@ -44,4 +44,7 @@ bool linear_s8_sm90(const LinearProblem&, Stream);
 // Returns whether a GPU's codes of up to 4 bits are nibbles; `capability` is 10 * major + minor.
 constexpr bool multiplies_nibbles(int capability) { return capability >= 80 && capability < 90; }
 
+// The fastest of these. `nibbles` says how the codes of x and of the weight are given.
+bool linear(const LinearProblem&, bool nibbles, int capability, Stream);
+
 }  // namespace ptq4vm::cuda

@@ -37,20 +37,6 @@ cuda::CodeMatrix weight_codes(const LinearInputs& i) {
   return matrix(i.weight, layout, i.directions, i.features, i.channels);
 }
 
-// Runs the fastest kernel of those that the library has: PTQ4VM_NO_S4 and PTQ4VM_SM90 say which. `nibbles` says how the
-// codes of x and of the weight are given. Returns whether one takes the problem.
-bool run_kernel(const cuda::LinearProblem& p, bool nibbles, [[maybe_unused]] int capability, cuda::Stream stream) {
-#ifdef PTQ4VM_NO_S4
-  if (nibbles) return false;
-#else
-  if (nibbles) return cuda::linear_s4(p, stream);
-#endif
-#ifdef PTQ4VM_SM90
-  if (capability == 90 && cuda::linear_s8_sm90(p, stream)) return true;
-#endif
-  return cuda::linear_s8(p, stream);
-}
-
 // `qparams` are null, or those of the codes that are written.
 Tensor run_linear(const LinearInputs& i, ScalarType type, const QParams* qparams) {
   Tensor y = empty_like(i.x, with_channels(i.x, i.features), type);
@@ -80,7 +66,7 @@ Tensor run_linear(const LinearInputs& i, ScalarType type, const QParams* qparams
                                 .scales = i.scales,
                                 .channels = padded,
                                 .features = i.features};
-    PTQ4VM_CHECK(run_kernel(p, nibbles, capability, stream), i.directions, " linears of ", i.rows, " rows and ",
+    PTQ4VM_CHECK(cuda::linear(p, nibbles, capability, stream), i.directions, " linears of ", i.rows, " rows and ",
                  i.features, " output channels do not fit one launch");
   });
   return y;

@@ -22,7 +22,7 @@ from ptq4vm import ops
 
 NAMESPACE = "ptq4vm_emulated"
 GLUE = (*(f"../bindings/{name}.cpp" for name in ("quantize", "norm", "conv", "scan", "linear")),)
-GLUE += ("run.cpp", "run_linear.cpp")
+GLUE += ("run.cpp", "run_linear.cpp", "linear.cpp")
 TOOLKIT = Path(__file__).parent / "toolkit.cpp"
 KERNELS = ("quantize", "norm", "rotate", "conv", "conv2d", "scan", "directional_scan", "repack")
 LINEARS = ("linear_s8", "linear_s4")

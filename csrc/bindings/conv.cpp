@@ -6,13 +6,14 @@ namespace ptq4vm {
 namespace {
 
 Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
-  const ConvInputs c(x, weight, bias, silu);
+  ConvInputs c(x, weight, bias, silu);
   Tensor y = empty_like(x, x.sizes(), c.x.scalar_type());
   if (c.type == ScalarType::Double) {
-    if (y.numel()) float64::conv(c.exact(), mutable_ptr<double>(y));
+    if (y.numel()) float64::conv(float64::Conv(c), mutable_ptr<double>(y));
     return y;
   }
-  run(c.view(y.mutable_data_ptr()), x);
+  c.conv.y = y.mutable_data_ptr();
+  run(x, c.conv);
   return cast_like(y, x);
 }
 
@@ -41,20 +42,19 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
   const Tensor input = as_rows("x", x);
   Tensor u = empty_like(x, {directions, batch, tokens, channels}, input.scalar_type());
   Tensor codes = empty_like(x, u.sizes(), ScalarType::Char);
-  run(Conv{.x = rows(input),
-           .weight = const_ptr<float>(weight),
-           .bias = const_ptr<float>(bias),
-           .order = const_ptr<int32_t>(order),
-           .y = u.mutable_data_ptr(),
-           .codes = mutable_ptr<int8_t>(codes),
-           .qparams = qparams.view(),
-           .directions = directions,
-           .batch = batch,
-           .tokens = tokens,
-           .channels = channels,
-           .taps = taps,
-           .silu = true},
-      x);
+  run(x, Conv{.x = rows(input),
+              .weight = const_ptr<float>(weight),
+              .bias = const_ptr<float>(bias),
+              .order = const_ptr<int32_t>(order),
+              .y = u.mutable_data_ptr(),
+              .codes = mutable_ptr<int8_t>(codes),
+              .qparams = qparams.view(),
+              .directions = directions,
+              .batch = batch,
+              .tokens = tokens,
+              .channels = channels,
+              .taps = taps,
+              .silu = true});
   return {cast_like(u, x), codes};
 }
 
@@ -77,20 +77,19 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
   const Tensor input = as_rows("x", x);
   Tensor u = empty_like(x, x.sizes(), input.scalar_type());
   Tensor codes = empty_like(x, {directions, batch, tokens, channels}, ScalarType::Char);
-  run(Conv2d{.x = rows(input),
-             .weight = const_ptr<float>(weight),
-             .bias = const_ptr<float>(bias),
-             .y = u.mutable_data_ptr(),
-             .codes = mutable_ptr<int8_t>(codes),
-             .qparams = qparams.view(),
-             .directions = directions,
-             .batch = batch,
-             .height = height,
-             .width = width,
-             .channels = channels,
-             .rows = kernel_rows,
-             .columns = columns},
-      x);
+  run(x, Conv2d{.x = rows(input),
+                .weight = const_ptr<float>(weight),
+                .bias = const_ptr<float>(bias),
+                .y = u.mutable_data_ptr(),
+                .codes = mutable_ptr<int8_t>(codes),
+                .qparams = qparams.view(),
+                .directions = directions,
+                .batch = batch,
+                .height = height,
+                .width = width,
+                .channels = channels,
+                .rows = kernel_rows,
+                .columns = columns});
   return {cast_like(u, x), codes};
 }
 

@@ -16,26 +16,27 @@ std::tuple<Tensor, Tensor, Tensor> causal_conv1d_backward(Tensor grad, Tensor x,
   check_shape("grad", grad, x.sizes());
   const ScalarType grad_type = grad.scalar_type();
   c.x = floats("x", c.x, c.type), grad = floats("grad", grad, c.type);
+  c.conv.x = rows(c.x);
+  const int64_t batch = c.conv.batch, channels = c.conv.channels, taps = c.conv.taps;
   const bool empty = !grad.numel(), by_image = !empty && c.type == ScalarType::Float;
   const auto fresh = [&](Shape sizes) {
     return by_image ? empty_like(c.x, sizes, c.type) : zeros_like(c.x, sizes, c.type);
   };
   Tensor dx = fresh(x.sizes());
-  Tensor dweight = by_image ? fresh({c.batch, c.channels, c.taps}) : fresh({c.channels, c.taps});
+  Tensor dweight = by_image ? fresh({batch, channels, taps}) : fresh({channels, taps});
   Optional dbias;
-  if (bias) dbias = by_image ? fresh({c.batch, c.channels}) : fresh({c.channels});
+  if (bias) dbias = by_image ? fresh({batch, channels}) : fresh({channels});
   if (by_image) {
-    run(ConvBackward{.forward = c.view(nullptr),
-                     .grad = const_ptr<float>(grad),
-                     .x = mutable_ptr<float>(dx),
-                     .weight = mutable_ptr<float>(dweight),
-                     .bias = mutable_ptr<float>(dbias)},
-        x);
+    run(x, ConvBackward{.forward = c.conv,
+                        .grad = const_ptr<float>(grad),
+                        .x = mutable_ptr<float>(dx),
+                        .weight = mutable_ptr<float>(dweight),
+                        .bias = mutable_ptr<float>(dbias)});
     dweight = sum_images(dweight);
     if (dbias) dbias = sum_images(*dbias);
   } else if (!empty) {
-    float64::conv_backward(c.exact(), const_ptr<double>(grad), mutable_ptr<double>(dx), mutable_ptr<double>(dweight),
-                           mutable_ptr<double>(dbias));
+    float64::conv_backward(float64::Conv(c), const_ptr<double>(grad), mutable_ptr<double>(dx),
+                           mutable_ptr<double>(dweight), mutable_ptr<double>(dbias));
   }
   return {cast_like(dx, x), cast_like(dweight, weight),
           bias ? cast_like(*dbias, *bias) : empty_like(c.x, {0}, grad_type)};

@@ -11,48 +11,23 @@ namespace ptq4vm {
 struct ConvInputs {
   Tensor x, weight;
   Optional bias;
-  int64_t batch, tokens, channels, taps;
   ScalarType type;
-  bool silu;
+  Conv conv = {};  // without y; of float64 only sizes
 
-  ConvInputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_, bool silu_)
-      : x(x_), weight(weight_), bias(bias_), silu(silu_) {
+  ConvInputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_, bool silu)
+      : x(x_), weight(weight_), bias(bias_) {
     check_axes("x", x, 3, "(B, L, E)"), check_axes("weight", weight, 2, "(E, K)");
-    batch = x.size(0), tokens = x.size(1), channels = x.size(2), taps = weight.size(1);
-    PTQ4VM_CHECK(taps >= 1, "a convolution needs at least one tap");
-    check_shape("weight", weight, {channels, taps});
-    check_shape("bias", bias, {channels});
+    conv.directions = 1, conv.batch = x.size(0), conv.tokens = x.size(1), conv.channels = x.size(2);
+    conv.taps = weight.size(1), conv.silu = silu;
+    PTQ4VM_CHECK(conv.taps >= 1, "a convolution needs at least one tap");
+    check_shape("weight", weight, {conv.channels, conv.taps});
+    check_shape("bias", bias, {conv.channels});
     type = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check_float64(type);
     x = type == ScalarType::Double ? floats("x", x, type) : as_rows("x", x);
     weight = floats("weight", weight, type), bias = floats("bias", bias, type);
-  }
-
-  Conv view(void* y) const {
-    return {.x = rows(x),
-            .weight = const_ptr<float>(weight),
-            .bias = const_ptr<float>(bias),
-            .order = nullptr,
-            .y = y,
-            .codes = nullptr,
-            .qparams = {},
-            .directions = 1,
-            .batch = batch,
-            .tokens = tokens,
-            .channels = channels,
-            .taps = taps,
-            .silu = silu};
-  }
-
-  float64::Conv exact() const {
-    return {.x = const_ptr<double>(x),
-            .weight = const_ptr<double>(weight),
-            .bias = const_ptr<double>(bias),
-            .batch = batch,
-            .tokens = tokens,
-            .channels = channels,
-            .taps = taps,
-            .silu = silu};
+    if (type == ScalarType::Double) return;
+    conv.x = rows(x), conv.weight = const_ptr<float>(weight), conv.bias = const_ptr<float>(bias);
   }
 };
 

@@ -9,41 +9,32 @@ namespace {
 struct FakeQuantizeInputs {
   Tensor x, scale;
   Optional zero_point, smooth;
-  int64_t channels, scales, bits;
+  FakeQuantize q = {};  // without y
 
   FakeQuantizeInputs(const Tensor& x_, const Tensor& scale_, const Optional& zero_, const Optional& smooth_,
-                     int64_t bits_)
-      : x(x_), scale(scale_), zero_point(zero_), smooth(smooth_), bits(bits_) {
+                     int64_t bits)
+      : x(x_), scale(scale_), zero_point(zero_), smooth(smooth_) {
     check_bits(bits), check_channels("x", x);
-    scales = scales_of(x, scale), channels = channels_of(x);
+    q.rows = rows_of(x), q.channels = channels_of(x), q.scales = scales_of(x, scale);
     if (zero_point) check_zero_points("zero_point", *zero_point, scale);
-    check_shape("smooth", smooth, {channels});
+    check_shape("smooth", smooth, {q.channels});
     x = floats("x", x), scale = floats("scale", scale), smooth = floats("smooth", smooth);
     // Zero points that learn are numbers like others.
     if (zero_point && is_integer(zero_point->scalar_type())) {
       zero_point = to_contiguous(*zero_point, ScalarType::Float);
     }
     zero_point = floats("zero_point", zero_point);
-  }
-
-  FakeQuantize view(float* y) const {
-    return {.x = const_ptr<float>(x),
-            .smooth = const_ptr<float>(smooth),
-            .scale = const_ptr<float>(scale),
-            .zero_point = const_ptr<float>(zero_point),
-            .y = y,
-            .rows = rows_of(x),
-            .channels = channels,
-            .scales = scales,
-            .low = zero_point ? lowest(bits) : -highest(bits),
-            .high = highest(bits)};
+    q.x = const_ptr<float>(x), q.smooth = const_ptr<float>(smooth);
+    q.scale = const_ptr<float>(scale), q.zero_point = const_ptr<float>(zero_point);
+    q.low = zero_point ? lowest(bits) : -highest(bits), q.high = highest(bits);
   }
 };
 
 Tensor fake_quantize(Tensor x, Tensor scale, Optional zero_point, Optional smooth, int64_t bits) {
-  const FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
+  FakeQuantizeInputs inputs(x, scale, zero_point, smooth, bits);
   Tensor y = empty_like(inputs.x, ScalarType::Float);
-  run(inputs.view(mutable_ptr<float>(y)), x);
+  inputs.q.y = mutable_ptr<float>(y);
+  run(x, inputs.q);
   return cast_like(y, x);
 }
 
@@ -65,18 +56,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fake_quantize_backward(Tensor grad, T
   PTQ4VM_CHECK(smooth || !need_smooth, "there is no smoothing whose gradient could be given");
   PTQ4VM_CHECK(zero_point || !need_zero_point, "there is no zero point whose gradient could be given");
   grad = floats("grad", grad);
-  const FakeQuantize forward = inputs.view(nullptr);
+  const FakeQuantize& forward = inputs.q;
   const auto none = [&] { return empty_like(inputs.x, {0}, ScalarType::Float); };
   Tensor dx = need_x ? empty_like(inputs.x, ScalarType::Float) : none();
   std::vector<float> scales(need_scale ? forward.rows : 0), zeros(need_zero_point ? forward.rows : 0);
   std::vector<float> by_block(need_smooth ? divided_up(forward.rows, ROWS_IN_SUM) * forward.channels : 0);
-  run(FakeQuantizeBackward{.forward = forward,
-                           .grad = const_ptr<float>(grad),
-                           .x = need_x ? mutable_ptr<float>(dx) : nullptr,
-                           .scale = need_scale ? scales.data() : nullptr,
-                           .zero_point = need_zero_point ? zeros.data() : nullptr,
-                           .smooth = need_smooth ? by_block.data() : nullptr},
-      x);
+  run(x, FakeQuantizeBackward{.forward = forward,
+                              .grad = const_ptr<float>(grad),
+                              .x = need_x ? mutable_ptr<float>(dx) : nullptr,
+                              .scale = need_scale ? scales.data() : nullptr,
+                              .zero_point = need_zero_point ? zeros.data() : nullptr,
+                              .smooth = need_smooth ? by_block.data() : nullptr});
   const auto summed = [&](bool needed, const std::vector<float>& by_row) {
     if (!needed) return none();
     Tensor sums = empty_like(inputs.x, scale.sizes(), ScalarType::Float);

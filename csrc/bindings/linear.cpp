@@ -8,46 +8,6 @@
 
 namespace ptq4vm {
 
-LinearInputs::LinearInputs(const Tensor& x_, const Tensor& x_scale_, const Tensor& zero_point_, const Tensor& weight_,
-                           const Tensor& sum_, const Tensor& scale_, const Optional& bias_)
-    : x(x_), x_scale(x_scale_), zero_point(zero_point_), weight(weight_), sum(sum_), scale(scale_), bias(bias_) {
-  stacked = scale.dim() == 2;
-  PTQ4VM_CHECK(stacked || scale.dim() == 1, "weight_scale must be (N,), or (K, N) for K linears, its shape is ",
-               shape_text(scale.sizes()));
-  check_codes("x", x, 1 + stacked);
-  directions = stacked ? scale.size(0) : 1;
-  features = scale.size(scale.dim() - 1), channels = channels_of(x);
-  PTQ4VM_CHECK(!stacked || x.size(0) == directions, "x has ", x.size(0), " directions, the weight ", directions);
-  scales = scales_of(x, x_scale, stacked);
-  check_zero_points("x_zero_point", zero_point, x_scale);
-  nibbles = weight.scalar_type() == ScalarType::Byte;
-  in_rows = weight.dim() == 2 + stacked;
-  padded = round_up(channels, nibbles ? 32 : 16);
-  check_weight();
-  check_shape("weight_sum", sum, scale.sizes());
-  check_shape("bias", bias, scale.sizes());
-  for (int64_t i = stacked; i + 1 < x.dim(); i++) rows = product("the sizes of x", rows, x.size(i));
-  x = to_contiguous(x), weight = to_contiguous(weight);
-  x_scale = floats("x_scale", x_scale), zero_point = zero_points("x_zero_point", zero_point);
-  sum = weight_sums("weight_sum", sum, channels);
-  scale = floats("weight_scale", scale), bias = floats("bias", bias);
-}
-
-void LinearInputs::check_weight() const {
-  PTQ4VM_CHECK(nibbles || weight.scalar_type() == ScalarType::Char,
-               "weight must be int8 codes, or uint8 with two of 4 bits a byte, it is ", name(weight.scalar_type()));
-  PTQ4VM_CHECK(channels < 1 << 16, "sums of ", channels, " products of int8 codes may not fit int32");
-  const int64_t codes = in_rows ? padded : K_TILE, columns = nibbles ? codes / 2 : codes;
-  const int64_t k_tiles = divided_up(channels, K_TILE), count = groups(features);
-  std::vector<int64_t> want{directions, count, k_tiles, LANES, columns};
-  if (in_rows) want = {directions, features, columns};
-  if (!stacked) want.erase(want.begin());
-  PTQ4VM_CHECK(same_sizes(weight.sizes(), want), "a weight of ", features, " × ", channels,
-               " channels is packed into (", count, ", ", k_tiles, ", 16, 64) int8 or (…, 32) uint8, this one is ",
-               shape_text(weight.sizes()), " ", name(weight.scalar_type()),
-               "; pack it with ptq4vm.ops.layouts.pack_weight");
-}
-
 namespace {
 
 void check_plain_weight(const Tensor& x, const Tensor& weight, const Tensor& scale) {
@@ -82,8 +42,8 @@ Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight,
 Tensor linear(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor scale, Optional bias,
               ScalarType type) {
   check_out_dtype(type), check_plain_weight(x, weight, scale);
-  const PackedPlainWeight packed = pack_plain_weight(to_contiguous(weight), channels_of(x));
-  return run_as({x, x_scale, zero_point, packed.weight, packed.sum, scale, bias}, type);
+  const auto [packed, sum] = pack_plain_weight(to_contiguous(weight), channels_of(x));
+  return run_as({x, x_scale, zero_point, packed, sum, scale, bias}, type);
 }
 
 Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,

@@ -9,12 +9,11 @@ Tensor rotate(Tensor x) {
   const RotationMatrix rotation(channels_of(x));
   const ContiguousInput input(x);
   Tensor y = empty_like(input.values, input.values.scalar_type());
-  run(Rotate{.x = input.data(),
-             .y = y.mutable_data_ptr(),
-             .type = input.type,
-             .rotation = rotation.view(),
-             .rows = rows_of(x)},
-      x);
+  run(x, Rotate{.x = input.data(),
+                .y = y.mutable_data_ptr(),
+                .type = input.type,
+                .rotation = rotation.view(),
+                .rows = rows_of(x)});
   return cast_like(y, x);
 }
 
@@ -25,14 +24,13 @@ Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point,
   const RotationMatrix rotation(channels_of(x));
   const ContiguousInput input(x);
   Tensor codes = empty_like(x, ScalarType::Char);
-  run(RotateQuantize{.x = input.data(),
-                     .x_type = input.type,
-                     .gelu = gelu,
-                     .rotation = rotation.view(),
-                     .codes = mutable_ptr<int8_t>(codes),
-                     .qparams = qparams.view(),
-                     .rows = rows_of(x)},
-      x);
+  run(x, RotateQuantize{.x = input.data(),
+                        .x_type = input.type,
+                        .gelu = gelu,
+                        .rotation = rotation.view(),
+                        .codes = mutable_ptr<int8_t>(codes),
+                        .qparams = qparams.view(),
+                        .rows = rows_of(x)});
   return codes;
 }
 
@@ -53,20 +51,19 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
   const ContiguousInput input(x);
   Tensor codes = empty_like(x, ScalarType::Char);
   Tensor total = residual ? empty_like(x, ScalarType::Float) : empty_like(x, {0}, ScalarType::Float);
-  run(NormQuantize{.x = input.data(),
-                   .x_type = input.type,
-                   .residual = const_ptr<float>(residual),
-                   .weight = const_ptr<float>(weight),
-                   .bias = const_ptr<float>(bias),
-                   .total = residual ? mutable_ptr<float>(total) : nullptr,
-                   .codes = mutable_ptr<int8_t>(codes),
-                   .qparams = qparams.view(),
-                   .rows = rows_of(x),
-                   .channels = channels,
-                   .eps = static_cast<float>(eps),
-                   .rms = rms,
-                   .rotation = rotated ? &rotation : nullptr},
-      x);
+  run(x, NormQuantize{.x = input.data(),
+                      .x_type = input.type,
+                      .residual = const_ptr<float>(residual),
+                      .weight = const_ptr<float>(weight),
+                      .bias = const_ptr<float>(bias),
+                      .total = residual ? mutable_ptr<float>(total) : nullptr,
+                      .codes = mutable_ptr<int8_t>(codes),
+                      .qparams = qparams.view(),
+                      .rows = rows_of(x),
+                      .channels = channels,
+                      .eps = static_cast<float>(eps),
+                      .rms = rms,
+                      .rotation = rotated ? &rotation : nullptr});
   return {total, codes};
 }
 

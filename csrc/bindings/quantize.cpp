@@ -10,13 +10,12 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales_of(x, inv_scale));
   const ContiguousInput input(x);
   Tensor codes = empty_like(x, ScalarType::Char);
-  run(Quantize{.x = input.data(),
-               .x_type = input.type,
-               .qparams = qparams.view(),
-               .codes = mutable_ptr<int8_t>(codes),
-               .rows = rows_of(x),
-               .channels = channels_of(x)},
-      x);
+  run(x, Quantize{.x = input.data(),
+                  .x_type = input.type,
+                  .qparams = qparams.view(),
+                  .codes = mutable_ptr<int8_t>(codes),
+                  .rows = rows_of(x),
+                  .channels = channels_of(x)});
   return codes;
 }
 
@@ -28,16 +27,15 @@ std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t
   const ContiguousInput input(x);
   const Shape tokens(x.sizes().data(), x.sizes().size() - 1);
   Tensor scale = empty_like(x, tokens, ScalarType::Float), zero_point = empty_like(x, tokens, ScalarType::Int);
-  run(ChooseQParams{.x = input.data(),
-                    .x_type = input.type,
-                    .inv_smooth = const_ptr<float>(inv_smooth),
-                    .scale = mutable_ptr<float>(scale),
-                    .zero_point = mutable_ptr<int32_t>(zero_point),
-                    .rows = rows_of(x),
-                    .channels = channels_of(x),
-                    .low = lowest(bits),
-                    .high = highest(bits)},
-      x);
+  run(x, ChooseQParams{.x = input.data(),
+                       .x_type = input.type,
+                       .inv_smooth = const_ptr<float>(inv_smooth),
+                       .scale = mutable_ptr<float>(scale),
+                       .zero_point = mutable_ptr<int32_t>(zero_point),
+                       .rows = rows_of(x),
+                       .channels = channels_of(x),
+                       .low = lowest(bits),
+                       .high = highest(bits)});
   return {scale, zero_point};
 }
 
@@ -48,14 +46,13 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   x_q = to_contiguous(x_q);
   scale = floats("scale", scale), zero_point = zero_points("zero_point", zero_point);
   Tensor y = empty_like(x_q, ScalarType::Float);
-  run(Dequantize{.x = const_ptr<int8_t>(x_q),
-                 .scale = const_ptr<float>(scale),
-                 .zero_point = const_ptr<int32_t>(zero_point),
-                 .y = mutable_ptr<float>(y),
-                 .rows = rows_of(x_q),
-                 .channels = channels_of(x_q),
-                 .scales = scales},
-      x_q);
+  run(x_q, Dequantize{.x = const_ptr<int8_t>(x_q),
+                      .scale = const_ptr<float>(scale),
+                      .zero_point = const_ptr<int32_t>(zero_point),
+                      .y = mutable_ptr<float>(y),
+                      .rows = rows_of(x_q),
+                      .channels = channels_of(x_q),
+                      .scales = scales});
   return y;
 }
 

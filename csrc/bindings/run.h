@@ -7,8 +7,8 @@
 
 namespace ptq4vm {
 
-// void run(const Quantize&, const Tensor& on), and so on.
-#define PTQ4VM_OPERATOR(Operator, items, numbers) void run(const struct Operator&, const Tensor& on);
+// void run(const Tensor& on, const Quantize&), and so on.
+#define PTQ4VM_OPERATOR(Operator, items, numbers) void run(const Tensor& on, const struct Operator&);
 #ifdef PTQ4VM_CUDA
 #define PTQ4VM_CPU_OPERATOR(Operator, items, numbers)
 #else

@@ -13,17 +13,18 @@ namespace {
 
 Tensor selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
                       bool softplus) {
-  const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
+  ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
   Tensor y = empty_like(s.u, s.u.scalar_type());
   if (s.type == ScalarType::Double) {
-    if (y.numel()) float64::scan(s.exact(), mutable_ptr<double>(y));
+    if (y.numel()) float64::scan(float64::Scan(s), mutable_ptr<double>(y));
     return y;
   }
-  run(s.view(y.mutable_data_ptr(), float_type(y)), u);
+  s.scan.y = y.mutable_data_ptr(), s.scan.y_type = float_type(y);
+  run(u, s.scan);
   return cast_like(y, u);
 }
 
-// The inputs of a directional scan, checked.
+// The inputs of a directional scan, checked, and the scan without its results.
 struct DirectionalInputs {
   Tensor u, projected, inv_scale, scale, zero_point;
   Optional inv_smooth;
@@ -31,32 +32,34 @@ struct DirectionalInputs {
   Tensor weight, weight_sum, weight_scale, bias, A;
   Optional D, z;
   Tensor order;
-  int64_t directions, batch, tokens, channels, states, rank;
-  bool packed;
+  DirectionalScan scan = {};
 
   DirectionalInputs(const Tensor& u_, const Tensor& projected_, const Tensor& inv_scale_, const Tensor& scale_,
                     const Tensor& zero_point_, const Optional& inv_smooth_, int64_t bits_, const Tensor& weight_,
                     const Tensor& weight_sum_, const Tensor& weight_scale_, const Tensor& bias_, const Tensor& A_,
-                    const Optional& D_, const Optional& z_, const Tensor& order_)
+                    const Optional& D_, const Optional& z_, const Tensor& order_, double factor)
       : u(u_), projected(projected_), inv_scale(inv_scale_), scale(scale_), zero_point(zero_point_),
         inv_smooth(inv_smooth_), bits(bits_), weight(weight_), weight_sum(weight_sum_), weight_scale(weight_scale_),
         bias(bias_), A(A_), D(D_), z(z_), order(order_) {
+    scan.factor = static_cast<float>(factor);
     check(), convert();
   }
 
   void check() {
     check_axes("u", u, 4, "(K, B, L, E)"), check_axes("projected", projected, 4, "(K, B, L, R + 2 S)");
     check_axes("A", A, 3, "(K, E, S)"), check_axes("order", order, 2, "(K, T)");
-    directions = order.size(0), batch = u.size(1), tokens = u.size(2), channels = u.size(3);
-    states = A.size(2), rank = projected.size(3) - 2 * states;
+    const int64_t directions = order.size(0), batch = u.size(1), tokens = u.size(2), channels = u.size(3);
+    const int64_t states = A.size(2), rank = projected.size(3) - 2 * states;
     const int64_t scales = inv_scale.dim() == 2 ? inv_scale.size(1) : 0;
+    scan.directions = directions, scan.batch = batch, scan.tokens = tokens, scan.length = order.size(1);
+    scan.channels = channels, scan.rank = rank, scan.states = states;
     check_bits(bits);
     PTQ4VM_CHECK(directions >= 1, "the order (K, T) has no direction");
     PTQ4VM_CHECK(u.size(0) == directions || u.size(0) == 1, "u has ", u.size(0), " directions, the order ", directions);
     PTQ4VM_CHECK(1 <= rank && rank <= 512, "projected has ", projected.size(3), " channels: with ", states,
                  " states that leaves ", rank, " for the step, which must be between 1 and 512");
     check_token_scales(scales, tokens, "the step's");
-    packed = weight.scalar_type() == ScalarType::Byte;
+    const bool packed = scan.packed = weight.scalar_type() == ScalarType::Byte;
     PTQ4VM_CHECK(packed || weight.scalar_type() == ScalarType::Char,
                  "step_weight must be int8, or uint8 with two 4-bit codes a byte, it is ", name(weight.scalar_type()));
     check_shape("projected", projected, {directions, batch, tokens, rank + 2 * states});
@@ -79,54 +82,36 @@ struct DirectionalInputs {
     u = as_rows("u", u), z = as_rows("z", z), projected = floats("projected", projected);
     inv_scale = floats("step_inv_scale", inv_scale), scale = floats("step_scale", scale);
     zero_point = zero_points("step_zero_point", zero_point), inv_smooth = floats("step_inv_smooth", inv_smooth);
-    weight = to_contiguous(weight), weight_sum = weight_sums("step_weight_sum", weight_sum, rank);
+    weight = to_contiguous(weight), weight_sum = weight_sums("step_weight_sum", weight_sum, scan.rank);
     weight_scale = floats("step_weight_scale", weight_scale), bias = floats("step_bias", bias);
-    A = floats("A", A), D = floats("D", D), order = orders(order, tokens, false);
-  }
-
-  DirectionalScan view(bool merge, double factor) const {
-    return {.u = rows(u),
-            .z = rows(z),
-            .u_direction = u.size(0) > 1 ? u.stride(0) : 0,
-            .projected = const_ptr<float>(projected),
-            .dt_qparams = {.inv_scale = const_ptr<float>(inv_scale),
-                           .zero_point = const_ptr<int32_t>(zero_point),
-                           .inv_smooth = const_ptr<float>(inv_smooth),
-                           .scales = inv_scale.size(1),
-                           .low = lowest(bits),
-                           .high = highest(bits)},
-            .dt_scale = const_ptr<float>(scale),
-            .dt_weight = weight.const_data_ptr(),
-            .packed = packed,
-            .dt_weight_sum = const_ptr<int32_t>(weight_sum),
-            .dt_weight_scale = const_ptr<float>(weight_scale),
-            .dt_bias = const_ptr<float>(bias),
-            .A = const_ptr<float>(A),
-            .D = const_ptr<float>(D),
-            .order = const_ptr<int32_t>(order),
-            .directions = directions,
-            .batch = batch,
-            .tokens = tokens,
-            .length = order.size(1),
-            .channels = channels,
-            .rank = rank,
-            .states = states,
-            .factor = static_cast<float>(factor),
-            .merge = merge};
+    A = floats("A", A), D = floats("D", D), order = orders(order, scan.tokens, false);
+    scan.u = rows(u), scan.z = rows(z), scan.u_direction = u.size(0) > 1 ? u.stride(0) : 0;
+    scan.projected = const_ptr<float>(projected), scan.order = const_ptr<int32_t>(order);
+    scan.dt_qparams = {.inv_scale = const_ptr<float>(inv_scale),
+                       .zero_point = const_ptr<int32_t>(zero_point),
+                       .inv_smooth = const_ptr<float>(inv_smooth),
+                       .scales = inv_scale.size(1),
+                       .low = lowest(bits),
+                       .high = highest(bits)};
+    scan.dt_scale = const_ptr<float>(scale), scan.dt_bias = const_ptr<float>(bias);
+    scan.dt_weight = weight.const_data_ptr(), scan.dt_weight_sum = const_ptr<int32_t>(weight_sum);
+    scan.dt_weight_scale = const_ptr<float>(weight_scale);
+    scan.A = const_ptr<float>(A), scan.D = const_ptr<float>(D);
   }
 };
 
 Tensor directional_scan(Tensor u, Tensor projected, Tensor inv_scale, Tensor scale, Tensor zero_point,
                         Optional inv_smooth, int64_t bits, Tensor weight, Tensor weight_sum, Tensor weight_scale,
                         Tensor bias, Tensor A, Optional D, Optional z, Tensor order, bool merge, double factor) {
-  const DirectionalInputs s(u, projected, inv_scale, scale, zero_point, inv_smooth, bits, weight, weight_sum,
-                            weight_scale, bias, A, D, z, order);
-  Tensor y = merge ? empty_like(s.u, {s.batch, s.tokens, s.channels}, s.u.scalar_type())
-                   : empty_like(s.u, {s.directions, s.batch, s.tokens, s.channels}, s.u.scalar_type());
-  DirectionalScan scan = s.view(merge, factor);
-  scan.y = y.mutable_data_ptr(), scan.y_type = float_type(y);
+  DirectionalInputs s(u, projected, inv_scale, scale, zero_point, inv_smooth, bits, weight, weight_sum, weight_scale,
+                      bias, A, D, z, order, factor);
+  DirectionalScan& scan = s.scan;
+  std::vector<int64_t> sizes{scan.directions, scan.batch, scan.tokens, scan.channels};
+  if (merge) sizes.erase(sizes.begin());
+  Tensor y = empty_like(s.u, sizes, s.u.scalar_type());
+  scan.merge = merge, scan.y = y.mutable_data_ptr(), scan.y_type = float_type(y);
   const Optional memory = workspace(scan, u);
-  run(scan, u);
+  run(u, scan);
   return cast_like(y, u);
 }
 
@@ -135,19 +120,19 @@ Tensor directional_scan_quantize(Tensor u, Tensor projected, Tensor dt_inv_scale
                                  Tensor weight_scale, Tensor bias, Tensor A, Optional D, Optional z, Tensor order,
                                  double factor, Tensor inv_scale, Tensor zero_point, Optional inv_smooth,
                                  int64_t bits) {
-  const DirectionalInputs s(u, projected, dt_inv_scale, dt_scale, dt_zero_point, dt_inv_smooth, dt_bits, weight,
-                            weight_sum, weight_scale, bias, A, D, z, order);
+  DirectionalInputs s(u, projected, dt_inv_scale, dt_scale, dt_zero_point, dt_inv_smooth, dt_bits, weight, weight_sum,
+                      weight_scale, bias, A, D, z, order, factor);
   const int64_t scales = inv_scale.numel();
-  check_token_scales(scales, s.tokens);
+  DirectionalScan& scan = s.scan;
+  check_token_scales(scales, scan.tokens);
   check_shape("inv_scale", inv_scale, {scales});
   check_shape("zero_point", zero_point, {scales});
-  check_shape("inv_smooth", inv_smooth, {s.channels});
+  check_shape("inv_smooth", inv_smooth, {scan.channels});
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales);
-  Tensor codes = empty_like(s.u, {s.batch, s.tokens, s.channels}, ScalarType::Char);
-  DirectionalScan scan = s.view(true, factor);
-  scan.codes = mutable_ptr<int8_t>(codes), scan.qparams = qparams.view();
+  Tensor codes = empty_like(s.u, {scan.batch, scan.tokens, scan.channels}, ScalarType::Char);
+  scan.merge = true, scan.codes = mutable_ptr<int8_t>(codes), scan.qparams = qparams.view();
   const Optional memory = workspace(scan, u);
-  run(scan, u);
+  run(u, scan);
   return codes;
 }
 

@@ -8,30 +8,30 @@ namespace {
 Tensor selective_scan_quantized(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z,
                                 Optional bias, bool softplus, Tensor state_scale, Tensor state_inv_scale,
                                 int64_t bits) {
-  const ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
+  ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
   check_bits(bits);
   const int64_t scales = state_scale.numel();
   check_shape("state_scale", state_scale, {scales});
-  PTQ4VM_CHECK(scales == s.tokens || scales == 1, "state scales were calibrated for ", scales,
-               " tokens, the input has ", s.tokens, "; calibrate at this resolution");
+  PTQ4VM_CHECK(scales == s.scan.tokens || scales == 1, "state scales were calibrated for ", scales,
+               " tokens, the input has ", s.scan.tokens, "; calibrate at this resolution");
   check_shape("state_inv_scale", state_inv_scale, {scales});
   state_scale = floats("state_scale", state_scale, s.type);
   state_inv_scale = floats("state_inv_scale", state_inv_scale, s.type);
   Tensor y = empty_like(s.u, s.u.scalar_type());
   if (s.type == ScalarType::Double) {
-    float64::Scan scan = s.exact();
+    float64::Scan scan(s);
     scan.state_scale = const_ptr<double>(state_scale), scan.state_inv_scale = const_ptr<double>(state_inv_scale);
     scan.scales = scales, scan.low = lowest(bits), scan.high = highest(bits);
     if (y.numel()) float64::scan(scan, mutable_ptr<double>(y));
     return y;
   }
-  run(QuantizedScan{.scan = s.view(y.mutable_data_ptr(), float_type(y)),
-                    .state_scale = const_ptr<float>(state_scale),
-                    .state_inv_scale = const_ptr<float>(state_inv_scale),
-                    .scales = scales,
-                    .low = lowest(bits),
-                    .high = highest(bits)},
-      u);
+  s.scan.y = y.mutable_data_ptr(), s.scan.y_type = float_type(y);
+  run(u, QuantizedScan{.scan = s.scan,
+                       .state_scale = const_ptr<float>(state_scale),
+                       .state_inv_scale = const_ptr<float>(state_inv_scale),
+                       .scales = scales,
+                       .low = lowest(bits),
+                       .high = highest(bits)});
   return cast_like(y, u);
 }
 
@@ -58,39 +58,39 @@ EightTensors selective_scan_backward(Tensor grad, Tensor u, Tensor delta, Tensor
   grad = floats("grad", grad, s.type);
   // Loops over what is empty in one axis could be long in the others.
   const bool empty = !grad.numel(), in_parts = !empty && s.type == ScalarType::Float;
-  const int64_t panels = divided_up(s.channels, PANEL);
+  const int64_t batch = s.scan.batch, tokens = s.scan.tokens, channels = s.scan.channels, states = s.scan.states;
+  const int64_t panels = divided_up(channels, PANEL);
   const auto fresh = [&](Shape sizes) {
     return in_parts ? empty_like(s.u, sizes, s.type) : zeros_like(s.u, sizes, s.type);
   };
   const auto of_states = [&] {
-    return in_parts ? fresh({panels, s.batch, s.tokens, s.states}) : fresh({s.batch, s.tokens, s.states});
+    return in_parts ? fresh({panels, batch, tokens, states}) : fresh({batch, tokens, states});
   };
   const auto of_channels = [&](const Optional& x) {
     if (!x) return Optional();
-    return Optional(in_parts ? fresh({s.batch, s.channels}) : fresh({s.channels}));
+    return Optional(in_parts ? fresh({batch, channels}) : fresh({channels}));
   };
   Tensor du = fresh(u.sizes()), ddelta = fresh(u.sizes()), dB = of_states(), dC = of_states();
-  Tensor dA = in_parts ? fresh({s.batch, s.channels, s.states}) : fresh({s.channels, s.states});
+  Tensor dA = in_parts ? fresh({batch, channels, states}) : fresh({channels, states});
   Optional dD = of_channels(D), dbias = of_channels(bias), dz;
   if (z) dz = fresh(u.sizes());
   if (in_parts) {
-    run(ScanBackward{.forward = s.view(nullptr, Float::f32),
-                     .grad = const_ptr<float>(grad),
-                     .u = mutable_ptr<float>(du),
-                     .delta = mutable_ptr<float>(ddelta),
-                     .A = mutable_ptr<float>(dA),
-                     .B = mutable_ptr<float>(dB),
-                     .C = mutable_ptr<float>(dC),
-                     .D = mutable_ptr<float>(dD),
-                     .z = mutable_ptr<float>(dz),
-                     .delta_bias = mutable_ptr<float>(dbias)},
-        u);
-    dA = sum_first(dA, {s.channels, s.states});
-    dB = sum_first(dB, {s.batch, s.tokens, s.states}), dC = sum_first(dC, {s.batch, s.tokens, s.states});
-    if (dD) dD = sum_first(*dD, {s.channels});
-    if (dbias) dbias = sum_first(*dbias, {s.channels});
+    run(u, ScanBackward{.forward = s.scan,
+                        .grad = const_ptr<float>(grad),
+                        .u = mutable_ptr<float>(du),
+                        .delta = mutable_ptr<float>(ddelta),
+                        .A = mutable_ptr<float>(dA),
+                        .B = mutable_ptr<float>(dB),
+                        .C = mutable_ptr<float>(dC),
+                        .D = mutable_ptr<float>(dD),
+                        .z = mutable_ptr<float>(dz),
+                        .delta_bias = mutable_ptr<float>(dbias)});
+    dA = sum_first(dA, {channels, states});
+    dB = sum_first(dB, {batch, tokens, states}), dC = sum_first(dC, {batch, tokens, states});
+    if (dD) dD = sum_first(*dD, {channels});
+    if (dbias) dbias = sum_first(*dbias, {channels});
   } else if (!empty) {
-    float64::scan_backward(s.exact(), const_ptr<double>(grad),
+    float64::scan_backward(float64::Scan(s), const_ptr<double>(grad),
                            {.u = mutable_ptr<double>(du),
                             .delta = mutable_ptr<double>(ddelta),
                             .A = mutable_ptr<double>(dA),

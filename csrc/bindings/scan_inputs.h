@@ -13,15 +13,15 @@ namespace ptq4vm {
 struct ScanInputs {
   Tensor u, delta, A, B, C;
   Optional D, z, delta_bias;
-  int64_t batch, tokens, channels, states;
   ScalarType type;
-  bool softplus;
+  Scan scan = {};  // without y; of float64 only sizes
 
   ScanInputs(const Tensor& u_, const Tensor& delta_, const Tensor& A_, const Tensor& B_, const Tensor& C_,
-             const Optional& D_, const Optional& z_, const Optional& bias_, bool softplus_)
-      : u(u_), delta(delta_), A(A_), B(B_), C(C_), D(D_), z(z_), delta_bias(bias_), softplus(softplus_) {
+             const Optional& D_, const Optional& z_, const Optional& bias_, bool softplus)
+      : u(u_), delta(delta_), A(A_), B(B_), C(C_), D(D_), z(z_), delta_bias(bias_) {
     check_axes("u", u, 3, "(B, L, E)"), check_axes("A", A, 2, "(E, S)");
-    batch = u.size(0), tokens = u.size(1), channels = u.size(2), states = A.size(1);
+    const int64_t batch = u.size(0), tokens = u.size(1), channels = u.size(2), states = A.size(1);
+    scan.batch = batch, scan.tokens = tokens, scan.channels = channels, scan.states = states;
     type = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     check_shape("delta", delta, u.sizes());
     check_shape("A", A, {channels, states});
@@ -36,40 +36,10 @@ struct ScanInputs {
     };
     A = floats("A", A, type), D = floats("D", D, type), delta_bias = floats("delta_bias", delta_bias, type);
     u = read("u", u), delta = read("delta", delta), z = read("z", z), B = read("B", B), C = read("C", C);
-  }
-
-  Scan view(void* y, Float y_type) const {
-    return {.u = rows(u),
-            .delta = rows(delta),
-            .B = rows(B),
-            .C = rows(C),
-            .z = rows(z),
-            .A = const_ptr<float>(A),
-            .D = const_ptr<float>(D),
-            .delta_bias = const_ptr<float>(delta_bias),
-            .y = y,
-            .y_type = y_type,
-            .batch = batch,
-            .tokens = tokens,
-            .channels = channels,
-            .states = states,
-            .softplus = softplus};
-  }
-
-  float64::Scan exact() const {
-    return {.u = const_ptr<double>(u),
-            .delta = const_ptr<double>(delta),
-            .A = const_ptr<double>(A),
-            .B = const_ptr<double>(B),
-            .C = const_ptr<double>(C),
-            .D = const_ptr<double>(D),
-            .z = const_ptr<double>(z),
-            .delta_bias = const_ptr<double>(delta_bias),
-            .batch = batch,
-            .tokens = tokens,
-            .channels = channels,
-            .states = states,
-            .softplus = softplus};
+    scan.softplus = softplus;
+    if (type == ScalarType::Double) return;
+    scan.u = rows(u), scan.delta = rows(delta), scan.z = rows(z), scan.B = rows(B), scan.C = rows(C);
+    scan.A = const_ptr<float>(A), scan.D = const_ptr<float>(D), scan.delta_bias = const_ptr<float>(delta_bias);
   }
 };
 

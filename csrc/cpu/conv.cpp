@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "quantize.h"
-#include "taps.h"
 
 namespace ptq4vm::PTQ4VM_SET {
 namespace {
@@ -116,7 +115,7 @@ void forward(const Conv& c, int64_t begin, int64_t end) {
     const int64_t direction = item / c.batch, image = item % c.batch, whole = (last - first) / WIDTH;
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
       const int64_t at = direction * E + e, left = E - e;
-      load_taps(c.weight + at * taps, taps, left, &weights[v * taps]);
+      load_columns(c.weight + at * taps, taps, left, &weights[v * taps]);
       lanes[v] = {&weights[v * taps], &past[v * (taps - 1)], c.bias ? load_lanes(c.bias + at, left) : f32xw{},
                   c.qparams.inv_smooth ? load_lanes(c.qparams.inv_smooth + at, left) : fill(1.0f)};
     }
@@ -155,7 +154,7 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
   std::vector<f32xw> weights(vectors * taps), grad_weights(vectors * taps), grad_bias(vectors), grad(CHUNK + taps - 1);
   for_images(c, begin, end, [&](int64_t image, int64_t first, int64_t last) {
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-      load_taps(c.weight + e * taps, taps, E - e, &weights[v * taps]);
+      load_columns(c.weight + e * taps, taps, E - e, &weights[v * taps]);
     }
     std::fill(grad_weights.begin(), grad_weights.end(), f32xw{});
     std::fill(grad_bias.begin(), grad_bias.end(), f32xw{});
@@ -188,11 +187,7 @@ void backward(const ConvBackward& b, int64_t begin, int64_t end) {
       }
     }
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-      for (int64_t k = 0; k < taps; k++) {
-        float lanes[WIDTH];
-        store_lanes(lanes, grad_weights[v * taps + k], WIDTH);
-        for (int64_t i = 0; i < std::min(WIDTH, E - e); i++) b.weight[(image * E + e + i) * taps + k] = lanes[i];
-      }
+      store_columns(b.weight + (image * E + e) * taps, taps, E - e, &grad_weights[v * taps]);
       if (c.bias) store_lanes(b.bias + image * E + e, grad_bias[v], E - e);
     }
   });

@@ -5,7 +5,6 @@
 #include <vector>
 
 #include "quantize.h"
-#include "taps.h"
 
 namespace ptq4vm::PTQ4VM_SET {
 namespace {
@@ -83,7 +82,7 @@ void rows_of_maps(const Conv2d& c, int64_t begin, int64_t end) {
   const int64_t E = c.channels, K = c.directions, size = c.rows * c.columns, vectors = vectors_of(E);
   std::vector<f32xw> weights(vectors * size), biases(vectors), inv_smooth(vectors * K);
   for (int64_t e = 0, v = 0; e < E; e += WIDTH, v++) {
-    load_taps(c.weight + e * size, size, E - e, &weights[v * size]);
+    load_columns(c.weight + e * size, size, E - e, &weights[v * size]);
     if (c.bias) biases[v] = load_lanes(c.bias + e, E - e);
     for (int64_t k = 0; k < K; k++) {
       const float* smooth = c.qparams.inv_smooth;

@@ -22,79 +22,70 @@ const Kernels& kernels_amx();
 
 namespace {
 
+enum Isa { portable, avx2, vnni, amx };  // each with all before it
 constexpr const char* NAMES[] = {"portable", "avx2", "vnni", "amx"};
 
 Isa probe() {
 #ifdef PTQ4VM_HAS_vnni
   __builtin_cpu_init();
-  const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                    __builtin_cpu_supports("avx512vnni");
+  const bool has_vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
 #ifdef __linux__
   // A process on Linux gets the tile registers when it asks for them.
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-  if (vnni && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512bf16") &&
+  if (has_vnni && __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("avx512bf16") &&
       syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0) {
-    return Isa::amx;
+    return amx;
   }
 #endif
-  if (vnni) return Isa::vnni;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+  if (has_vnni) return vnni;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
 #endif
-  return Isa::portable;
+  return portable;
 }
 
-Isa allowed() {
-  const Isa best = probe();
-  const char* wanted = std::getenv("PTQ4VM_ISA");
-  for (int i = 0; wanted && i < static_cast<int>(best); i++) {
-    if (std::strcmp(wanted, NAMES[i]) == 0) return static_cast<Isa>(i);
-  }
-  return best;
-}
-
-std::atomic<int>& chosen() {
-  static std::atomic<int> value{static_cast<int>(best_isa())};
+// The best instruction set of this machine, as far as it was compiled in and PTQ4VM_ISA allows.
+int best_isa() {
+  static const int value = [] {
+    const int best = probe();
+    const char* wanted = std::getenv("PTQ4VM_ISA");
+    for (int i = 0; wanted && i < best; i++) {
+      if (std::strcmp(wanted, NAMES[i]) == 0) return i;
+    }
+    return best;
+  }();
   return value;
+}
+
+std::atomic<int>& chosen_isa() {
+  static std::atomic<int> value{best_isa()};
+  return value;
+}
+
+// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
+std::string use_isa(std::string wanted) {
+  for (int i = 0; i <= best_isa(); i++) {
+    if (wanted == NAMES[i]) chosen_isa() = i;
+  }
+  return NAMES[chosen_isa()];
 }
 
 }  // namespace
 
-Isa best_isa() {
-  static const Isa value = allowed();
-  return value;
-}
-
-Isa isa() { return static_cast<Isa>(chosen().load(std::memory_order_relaxed)); }
-
-void use_isa(Isa value) { chosen() = static_cast<int>(value <= best_isa() ? value : best_isa()); }
-
 const Kernels& kernels() {
-  switch (isa()) {
+  switch (chosen_isa().load(std::memory_order_relaxed)) {
 #ifdef PTQ4VM_HAS_vnni
-    case Isa::amx: return kernels_amx();
-    case Isa::vnni: return kernels_vnni();
-    case Isa::avx2: return kernels_avx2();
+    case amx: return kernels_amx();
+    case vnni: return kernels_vnni();
+    case avx2: return kernels_avx2();
 #endif
     default: return kernels_portable();
   }
 }
 
-namespace {
-
-// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
-std::string use_isa_named(std::string wanted) {
-  for (int i = 0; i <= static_cast<int>(best_isa()); i++) {
-    if (wanted == NAMES[i]) use_isa(static_cast<Isa>(i));
-  }
-  return NAMES[static_cast<int>(isa())];
-}
-
-}  // namespace
 }  // namespace ptq4vm
 
 STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def("_use_isa(str name) -> str"); }
 
-STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) {
-  m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa_named));
-}
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) { m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa)); }

@@ -3,7 +3,6 @@
 
 #include "quantize.h"
 #include "scan_chunk.h"
-#include "unroll.h"
 
 namespace ptq4vm::PTQ4VM_SET {
 namespace {
@@ -119,15 +118,8 @@ class DtProjection {
 
   // A row of the packed weight.
   void unpack(int8_t* to, int64_t row) const {
-    if (!s.packed) {
-      std::copy_n(static_cast<const int8_t*>(s.dt_weight) + row * QUAD, QUAD, to);
-      return;
-    }
-    const uint8_t* from = static_cast<const uint8_t*>(s.dt_weight) + row * (QUAD / 2);
-    for (int64_t i = 0; i < QUAD / 2; i++) {
-      to[i] = static_cast<int8_t>(((from[i] & 15) ^ 8) - 8);
-      to[i + QUAD / 2] = static_cast<int8_t>(((from[i] >> 4) ^ 8) - 8);
-    }
+    if (s.packed) return unpack_nibbles(to, static_cast<const uint8_t*>(s.dt_weight) + row * (QUAD / 2));
+    std::copy_n(static_cast<const int8_t*>(s.dt_weight) + row * QUAD, QUAD, to);
   }
 
   const DirectionalScan& s;

@@ -34,9 +34,9 @@ inline f32xw smoothed(const FakeQuantize& q, f32xw x, int64_t d, int64_t left) {
 // The code before it is clamped, and v, which is bounded where the code is out of range whatever the zero point.
 template <bool DIVIDE>
 inline f32xw code(f32xw x, float factor, f32xw& v) {
-  constexpr float FAR = 1024.0f, MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  constexpr float FAR = 1024.0f;
   v = at_most(FAR, at_least(-FAR, DIVIDE ? x / factor : x * factor));
-  return (v + MAGIC) - MAGIC;
+  return round_small(v);
 }
 
 template <bool DIVIDE, bool SMOOTH>
@@ -85,13 +85,10 @@ void backward(const FakeQuantizeBackward& b, int64_t begin, int64_t end) {
 // Calls run(DIVIDE, SMOOTH) with constants.
 template <class Run>
 void choose(const FakeQuantize& q, Run run) {
-  using yes = std::true_type;
-  using no = std::false_type;
-  if (q.zero_point) {
-    q.smooth ? run(no(), yes()) : run(no(), no());
-  } else {
-    q.smooth ? run(yes(), yes()) : run(yes(), no());
-  }
+  const auto with_smooth = [&](auto divide) {
+    q.smooth ? run(divide, std::true_type()) : run(divide, std::false_type());
+  };
+  q.zero_point ? with_smooth(std::false_type()) : with_smooth(std::true_type());
 }
 
 }  // namespace

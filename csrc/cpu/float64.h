@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "../bindings/tensors.h"
+
 namespace ptq4vm::float64 {
 
 struct Scan {
@@ -15,6 +17,13 @@ struct Scan {
   const double *state_scale = nullptr, *state_inv_scale = nullptr;  // as in QuantizedScan
   int64_t scales = 1;
   double low = 0, high = 0;
+
+  template <class Inputs>  // ScanInputs
+  explicit Scan(const Inputs& i)
+      : u(const_ptr<double>(i.u)), delta(const_ptr<double>(i.delta)), A(const_ptr<double>(i.A)),
+        B(const_ptr<double>(i.B)), C(const_ptr<double>(i.C)), D(const_ptr<double>(i.D)), z(const_ptr<double>(i.z)),
+        delta_bias(const_ptr<double>(i.delta_bias)), batch(i.scan.batch), tokens(i.scan.tokens),
+        channels(i.scan.channels), states(i.scan.states), softplus(i.scan.softplus) {}
 };
 
 // Returns what token t hands to the next of a state; NaN is the code 0.
@@ -97,6 +106,11 @@ struct Conv {
   const double *x, *weight, *bias;
   int64_t batch, tokens, channels, taps;
   bool silu;
+
+  template <class Inputs>  // ConvInputs
+  explicit Conv(const Inputs& i)
+      : x(const_ptr<double>(i.x)), weight(const_ptr<double>(i.weight)), bias(const_ptr<double>(i.bias)),
+        batch(i.conv.batch), tokens(i.conv.tokens), channels(i.conv.channels), taps(i.conv.taps), silu(i.conv.silu) {}
 };
 
 // The convolution at one output, before SiLU.

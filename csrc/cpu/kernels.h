@@ -1,4 +1,4 @@
-// The kernels of the CPU for every instruction set, and how one is chosen.
+// The kernels of the CPU for every instruction set.
 #pragma once
 
 #include "../operators.h"
@@ -25,12 +25,6 @@ void run_amx(const Linear&, int64_t begin, int64_t end);  // where there is VNNI
 }  // namespace PTQ4VM_SET
 #endif
 
-// Instruction sets, each with all before it.
-enum class Isa { portable, avx2, vnni, amx };
-
-Isa best_isa();            // of this machine, as far as it was compiled in and PTQ4VM_ISA allows
-Isa isa();                 // in use
-void use_isa(Isa);         // at most best_isa()
-const Kernels& kernels();  // of the one in use
+const Kernels& kernels();  // of the instruction set in use
 
 }  // namespace ptq4vm

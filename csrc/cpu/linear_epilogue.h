@@ -154,15 +154,13 @@ struct NormalBFloat16Output : Output<uint16_t> {
 };
 #endif
 
-// ops.quantize of the GELU. Clamping before the sum with the zero point makes the same codes, and the sum of a
-// small number and MAGIC has the nearest integer in its low bits.
+// ops.quantize of the GELU. Clamping before the sum with the zero point makes the same codes.
 struct CodesOutput : Output<int8_t> {
   float low, high;
 
   template <int N>
   void put(int8_t* to, int64_t count, const LinearRowQParams& row, const float* inv_smooth,
            const f32xw (&values)[N]) const {
-    constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23
     const auto zero_point = static_cast<float>(row.new_zero_point);
     for (int i = 0; i < N; i++) {
       const f32xw v = gelu(values[i]) * load_as<f32xw>(inv_smooth + i * WIDTH) * fill(row.inv_scale);

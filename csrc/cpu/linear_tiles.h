@@ -35,17 +35,6 @@ constexpr int64_t PER_LANE = 4 / static_cast<int64_t>(sizeof(Code));
 constexpr int64_t VECTOR = LANES * PER_LANE;
 
 typedef int16_t i16x32 __attribute__((vector_size(64)));
-typedef uint8_t u8x32 __attribute__((vector_size(32)));
-
-// The codes of `tiles` tiles.
-inline void unpack(int8_t* to, const uint8_t* from, int64_t tiles) {
-  for (int64_t i = 0; i < tiles * TILE_CODES; i += K_TILE, from += K_TILE / 2) {
-    const auto bytes = load_as<u8x32>(from);
-    const u8x32 low = ((bytes & 15) ^ 8) - 8, high = ((bytes >> 4) ^ 8) - 8;
-    std::memcpy(to + i, &low, sizeof(low));
-    std::memcpy(to + i + K_TILE / 2, &high, sizeof(high));
-  }
-}
 
 // int8 pairs → the int16 of their even places, then those of the odd ones.
 inline void widen(int16_t* to, const int8_t* from, int64_t tiles) {
@@ -63,7 +52,8 @@ inline const Code* read_weight(const PackedWeight& w, int64_t begin, int64_t end
   const auto* from = static_cast<const int8_t*>(w.tiles) + begin * k_tiles * (w.nibbles ? TILE_CODES / 2 : TILE_CODES);
   if (w.nibbles) {
     auto* unpacked = nibble_memory.take<int8_t>(tiles * TILE_CODES);
-    unpack(unpacked, reinterpret_cast<const uint8_t*>(from), tiles);
+    const auto* bytes = reinterpret_cast<const uint8_t*>(from);
+    for (int64_t i = 0; i < tiles * TILE_CODES; i += K_TILE) unpack_nibbles(unpacked + i, bytes + i / 2);
     from = unpacked;
   }
 #ifdef __AVX512VNNI__

@@ -30,9 +30,14 @@ inline f32xw exp2_near_zero(f32xw f, float unit) {
   return p * f + unit;
 }
 
+constexpr float MAGIC =
+    12582912.0f;  // 1.5 * 2^23: a small number added to it is rounded to an integer, in its low bits
+
+inline f32xw round_small(f32xw x) { return (x + MAGIC) - MAGIC; }
+
 // x plus this has the integer nearest to x, and 126, in its low bits: shifted up they are the float 2^(n - 1), and zero
 // for n = -126. One more than that comes from the polynomial, so that no denormal arises: they take a hundred cycles.
-constexpr float TO_EXPONENT = 12582912.0f + 126.0f;
+constexpr float TO_EXPONENT = MAGIC + 126.0f;
 
 inline f32xw half_power(f32xw shifted) { return (f32xw)((u32xw)shifted << 23); }
 

@@ -52,9 +52,7 @@ inline void store_codes(int8_t* to, f32xw value, RowQParams qparams) {
 
 // The codes less the zero point, as floats; NaN stays NaN.
 inline f32xw rounded_differences(f32xw value, RowQParams qparams) {
-  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
-  value = at_most(qparams.high, at_least(qparams.low, value * qparams.inv_scale));
-  return (value + MAGIC) - MAGIC;
+  return round_small(at_most(qparams.high, at_least(qparams.low, value * qparams.inv_scale)));
 }
 
 // The codes as floats.

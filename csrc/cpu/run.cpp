@@ -18,7 +18,7 @@ void parallel(const Operator& q, int64_t items, int64_t numbers) {
 }  // namespace
 
 #define PTQ4VM_OPERATOR(Operator, items, numbers) \
-  void run(const Operator& q, const Tensor&) { parallel(q, items, numbers); }
+  void run(const Tensor&, const Operator& q) { parallel(q, items, numbers); }
 #define PTQ4VM_CPU_OPERATOR PTQ4VM_OPERATOR
 #include "../operators.def"
 

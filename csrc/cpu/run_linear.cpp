@@ -57,13 +57,12 @@ Tensor tiles_of(const LinearInputs& i) {
                             ScalarType::Char);
   std::vector<int32_t> sums(i.features);
   for (int64_t k = 0; k < i.directions; k++) {
-    run(PackWeight{.weight = const_ptr<int8_t>(i.weight) + k * i.features * row_bytes,
-                   .nibbles = i.nibbles,
-                   .tiles = mutable_ptr<int8_t>(tiles) + k * (tiles.numel() / i.directions),
-                   .sum = sums.data(),
-                   .channels = i.padded,
-                   .features = i.features},
-        i.weight);
+    run(i.weight, PackWeight{.weight = const_ptr<int8_t>(i.weight) + k * i.features * row_bytes,
+                             .nibbles = i.nibbles,
+                             .tiles = mutable_ptr<int8_t>(tiles) + k * (tiles.numel() / i.directions),
+                             .sum = sums.data(),
+                             .channels = i.padded,
+                             .features = i.features});
   }
   return tiles;
 }
@@ -95,17 +94,16 @@ Tensor empty_results(const LinearInputs& i, ScalarType type) {
 
 }  // namespace
 
-PackedPlainWeight pack_plain_weight(const Tensor& weight, int64_t channels) {
+std::tuple<Tensor, Tensor> pack_plain_weight(const Tensor& weight, int64_t channels) {
   const int64_t features = weight.size(0);
   Tensor tiles = empty_like(weight, {groups(features), divided_up(channels, K_TILE), LANES, K_TILE}, ScalarType::Char);
   Tensor sum = empty_like(weight, {features}, ScalarType::Int);
-  run(PackWeight{.weight = weight.const_data_ptr(),
-                 .nibbles = weight.scalar_type() == ScalarType::Byte,
-                 .tiles = mutable_ptr<int8_t>(tiles),
-                 .sum = mutable_ptr<int32_t>(sum),
-                 .channels = channels,
-                 .features = features},
-      weight);
+  run(weight, PackWeight{.weight = weight.const_data_ptr(),
+                         .nibbles = weight.scalar_type() == ScalarType::Byte,
+                         .tiles = mutable_ptr<int8_t>(tiles),
+                         .sum = mutable_ptr<int32_t>(sum),
+                         .channels = channels,
+                         .features = features});
   return {tiles, sum};
 }
 
@@ -114,7 +112,7 @@ Tensor run_linear(const LinearInputs& i, ScalarType type) {
   Tensor y = empty_results(i, type);
   Linear q = problem(i, tiles);
   q.y = y.mutable_data_ptr(), q.y_type = float_type(y);
-  run(q, i.x);
+  run(i.x, q);
   return y;
 }
 
@@ -123,7 +121,7 @@ Tensor run_linear_gelu(const LinearInputs& i, const QParams& qparams) {
   Tensor codes = empty_results(i, ScalarType::Char);
   Linear q = problem(i, tiles);
   q.gelu = qparams, q.gelu_codes = mutable_ptr<int8_t>(codes);
-  run(q, i.x);
+  run(i.x, q);
   return codes;
 }
 

@@ -143,12 +143,7 @@ class ScanGradients {
 
   void finish(int64_t image, int64_t channel, int64_t v) {
     const int64_t left = s.channels - channel;
-    for (int64_t n = 0; n < s.states; n++) {
-      float lanes[WIDTH];
-      store_lanes(lanes, grad_rates[v * s.states + n], WIDTH);
-      float* to = b.A + (image * s.channels + channel) * s.states + n;
-      for (int64_t i = 0; i < std::min(WIDTH, left); i++) to[i * s.states] = lanes[i];
-    }
+    store_columns(b.A + (image * s.channels + channel) * s.states, s.states, left, grad_rates.data() + v * s.states);
     if (s.D) store_lanes(b.D + image * s.channels + channel, grad_skip[v], left);
     if (s.delta_bias) store_lanes(b.delta_bias + image * s.channels + channel, grad_bias[v], left);
   }

@@ -3,7 +3,6 @@
 
 #include "quantize.h"
 #include "scan_chunk.h"
-#include "unroll.h"
 
 namespace ptq4vm::PTQ4VM_SET {
 namespace {
@@ -61,16 +60,6 @@ inline void for_span(Span span, Work work) {
     case Span::two: return work(std::integral_constant<Span, Span::two>());
     case Span::normal: return work(std::integral_constant<Span, Span::normal>());
     case Span::any: return work(std::integral_constant<Span, Span::any>());
-  }
-}
-
-// Loads A (E, S) · log2(e) of the channels in lanes, one vector for each state.
-inline void load_rates(const float* A, int64_t states, int64_t channel, int64_t channels, f32xw* rates) {
-  const int64_t count = std::min(WIDTH, channels - channel);
-  for (int64_t n = 0; n < states; n++) {
-    float lanes[WIDTH] = {};
-    for (int64_t i = 0; i < count; i++) lanes[i] = A[(channel + i) * states + n] * LOG2_E;
-    rates[n] = load_as<f32xw>(lanes);
   }
 }
 
@@ -169,10 +158,12 @@ struct PanelStates {
 
   void begin(const float* A, int64_t first, int64_t last, int64_t channels) {
     for (int64_t e = first, v = 0; e < last; e += WIDTH, v++) {
-      load_rates(A, S, e, channels, rates.data() + v * S);
+      f32xw* own = rates.data() + v * S;
+      load_columns(A + e * S, S, channels - e, own);
+      for (int64_t n = 0; n < S; n++) own[n] *= LOG2_E;
       for_states(S, [&](auto n, int64_t first) {
         f32xw& most = fastest[v * S + first] = f32xw{};
-        for (int64_t i = 0; i < n; i++) most = larger(most, infinite_if_negative(-rates[v * S + first + i]));
+        for (int64_t i = 0; i < n; i++) most = larger(most, infinite_if_negative(-own[first + i]));
       });
     }
     std::fill(values.begin(), values.end(), f32xw{});
@@ -190,7 +181,7 @@ struct PanelStates {
   }
 
   int64_t S;
-  std::vector<f32xw> rates;    // (vectors, states)
+  std::vector<f32xw> rates;    // (vectors, states): A · log2(e)
   std::vector<f32xw> fastest;  // of a block of states, at its first; infinite if one grows
   std::vector<f32xw> values;   // (vectors, states), or none
   std::vector<int8_t> codes;   // (vectors, states, WIDTH), or none

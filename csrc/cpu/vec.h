@@ -2,8 +2,10 @@
 // only where its code is slow.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../operators.h"
 
@@ -102,6 +104,40 @@ inline void store_lanes(T* to, f32xw value, int64_t count) {
     store_all(lanes, value);
     std::memcpy(to, lanes, count * sizeof(T));
   }
+}
+
+// (channels, size) ↔ a vector of channels for each of `size`. Lanes without a channel are zeros.
+inline void load_columns(const float* from, int64_t size, int64_t channels, f32xw* to) {
+  for (int64_t k = 0; k < size; k++) {
+    float lanes[WIDTH] = {};
+    for (int64_t i = 0; i < std::min(WIDTH, channels); i++) lanes[i] = from[i * size + k];
+    to[k] = load_all(lanes);
+  }
+}
+
+inline void store_columns(float* to, int64_t size, int64_t channels, const f32xw* from) {
+  for (int64_t k = 0; k < size; k++) {
+    for (int64_t i = 0; i < std::min(WIDTH, channels); i++) to[i * size + k] = from[k][i];
+  }
+}
+
+// The 4-bit codes of 32 bytes: those of the low nibbles, then those of the high ones.
+inline void unpack_nibbles(int8_t* to, const uint8_t* from) {
+  typedef uint8_t u8x32 __attribute__((vector_size(32)));
+  const auto bytes = load_as<u8x32>(from);
+  const u8x32 codes[] = {((bytes & 15) ^ 8) - 8, ((bytes >> 4) ^ 8) - 8};
+  std::memcpy(to, codes, sizeof(codes));
+}
+
+// Calls work(n) for constants n below N. GCC unrolls a loop too late to keep an array in registers.
+template <class Work, int... n>
+inline __attribute__((always_inline)) void unrolled(std::integer_sequence<int, n...>, Work work) {
+  (work(std::integral_constant<int, n>()), ...);
+}
+
+template <int N, class Work>
+inline __attribute__((always_inline)) void unroll(Work work) {
+  unrolled(std::make_integer_sequence<int, N>(), work);
 }
 
 // NaN where x is. GCC compares and selects where x86 has one instruction: a fifth of a whole scan.

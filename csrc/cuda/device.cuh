@@ -10,7 +10,7 @@
 //   qparams.code(__fmul_rn(v, inv_smooth[d]))        ops.quantize of one smoothed number, bit for bit
 //   store_codes<8>(to, codes)                        int codes[8] as 8 int8 in one access
 //   write_codes<8>(to, v, inv_smooth + d, qparams)   float v[8] smoothed, quantized, stored; inv_smooth may be null
-//   warp_sum(v), warp_min(v), warp_max(v)            over all 32 lanes, to all of them
+//   warp_sum(v), warp_reduce(v, combine)             over all 32 lanes, to all of them
 //   block_sum<WARPS>(v, scratch)                     over a block of WARPS warps, to all threads, in one order
 // PTX stands behind #ifdef __CUDA_ARCH__ with its twin in C++. No static state, no allocation, no synchronisation.
 #pragma once
@@ -244,22 +244,18 @@ __device__ inline void write_codes(int8_t* to, const float (&value)[N], const fl
   store_codes<N>(to, codes);
 }
 
-__device__ inline float warp_sum(float value) {
+template <class T, class Combine>
+__device__ T warp_reduce(T value, Combine combine) {
 #pragma unroll
-  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
+  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) {
+    value = combine(value, __shfl_xor_sync(ALL_LANES, value, lanes));
+  }
   return value;
 }
 
-__device__ inline float warp_min(float value) {
-#pragma unroll
-  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value = fminf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
-  return value;
-}
-
-__device__ inline float warp_max(float value) {
-#pragma unroll
-  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, lanes));
-  return value;
+template <class T>
+__device__ T warp_sum(T value) {
+  return warp_reduce(value, [](T a, T b) { return a + b; });
 }
 
 // The sum over a one-dimensional block of WARPS warps. `scratch` is shared memory for WARPS numbers; it may be used

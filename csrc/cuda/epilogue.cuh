@@ -18,14 +18,14 @@ __device__ inline Vector<T, WIDTH> read_eight(const T* from, int count, bool who
   return to;
 }
 
-template <class T>
-__device__ inline void write_eight(T* to, const Vector<T, WIDTH>& from, int count, bool whole) {
+template <class T, int N>
+__device__ inline void write_run(T* to, const Vector<T, N>& from, int count, bool whole) {
   if (whole) {
-    *reinterpret_cast<Vector<T, WIDTH>*>(to) = from;
+    *reinterpret_cast<Vector<T, N>*>(to) = from;
     return;
   }
 #pragma unroll
-  for (int i = 0; i < WIDTH; i++) {
+  for (int i = 0; i < N; i++) {
     if (i < count) to[i] = from.values[i];
   }
 }
@@ -110,7 +110,7 @@ struct LinearEpilogue {
     Vector<T, WIDTH> y;
 #pragma unroll
     for (int i = 0; i < WIDTH; i++) y.values[i] = from_float<T>(value[i]);
-    write_eight(to, y, count, whole);
+    write_run(to, y, count, whole);
   }
 
   __device__ void store_codes(uint8_t* to, const float (&value)[WIDTH], const RowQParams& qparams,
@@ -125,19 +125,12 @@ struct LinearEpilogue {
         const int high = 2 * i + 1 < count ? codes[2 * i + 1] : 0;
         pairs.values[i] = static_cast<uint8_t>((codes[2 * i] & 15) | high << 4);
       }
-      if (whole) {
-        *reinterpret_cast<Vector<uint8_t, WIDTH / 2>*>(to) = pairs;
-        return;
-      }
-#pragma unroll
-      for (int i = 0; i < WIDTH / 2; i++) {
-        if (2 * i < count) to[i] = pairs.values[i];
-      }
+      write_run(to, pairs, (count + 1) / 2, whole);
     } else {
       Vector<uint8_t, WIDTH> bytes;
 #pragma unroll
       for (int i = 0; i < WIDTH; i++) bytes.values[i] = static_cast<uint8_t>(codes[i]);
-      write_eight(to, bytes, count, whole);
+      write_run(to, bytes, count, whole);
     }
   }
 };

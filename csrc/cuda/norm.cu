@@ -122,13 +122,10 @@ __global__ void __launch_bounds__(THREADS)
 
 template <class T, int WARPS, int N, int ITEMS>
 void launch(const NormQuantize& q, Stream stream) {
-  if (q.rotation) {
-    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, true>, grid_of<WARPS>(q.rows), THREADS, shared_bytes<WARPS>(q.channels),
-                  stream, q, RotationOnDevice(*q.rotation));
-  } else {
-    PTQ4VM_LAUNCH(norm_rows<T, WARPS, N, ITEMS, false>, grid_of<WARPS>(q.rows), THREADS, 0, stream, q,
-                  RotationOnDevice(Rotation{}));
-  }
+  const auto kernel = q.rotation ? norm_rows<T, WARPS, N, ITEMS, true> : norm_rows<T, WARPS, N, ITEMS, false>;
+  const size_t bytes = q.rotation ? shared_bytes<WARPS>(q.channels) : 0;
+  PTQ4VM_LAUNCH(kernel, grid_of<WARPS>(q.rows), THREADS, bytes, stream, q,
+                RotationOnDevice(q.rotation ? *q.rotation : Rotation{}));
 }
 
 template <class T>

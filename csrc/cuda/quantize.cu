@@ -58,7 +58,8 @@ __global__ void __launch_bounds__(THREADS) choose_rows(const ChooseQParams q) {
       ordered = ordered && value[i] == value[i];
     }
   }
-  low = warp_min(low), high = warp_max(high);
+  low = warp_reduce(low, [](float a, float b) { return fminf(a, b); });
+  high = warp_reduce(high, [](float a, float b) { return fmaxf(a, b); });
   if (!__all_sync(ALL_LANES, ordered)) low = high = NAN;
   const float wide = __fdiv_rn(high - low, static_cast<float>(q.high - q.low)), scale = wide < FLT_MIN ? FLT_MIN : wide;
   const float zero = static_cast<float>(q.low) - rintf(__fdiv_rn(low, scale));

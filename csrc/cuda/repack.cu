@@ -77,8 +77,7 @@ __global__ void __launch_bounds__(THREADS) sum_rows(const CodeMatrix q, int32_t*
   const CodeReader read{q, row};
   int total = 0;
   for (int64_t d = lane; d < q.channels; d += WARP_SIZE) total += read(d);
-#pragma unroll
-  for (int lanes = WARP_SIZE / 2; lanes > 0; lanes /= 2) total += __shfl_xor_sync(ALL_LANES, total, lanes);
+  total = warp_sum(total);
   if (lane == 0) to[row] = total;
 }
 

@@ -51,41 +51,36 @@ __global__ void __launch_bounds__(THREADS)
                        [=](int d, const float(&value)[N]) { write_codes<N>(to + d, value, nullptr, qparams); });
 }
 
-// run(std::integral_constant WARPS) → run with the warps that a row of so many channels gets.
+// Calls run(T(), std::integral_constant WARPS) with the warps that a row of so many channels gets.
 template <class F>
-void with_warps(int64_t channels, F run) {
-  if (channels <= CHANNELS_OF_WARP) {
-    run(std::integral_constant<int, 1>());
-  } else {
-    run(std::integral_constant<int, WARPS_IN_BLOCK>());
-  }
+void with_team(Float type, int64_t channels, F run) {
+  with_type(type, [&](auto t) {
+    if (channels <= CHANNELS_OF_WARP) return run(t, std::integral_constant<int, 1>());
+    run(t, std::integral_constant<int, WARPS_IN_BLOCK>());
+  });
 }
 
 }  // namespace
 
 void run(const Rotate& q, Stream stream) {
-  with_type(q.type, [&](auto type) {
-    with_warps(q.rotation.channels, [&](auto warps) {
-      using T = decltype(type);
-      constexpr int W = decltype(warps)::value;
-      const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
-                           aligned<NEIGHBOURS>(static_cast<const T*>(q.y));
-      PTQ4VM_LAUNCH(vectors ? rotate_rows<T, W, true> : rotate_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
-                    shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
-    });
+  with_team(q.type, q.rotation.channels, [&](auto type, auto warps) {
+    using T = decltype(type);
+    constexpr int W = decltype(warps)::value;
+    const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
+                         aligned<NEIGHBOURS>(static_cast<const T*>(q.y));
+    PTQ4VM_LAUNCH(vectors ? rotate_rows<T, W, true> : rotate_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
+                  shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
   });
 }
 
 void run(const RotateQuantize& q, Stream stream) {
-  with_type(q.x_type, [&](auto type) {
-    with_warps(q.rotation.channels, [&](auto warps) {
-      using T = decltype(type);
-      constexpr int W = decltype(warps)::value;
-      const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
-                           aligned<NEIGHBOURS>(q.codes) && aligned<VECTOR>(q.qparams.inv_smooth);
-      PTQ4VM_LAUNCH(vectors ? code_rows<T, W, true> : code_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
-                    shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
-    });
+  with_team(q.x_type, q.rotation.channels, [&](auto type, auto warps) {
+    using T = decltype(type);
+    constexpr int W = decltype(warps)::value;
+    const bool vectors = q.rotation.order % VECTOR == 0 && aligned<VECTOR>(static_cast<const T*>(q.x)) &&
+                         aligned<NEIGHBOURS>(q.codes) && aligned<VECTOR>(q.qparams.inv_smooth);
+    PTQ4VM_LAUNCH(vectors ? code_rows<T, W, true> : code_rows<T, W, false>, grid_of<W>(q.rows), THREADS,
+                  shared_bytes<W>(q.rotation.channels), stream, q, RotationOnDevice(q.rotation));
   });
 }
 

@@ -6,7 +6,7 @@
 namespace ptq4vm {
 
 #define PTQ4VM_OPERATOR(Operator, items, numbers)                         \
-  void run(const Operator& q, const Tensor& on) {                         \
+  void run(const Tensor& on, const Operator& q) {                         \
     cuda::launch(on, [&](cuda::Stream stream) { cuda::run(q, stream); }); \
   }
 #define PTQ4VM_CPU_OPERATOR(Operator, items, numbers)

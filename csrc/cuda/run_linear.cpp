@@ -22,24 +22,19 @@ Tensor in_padded_rows(const Tensor& memory, const cuda::CodeMatrix& codes, bool 
   return copy;
 }
 
+cuda::CodeMatrix matrix(const Tensor& codes, Layout layout, int64_t directions, int64_t rows, int64_t channels) {
+  return {.data = codes.const_data_ptr(),
+          .layout = layout,
+          .directions = directions,
+          .rows = rows,
+          .channels = channels,
+          .columns = channels_of(codes)};
+}
+
 cuda::CodeMatrix weight_codes(const LinearInputs& i) {
   const Layout layout =
       i.in_rows ? (i.nibbles ? Layout::nibbles : Layout::bytes) : (i.nibbles ? Layout::nibble_tiles : Layout::tiles);
-  return {.data = i.weight.const_data_ptr(),
-          .layout = layout,
-          .directions = i.directions,
-          .rows = i.features,
-          .channels = i.channels,
-          .columns = i.in_rows ? channels_of(i.weight) : 0};
-}
-
-cuda::CodeMatrix input_codes(const LinearInputs& i) {
-  return {.data = i.x.const_data_ptr(),
-          .layout = Layout::bytes,
-          .directions = i.directions,
-          .rows = i.rows,
-          .channels = i.channels,
-          .columns = i.channels};
+  return matrix(i.weight, layout, i.directions, i.features, i.channels);
 }
 
 // `qparams` are null, or those of the codes that are written.
@@ -50,7 +45,8 @@ Tensor run_linear(const LinearInputs& i, ScalarType type, const QParams* qparams
     // Nibbles in rows say that x has codes of 4 bits too.
     const bool nibbles = i.in_rows && i.nibbles && cuda::multiplies_nibbles(capability);
     const int64_t padded = round_up(i.channels, nibbles ? 32 : 16);
-    const Tensor x = in_padded_rows(i.x, input_codes(i), nibbles, padded, stream);
+    const cuda::CodeMatrix inputs = matrix(i.x, Layout::bytes, i.directions, i.rows, i.channels);
+    const Tensor x = in_padded_rows(i.x, inputs, nibbles, padded, stream);
     const Tensor weight = in_padded_rows(i.weight, weight_codes(i), nibbles, padded, stream);
     const cuda::LinearProblem p{.x = x.const_data_ptr(),
                                 .x_scale = const_ptr<float>(i.x_scale),
@@ -78,16 +74,11 @@ Tensor run_linear(const LinearInputs& i, ScalarType type, const QParams* qparams
 
 }  // namespace
 
-PackedPlainWeight pack_plain_weight(const Tensor& weight, int64_t channels) {
+std::tuple<Tensor, Tensor> pack_plain_weight(const Tensor& weight, int64_t channels) {
   const bool nibbles = weight.scalar_type() == ScalarType::Byte;
   const int64_t features = weight.size(0), padded = round_up(channels, 16);
   Tensor rows = weight, sum = empty_like(weight, {features}, ScalarType::Int);
-  const cuda::CodeMatrix codes{.data = weight.const_data_ptr(),
-                               .layout = nibbles ? Layout::nibbles : Layout::bytes,
-                               .directions = 1,
-                               .rows = features,
-                               .channels = channels,
-                               .columns = weight.size(1)};
+  const cuda::CodeMatrix codes = matrix(weight, nibbles ? Layout::nibbles : Layout::bytes, 1, features, channels);
   cuda::launch(weight, [&](cuda::Stream stream) {
     cuda::sum_codes(codes, mutable_ptr<int32_t>(sum), stream);
     if (!nibbles && channels == padded) return;
@@ -107,14 +98,13 @@ Tensor run_linear_gelu_rotated(const LinearInputs& i, const QParams& qparams) {
   const Tensor y = run_linear(i, ScalarType::Float);
   const RotationMatrix rotation(i.features);
   Tensor codes = empty_like(y, ScalarType::Char);
-  run(RotateQuantize{.x = y.const_data_ptr(),
-                     .x_type = Float::f32,
-                     .gelu = true,
-                     .rotation = rotation.view(),
-                     .codes = mutable_ptr<int8_t>(codes),
-                     .qparams = qparams,
-                     .rows = i.rows},
-      y);
+  run(y, RotateQuantize{.x = y.const_data_ptr(),
+                        .x_type = Float::f32,
+                        .gelu = true,
+                        .rotation = rotation.view(),
+                        .codes = mutable_ptr<int8_t>(codes),
+                        .qparams = qparams,
+                        .rows = i.rows});
   return codes;
 }
 

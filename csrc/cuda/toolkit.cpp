@@ -3,7 +3,10 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <string>
 
 namespace ptq4vm::cuda {
 namespace {
@@ -13,6 +16,14 @@ int attribute(cudaDeviceAttr which, int device) {
   const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
   STD_TORCH_CHECK(error == cudaSuccess, "GPU ", device, ": ", cudaGetErrorString(error));
   return value;
+}
+
+std::string architectures() { return PTQ4VM_ARCHITECTURES; }
+
+STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def("_cuda_architectures() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_architectures", TORCH_BOX(&architectures));
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ LOAD = """
 import sys
 from pathlib import Path
 import torch
-from ptq4vm import native
+from ptq4vm.backend import native
 native.CUDA_LIBRARY = Path(sys.argv[1])
 from ptq4vm import ops
 assert native.cuda_unavailable_reason() is None, native.cuda_unavailable_reason()

@@ -304,8 +304,8 @@ MISTAKES_SM90 = [
     ("epilogue_sm90.cuh", "epilogue.p.rows && column < epilogue.p.features", "epilogue.p.rows"),
     ("epilogue_sm90.cuh", "epilogue.p.rows && column < epilogue.p.features", "epilogue.p.rows + 1"),
     ("epilogue_sm90.cuh", "direction = get<3>(at)", "direction = 0"),
-    ("gemm_sm90.cuh", "{p.channels, {}, p.rows * p.channels}", "{p.channels, {}, 0}"),
-    ("gemm_sm90.cuh", "{p.channels, {}, p.features * p.channels}", "{p.channels, {}, 0}"),
+    ("linear_s8_sm90.cu", "{p.channels, {}, p.rows * p.channels}", "{p.channels, {}, 0}"),
+    ("linear_s8_sm90.cu", "{p.channels, {}, p.features * p.channels}", "{p.channels, {}, 0}"),
 ]
 
 

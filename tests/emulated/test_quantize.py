@@ -181,7 +181,7 @@ MISTAKES = [
     ("device.cuh", "set * q.scales + remainder(row, q.scales)", "set * q.scales + remainder(row + 1, q.scales)"),
     ("device.cuh", "load<N>(inv_smooth, smooth)", "load<N>(inv_smooth + 1, smooth)"),
     ("device.cuh", "return scaled == scaled ? shifted : 0", "return shifted"),
-    ("quantize.cu", "low = warp_min(low), high = warp_max(high);", ""),
+    ("quantize.cu", "low = warp_reduce(low, [](float a, float b) { return fminf(a, b); });", ""),
     ("quantize.cu", "__all_sync(ALL_LANES, ordered)", "ordered"),
     ("quantize.cu", "if (lane == 0) {", "if (lane == 32) {"),
     ("quantize.cu", "d += WARP_SIZE * N", "d += 2 * WARP_SIZE * N"),

@@ -115,8 +115,10 @@ def open_dataset(source: str, split: str, transform: Transform, *, num_classes: 
     """
     split_names(split)
     if source == DIGITS:
-        return _checked_digits(Digits(split, transform), num_classes)
-
+        digits = Digits(split, transform)
+        if num_classes not in (None, len(digits.classes)):
+            raise ValueError(f"the digits have {len(digits.classes)} classes, the model has {num_classes}")
+        return digits
     samples, places = find_samples(source, split, num_classes)
     return Images(samples, places, transform)
 
@@ -235,9 +237,3 @@ def _dealt(shuffled: list[int], targets: list[int] | None) -> list[int]:
         turn[index] = rounds[targets[index]]
         rounds[targets[index]] += 1
     return sorted(shuffled, key=turn.__getitem__)
-
-
-def _checked_digits(digits: Digits, num_classes: int | None) -> Digits:
-    if num_classes not in (None, len(digits.classes)):
-        raise ValueError(f"the digits have {len(digits.classes)} classes, the model has {num_classes}")
-    return digits

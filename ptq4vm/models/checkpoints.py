@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps
-from ptq4vm.models.identify import Differences, identify, listing, shapes_of, translated
+from ptq4vm.models.identify import Differences, identify, shapes_of, translated
 from ptq4vm.models.weight_files import read_weight_file
 from ptq4vm.models.weight_names import COUNTERS, find_weights, without_prefix
-from ptq4vm.text import escaped
+from ptq4vm.text import escaped, listing
 
 logger = logging.getLogger(__name__)
 

@@ -106,7 +106,6 @@ class LocalVim(IsotropicMamba):
             num_classes,
             embed_dim,
             class_token=class_token,
-            rotary=not class_token,
             drop_path_rate=drop_path_rate,
         )
 

@@ -15,6 +15,14 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 NOT_ARCHITECTURE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of timm's `create_model` that are not arguments of the model."""
 
+_IMAGENET: dict[str, Any] = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+}
 _STATISTICS = {
     "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
@@ -23,33 +31,19 @@ _STATISTICS = {
 
 
 def preprocessing(names: Iterable[str], bundled: Mapping[str, Sequence[str]], **ends: Any) -> Any:
-    """Returns timm's `default_cfgs` for a family.
+    """Returns timm's `default_cfgs` for a family, whose `ends` are the names of `first_conv` and `classifier`.
 
-    Args:
-        names: models of the family. Those that are not in `bundled` take ImageNet's images, 224×224.
-        bundled: tags of the bundled weights by model; these models take 32×32 images of 10 classes.
-        ends: names of the parts at both ends of the model, `first_conv` and `classifier`.
+    Models with `bundled` weights, which has their tags, take 32×32 images of 10 classes; others ImageNet's, 224×224.
     """
-    cfgs: Any = {name: _imagenet() | ends for name in names if name not in bundled}
+    cfgs: Any = {name: _IMAGENET | ends for name in names if name not in bundled}
     small = {f"{name}.{tag}": _small_images(name, tag) | ends for name, tags in bundled.items() for tag in tags}
     return generate_default_cfgs(cfgs | small)
-
-
-def _imagenet() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
 
 
 def _small_images(name: str, tag: str) -> dict[str, Any]:
     mean, std = _STATISTICS[tag.partition("_")[0]]
     changes = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
-    return _imagenet() | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
+    return _IMAGENET | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
 
 
 def register(
@@ -57,12 +51,9 @@ def register(
     sizes: Mapping[str, Mapping[str, Any]],
     features: Callable[..., nn.Module] | None = None,
 ) -> None:
-    """Adds models to timm's registry; the module of `model_class` must have `default_cfgs`.
+    """Adds models to timm's registry: `sizes` has their arguments by name, and `features` makes their backbones.
 
-    Args:
-        model_class: class of the models.
-        sizes: arguments of the class by the name of the model.
-        features: makes a backbone of a model, for `features_only=True`.
+    The module of `model_class` must have `default_cfgs`.
     """
     module = sys.modules[model_class.__module__]
     for name, arguments in sizes.items():

@@ -65,7 +65,6 @@ class Vim(IsotropicMamba):
             num_classes,
             embed_dim,
             class_token=True,
-            rotary=False,
             drop_path_rate=drop_path_rate,
         )
 

@@ -30,16 +30,7 @@ class ImageDataset(Protocol):
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """Grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test.
-
-    Args:
-        split: `train` or `test`.
-        transform: makes a tensor of a PIL image.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: there is no such split.
-    """
+    """Grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test."""
 
     def __init__(self, split: str, transform: Transform) -> None:
         try:

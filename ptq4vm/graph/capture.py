@@ -1,5 +1,6 @@
 """Captures a model with torch.export as an ATen graph: batch dynamic, all other sizes fixed."""
 
+import inspect
 import math
 from typing import Any
 
@@ -50,17 +51,12 @@ def _example(value: Any) -> Any:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
-    batch = Dim("batch")
-    shapes = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
+    batch, code = Dim("batch"), getattr(type(model).forward, "__code__", None)
+    shapes: Any = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
+    if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
+        shapes = (shapes,)  # of `forward(*args)` torch.export wants one nested tuple
     with torch.no_grad():
-        return export(model, inputs, dynamic_shapes=_by_argument(model, shapes), strict=False).module()
-
-
-def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`forward(*args)` wants the shapes of its arguments as one nested tuple."""
-    code = getattr(type(model).forward, "__code__", None)
-    variadic = code is not None and code.co_argcount == 1 and code.co_flags & 0x04
-    return (shapes,) if variadic else shapes
+        return export(model, inputs, dynamic_shapes=shapes, strict=False).module()
 
 
 def _capture_message(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:

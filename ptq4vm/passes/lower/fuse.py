@@ -64,9 +64,6 @@ def drop_identities(gm: GraphModule) -> GraphModule:
     return gm
 
 
-# --- linears ---
-
-
 def pack_linears(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
         x, scale, zero_point, weight, weight_scale, bias, dtype = args(node)
@@ -104,9 +101,6 @@ def fuse_gelus(gm: GraphModule) -> GraphModule:
             replace_node(node, insert.call(ops.linear_gelu_quantize.default, *inputs))
             record_fusion(gm, linear, pattern)
     return gm
-
-
-# --- norms ---
 
 
 def fuse_norms(gm: GraphModule) -> GraphModule:

@@ -132,7 +132,9 @@ def _conv2d(gm: GraphModule, branches: list[Branch], tokens: int) -> Callable[[I
     same = list(padding) == sizes and all(size % 2 for size in kernel.shape[2:])
     if groups != channels or kernel.shape[1] != 1 or not same or {*stride, *dilation} != {1}:
         raise NotFused("its convolution is not depth-wise with stride 1 and zeros around the map")
-    x = selection_of(_channels_last(image), "the convolution's input")
+    if not is_call(image, aten.permute.default) or list(args(image)[1]) != [0, 3, 1, 2]:
+        raise NotFused("its convolution's input is not a channels-last map")
+    x = selection_of(args(image)[0], "the convolution's input")
     if not x.is_natural(tokens):
         raise NotFused("its convolution reads tokens in another order")
 
@@ -144,10 +146,3 @@ def _conv2d(gm: GraphModule, branches: list[Branch], tokens: int) -> Callable[[I
         return insert.call(ops.conv2d_quantize.default, *call)
 
     return emit
-
-
-def _channels_last(image: Node) -> Node:
-    """Returns the argument of a permute to channels first."""
-    if not is_call(image, aten.permute.default) or list(args(image)[1]) != [0, 3, 1, 2]:
-        raise NotFused("its convolution's input is not a channels-last map")
-    return args(image)[0]

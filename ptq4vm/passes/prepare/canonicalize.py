@@ -34,16 +34,14 @@ def matmul_to_linear(gm: GraphModule) -> GraphModule:
         if bias is not None and (node.kwargs or _is_weight(left) or [*_sizes(bias)] != [*_sizes(right)[1:]]):
             _leave(node, "it adds something else than a bias (N,) to x · W")
             continue
-        _rewrite(gm, node, left, right, _matmul_axes(_rank(left), _rank(right)), bias)
+        extra = _rank(left) - _rank(right)
+        batch = string.ascii_lowercase[: max(_rank(left), _rank(right)) - 2]
+        axes = batch[max(-extra, 0) :] + "MD", batch[max(extra, 0) :] + "DN", batch + "MN"
+        _rewrite(gm, node, left, right, axes, bias)
     return gm
 
 
 _SUMS = (aten.addmm.default, aten.baddbmm.default)
-
-
-def _matmul_axes(left: int, right: int) -> tuple[str, str, str]:
-    batch = string.ascii_lowercase[: max(left, right) - 2]
-    return batch[max(right - left, 0) :] + "MD", batch[max(left - right, 0) :] + "DN", batch + "MN"
 
 
 def einsum_to_linear(gm: GraphModule) -> GraphModule:
@@ -123,9 +121,6 @@ canonicalize = Pipeline(
     (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens, own_weights, unshare_weights),
 )
 """In this order: three passes make linears, on any number of axes, one their tokens, and two their weights."""
-
-
-# --- products ---
 
 
 @dataclass(frozen=True, slots=True)

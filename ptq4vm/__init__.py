@@ -18,14 +18,7 @@ if TYPE_CHECKING:
     from ptq4vm.config import QuantConfig
     from ptq4vm.finite import check_finite
     from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
-    from ptq4vm.specs import (
-        ActivationSpec,
-        Granularity,
-        Learning,
-        OutputQuantization,
-        StateQuantization,
-        WeightSpec,
-    )
+    from ptq4vm.specs import ActivationSpec, Granularity, Learning, OutputQuantization, StateQuantization, WeightSpec
 
 __version__ = "0.1.0"
 

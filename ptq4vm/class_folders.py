@@ -4,8 +4,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ptq4vm.text import listing
-
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Endings of the names of images, in upper or lower case, as torchvision has them."""
 
@@ -100,13 +98,15 @@ def _places(
     if index.keys() & set(full):
         if strangers := [name for name in full if name not in index]:
             raise ValueError(
-                f"{root}: {listing(strangers)} beside ImageNet's ids is no class of ImageNet; move it away"
+                f"{root}: {_listing(strangers)} beside ImageNet's ids is no class of ImageNet; move it away"
             )
         return {name: index[name] for name in full}
     names = _class_names(root, {name: bool(paths) for name, paths in found.items()}, train, num_classes)
     full += [name for name, holds_images in train.items() if holds_images]
     if strangers := sorted(set(full).difference(names)):
-        raise ValueError(f"{root}: the train split and this one differ in the class {listing(strangers)}; move it away")
+        raise ValueError(
+            f"{root}: the train split and this one differ in the class {_listing(strangers)}; move it away"
+        )
     return {name: place for place, name in enumerate(names)}
 
 
@@ -122,7 +122,7 @@ def _class_names(
         empty = [name for name, full in (train or found).items() if not full]
         if empty:
             raise ValueError(
-                f"{root}: a class without images, {listing(empty)}, would move the others; delete the folder"
+                f"{root}: a class without images, {_listing(empty)}, would move the others; delete the folder"
             )
         return lists[0]
     lists += [sorted(name for name, full in folders.items() if full) for folders in (train, found)]
@@ -131,9 +131,13 @@ def _class_names(
             return names
     where = " in the train split" if train else ""
     raise ValueError(
-        f"{root}: {len(lists[0])} class folders{where} ({listing(lists[0])}), but the model has {num_classes} "
+        f"{root}: {len(lists[0])} class folders{where} ({_listing(lists[0])}), but the model has {num_classes} "
         "classes: which is which cannot be told; make a folder for each class, in the train split if there is one"
     )
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def _layout(source: str | Path, split: str) -> str:

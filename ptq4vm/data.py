@@ -30,16 +30,7 @@ class ImageDataset(Protocol):
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """Grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test.
-
-    Args:
-        split: `train` or `test`.
-        transform: makes a tensor of a PIL image.
-
-    Raises:
-        ImportError: scikit-learn is not installed.
-        ValueError: there is no such split.
-    """
+    """Grey 8×8 digits that come with scikit-learn, as RGB images: 1347 to train, 450 to test."""
 
     def __init__(self, split: str, transform: Transform) -> None:
         try:
@@ -115,8 +106,10 @@ def open_dataset(source: str, split: str, transform: Transform, *, num_classes: 
     """
     split_names(split)
     if source == DIGITS:
-        return _checked_digits(Digits(split, transform), num_classes)
-
+        digits = Digits(split, transform)
+        if num_classes not in (None, len(digits.classes)):
+            raise ValueError(f"the digits have {len(digits.classes)} classes, the model has {num_classes}")
+        return digits
     samples, places = find_samples(source, split, num_classes)
     return Images(samples, places, transform)
 
@@ -235,9 +228,3 @@ def _dealt(shuffled: list[int], targets: list[int] | None) -> list[int]:
         turn[index] = rounds[targets[index]]
         rounds[targets[index]] += 1
     return sorted(shuffled, key=turn.__getitem__)
-
-
-def _checked_digits(digits: Digits, num_classes: int | None) -> Digits:
-    if num_classes not in (None, len(digits.classes)):
-        raise ValueError(f"the digits have {len(digits.classes)} classes, the model has {num_classes}")
-    return digits

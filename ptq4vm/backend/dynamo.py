@@ -19,11 +19,7 @@ from ptq4vm.passes.lower.pipeline import fusing_pipeline
 
 
 def ptq4vm_backend(
-    gm: GraphModule,
-    example_inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
     """Compiles a graph that Dynamo has traced; quantized models come as Q/DQ graphs or as integer ones.
 

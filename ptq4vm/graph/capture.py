@@ -1,5 +1,6 @@
 """Captures a model with torch.export as an ATen graph: batch dynamic, all other sizes fixed."""
 
+import inspect
 import math
 from typing import Any
 
@@ -8,9 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, export
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.insert import (
-    aten,
-)
+from ptq4vm.graph.insert import arguments, aten
 from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.graph.views import scope
@@ -52,17 +51,12 @@ def _example(value: Any) -> Any:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
-    batch = Dim("batch")
-    shapes = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
+    batch, code = Dim("batch"), getattr(type(model).forward, "__code__", None)
+    shapes: Any = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
+    if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
+        shapes = (shapes,)  # of `forward(*args)` torch.export wants one nested tuple
     with torch.no_grad():
-        return export(model, inputs, dynamic_shapes=_by_argument(model, shapes), strict=False).module()
-
-
-def _by_argument(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """`forward(*args)` wants the shapes of its arguments as one nested tuple."""
-    code = getattr(type(model).forward, "__code__", None)
-    variadic = code is not None and code.co_argcount == 1 and code.co_flags & 0x04
-    return (shapes,) if variadic else shapes
+        return export(model, inputs, dynamic_shapes=shapes, strict=False).module()
 
 
 def _capture_message(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
@@ -141,10 +135,8 @@ def _window(image: Node) -> list[list[int]]:
     """Kernel, stride and padding of the convolution that reads an image."""
     for user in image.users:
         if user.target is aten.conv2d.default:
-            # x, weight, bias, stride, padding; trailing defaults are left out
-            given: list[Any] = list(user.args)
-            _, stride, padding = given[2:5] + [None, [1, 1], [0, 0]][len(given) - 2 :]
-            return [list(given[1].meta["val"].shape[2:]), list(stride), list(padding)]
+            _, weight, _, stride, padding, *_ = arguments(user)
+            return [list(weight.meta["val"].shape[2:]), list(stride), list(padding)]
     return []
 
 
@@ -152,12 +144,9 @@ def _guard_inputs(gm: GraphModule, inputs: tuple[Any, ...]) -> None:
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, value in zip(placeholders, inputs, strict=True):
         if isinstance(value, Tensor) and value.dim():
-            with gm.graph.inserting_before(_first_after_placeholders(gm.graph)):
-                arguments = (node, node.name, list(value.shape[1:]), _window(node))
-                checked = gm.graph.call_function(check_input, arguments)
+            first = next(node for node in gm.graph.nodes if node.op not in ("placeholder", "get_attr"))
+            with gm.graph.inserting_before(first):
+                captured = (node, node.name, list(value.shape[1:]), _window(node))
+                checked = gm.graph.call_function(check_input, captured)
             checked.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(checked, delete_user_cb=lambda user, checked=checked: user is not checked)
-
-
-def _first_after_placeholders(graph: fx.Graph) -> Node:
-    return next(node for node in graph.nodes if node.op not in ("placeholder", "get_attr"))

@@ -20,15 +20,15 @@ def class_tokens(gm: GraphModule, linears: Sequence[Node]) -> dict[Node, int]:
     """
     places: dict[Node, int] = {}
     for node in gm.graph.nodes:
-        if node.op != "call_function" or not _is_tokens(node):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, Tensor) or value.dim() != 3:
             continue
         place = _joined(node)
         if place is None and moves_tokens(node):
             place = _moved(node, places)
         elif place is None:
             inputs = [source for source in node.all_input_nodes if source in places]
-            tokens = node.meta["val"].shape[1]
-            place = next((places[source] for source in inputs if source.meta["val"].shape[1] == tokens), None)
+            place = next((places[source] for source in inputs if source.meta["val"].shape[1] == value.shape[1]), None)
         if place is not None:
             places[node] = place
     found = {linear: places[x] for linear in linears if (x := linear.all_input_nodes[0]) in places}
@@ -37,11 +37,6 @@ def class_tokens(gm: GraphModule, linears: Sequence[Node]) -> dict[Node, int]:
             "class_token_in_float is for models with a class token, and no linear of this one sees any: leave it out"
         )
     return found
-
-
-def _is_tokens(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() == 3
 
 
 def _joined(node: Node) -> int | None:

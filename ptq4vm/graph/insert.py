@@ -23,6 +23,13 @@ def module_of(gm: nn.Module, node: object) -> nn.Module | None:
     return gm.get_submodule(str(node.target)) if isinstance(node, Node) and node.op == "call_module" else None
 
 
+def arguments(node: Node) -> tuple[Any, ...]:
+    """All arguments of an operator in the order of its schema, with the defaults of those left out."""
+    target: Any = node.target
+    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return tuple(given.get(argument.name, argument.default_value) for argument in target._schema.arguments)
+
+
 def has_attribute(gm: nn.Module, name: str) -> bool:
     try:
         attribute(gm, name)

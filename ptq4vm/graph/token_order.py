@@ -74,14 +74,10 @@ def token_map(node: Node, until: Node | None = None) -> TokenMap | None:
     shape = source.meta["val"].shape
     if len(shape) < 3 or not all(isinstance(size, int) for size in shape[1:]):
         return None
-    indices = _indices(members, {other: 2 for other in sources if other is not source} | {source: _numbered(shape)})
+    # two images whose elements are their numbers from 1 on: zeros come from padding
+    numbers = torch.arange(1, 2 * math.prod(shape[1:]) + 1).view(2, *shape[1:])
+    indices = _indices(members, {other: 2 for other in sources if other is not source} | {source: numbers})
     return None if indices is None else _decoded(source, indices(node))
-
-
-def _numbered(shape: torch.Size) -> Tensor:
-    """Two images whose elements are their numbers from 1 on; zeros come from padding."""
-    count = math.prod(shape[1:])
-    return torch.arange(1, 2 * count + 1).view(2, *shape[1:])
 
 
 def _indices(members: dict[Node, None], values: dict[Node, Any]) -> Any:

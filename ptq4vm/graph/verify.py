@@ -75,15 +75,10 @@ def _problem(gm: GraphModule, node: Node, contents: _Contents) -> str | None:
     if node.op in ("call_module", "call_method") and not contents.traced:
         quantizes = node.op == "call_module" and hasattr(gm.get_submodule(str(node.target)), "calculate_qparams")
         return None if contents.modules and quantizes else "such calls have no place"
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return None
-    return _problem_of_operator(node.target, contents)
-
-
-def _problem_of_operator(target: Any, contents: _Contents) -> str | None:
     name = target.name().partition("::")[2].partition(".")[0]
-    if target.namespace == "ptq4vm" and name not in contents.operators:
-        return f"{target} has no place"
-    if target.namespace == "quantized_decomposed" and not contents.qdq:
-        return f"{target} has no place"
-    return None
+    foreign = target.namespace == "ptq4vm" and name not in contents.operators
+    foreign |= target.namespace == "quantized_decomposed" and not contents.qdq
+    return f"{target} has no place" if foreign else None

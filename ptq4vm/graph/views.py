@@ -5,9 +5,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ptq4vm.graph.insert import (
-    aten,
-)
+from ptq4vm.graph.insert import aten
 
 
 def scope(node: Node) -> str:

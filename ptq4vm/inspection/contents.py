@@ -11,10 +11,10 @@ from torch.fx import GraphModule
 
 from ptq4vm.formatting import mebibytes, table
 from ptq4vm.models.checkpoints import bad_values, open_checkpoint
-from ptq4vm.models.identify import Match, identify, listing, registered
+from ptq4vm.models.identify import Match, identify, registered
 from ptq4vm.passes.lower.fuse import fusions
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
-from ptq4vm.terminal_text import escaped
+from ptq4vm.terminal_text import escaped, listing
 
 
 def graph_report(quantized: GraphModule) -> tuple[dict[str, Any], list[str]]:

@@ -27,15 +27,11 @@ def draw(report: Report, folder: Path, count: int) -> list[Path]:
     """Draws `overview.png`, and one picture for each of the `count` worst linears; returns their paths."""
     worst = [str(row["name"]) for row in report.rows[:count]]
     layers = {layer.name: layer for layer in report.layers}
-    paths = [folder / "overview.png", *(folder / f"{_file_name(name)}.png" for name in worst)]
+    paths = [folder / "overview.png", *(folder / (re.sub(r"[^\w.@-]", "_", name) + ".png") for name in worst)]
     _save(_overview(report), paths[0])
     for name, path in zip(worst, paths[1:], strict=True):
         _save(_linear(layers[name]), path)
     return paths
-
-
-def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.@-]", "_", name)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -91,13 +87,9 @@ def _linear(layer: Layer) -> Any:
     axes = bottom.subplots(1, len(bands), squeeze=False, sharey=True)[0]
     for axis, color, (name, values) in zip(axes, (BEFORE, AFTER), bands.items(), strict=False):
         _bands(axis, name, values, activation, color)
-    figure.suptitle(_title(layer, activation), fontsize=11)
+    sqnr = "" if layer.input.sqnr is None else f", SQNR {layer.input.sqnr:.1f} dB"
+    figure.suptitle(f"input of {layer.name}, {activation.images} images{sqnr}", fontsize=11)
     return figure
-
-
-def _title(layer: Layer, activation: Activation) -> str:
-    title = f"input of {layer.name}, {activation.images} images"
-    return title if layer.input.sqnr is None else f"{title}, SQNR {layer.input.sqnr:.1f} dB"
 
 
 def _surface(axis: Any, name: str, values: Tensor, activation: Activation, highest: float) -> None:

@@ -3,7 +3,6 @@
 import base64
 import html
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,6 @@ def _shorter(name: str, values: Tensor) -> Tensor:
 
 
 def _numbers(values: Tensor) -> Any:
-    return [_numbers(row) for row in values] if values.dim() > 1 else [_rounded(value) for value in values.tolist()]
-
-
-def _rounded(value: float) -> float:
-    if not value:
-        return 0.0
-    return round(value, DIGITS - 1 - math.floor(math.log10(abs(value))))
+    if values.dim() > 1:
+        return [_numbers(row) for row in values]
+    return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]

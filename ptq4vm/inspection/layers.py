@@ -24,9 +24,8 @@ from ptq4vm.metadata import metadata_of
 from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.passes.prepare.pipeline import prepared_graph
-from ptq4vm.passes.quantized_nodes import QuantizedLinear, quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears, weight_of
 from ptq4vm.quantization_specs import IntegerRange
-from ptq4vm.quantizers import constant
 
 COLUMNS = {
     "output_sqnr_db": "output SQNR dB",
@@ -83,15 +82,9 @@ class Report:
 
 
 def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphModule:
-    """Returns the graph of the floating-point model that `quantized` was made from.
+    """Returns the graph of the floating-point model that `quantized` was made from, for images (B, C, H, W).
 
-    Args:
-        quantized: a converted graph.
-        model: the floating-point model.
-        images: example input (B, C, H, W).
-
-    Raises:
-        ValueError: the linears of `model` are not those of `quantized`.
+    Raises ValueError where the linears of `model` are not those of `quantized`.
     """
     metadata = metadata_of(quantized)
     graph = floating(model, images, exclude=metadata.config.exclude, rotation=metadata.config.rotation)
@@ -112,12 +105,9 @@ def _shape(linear: Any) -> str:
 
 
 def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
-    """Returns the graph of a floating-point model in which the linears to quantize are marked.
+    """Returns the graph of a model for images (B, C, H, W), in which the linears to quantize are marked.
 
-    Args:
-        model: the floating-point model.
-        images: example input (B, C, H, W).
-        changes: options of `QuantConfig`, such as `exclude`.
+    `changes` are options of `QuantConfig`, such as `exclude`.
 
     Example:
         >>> import timm, torch, ptq4vm.models
@@ -132,19 +122,11 @@ def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
 def measure(
     quantized: GraphModule, batches: Sequence[Tensor], *, against: GraphModule | None = None, figures: bool = False
 ) -> list[Layer]:
-    """Measures every integer linear of a lowered graph.
+    """Measures every integer linear of a lowered graph on images (B, C, H, W), in graph order.
 
-    Args:
-        quantized: a lowered graph.
-        batches: images (B, C, H, W).
-        against: the floating-point graph that `original` returns; without it only the inputs are measured.
-        figures: keep the activations, of which pictures are drawn.
-
-    Returns:
-        The measurements of the linears, in graph order.
-
-    Raises:
-        ValueError: the graph is not lowered, or values in it are not finite.
+    `against` is the floating-point graph that `original` returns; without it only the inputs are measured. `figures`
+    keeps the activations, of which pictures are drawn. Raises ValueError where the graph is not lowered, or values in
+    it are not finite.
 
     Example:
         >>> import torch, ptq4vm
@@ -159,8 +141,8 @@ def measure(
         raise ValueError("only lowered models are measured: call ptq4vm.convert(prepared) without lower=False")
     layers = {node: Layer(name=site.name) for node, site in sites.items()}
     if against is not None:
-        for site, layer, weight in zip(sites.values(), layers.values(), _weights(against), strict=True):
-            layer.output, layer.weight = Fidelity(), _weight_fidelity(quantized, site, weight)
+        for site, layer, linear in zip(sites.values(), layers.values(), quantized_linears(against), strict=True):
+            layer.output, layer.weight = Fidelity(), _weight_fidelity(quantized, site, weight_of(linear))
     watched = {node: site.watched for node, site in sites.items()}
     with torch.inference_mode():
         for images in _bar(batches):
@@ -172,17 +154,9 @@ def measure(
 
 
 def watch(model: GraphModule, batches: Sequence[Tensor]) -> list[Layer]:
-    """Measures the inputs of the linears of a floating-point graph.
+    """Measures the inputs of the linears of a graph that `floating` returns, in graph order, as their activations.
 
-    Args:
-        model: the graph that `floating` returns.
-        batches: images (B, C, H, W).
-
-    Returns:
-        The linears in graph order, each with its activation.
-
-    Raises:
-        ValueError: an input has values that are not finite.
+    Raises ValueError for an input with values that are not finite.
     """
     layers = {
         linear.name: Layer(name=linear.name, activation=Activation(linear.tokens, linear.in_features))
@@ -275,19 +249,9 @@ def _weight_fidelity(quantized: GraphModule, site: _Site, weight: Tensor) -> Fid
     return fidelity
 
 
-def _weights(model: GraphModule) -> list[Tensor]:
-    with torch.no_grad():
-        weights: list[Any] = [linear.node.args[1] for linear in _linears(model)]
-        return [constant(model, quantizer.args[0]).detach() for quantizer in weights]
-
-
-def _linears(model: GraphModule) -> list[QuantizedLinear]:
-    return quantized_linears(model)
-
-
 def _see(model: GraphModule, images: Tensor) -> Iterator[tuple[str, list[Tensor]]]:
     """Yields name, input and output of every linear of a prepared graph."""
-    names = {linear.node: linear.name for linear in _linears(model)}
+    names = {linear.node: linear.name for linear in quantized_linears(model)}
     for node, values in walk(model, images, {node: (node.args[0], node) for node in names}):
         yield names[node], values
 

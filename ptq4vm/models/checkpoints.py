@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps
-from ptq4vm.models.identify import Differences, identify, listing, shapes_of, translated
+from ptq4vm.models.identify import Differences, identify, shapes_of, translated
 from ptq4vm.models.weight_files import read_weight_file
 from ptq4vm.models.weight_names import COUNTERS, find_weights, without_prefix
-from ptq4vm.terminal_text import escaped
+from ptq4vm.terminal_text import escaped, listing
 
 logger = logging.getLogger(__name__)
 
 AXES = 64
 """Largest number of axes that torch can index."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT8 = tuple(value for name, value in vars(torch).items() if name.startswith("float8_"))
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -77,7 +78,9 @@ def open_checkpoint(
     strangers = [name for name, value in weights.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
     if strangers:
         raise ValueError(f"{path}: these entries among the weights are not tensors: {listing(strangers)}")
-    _check_dense(path, weights)
+    for name, value in weights.items():
+        if odd := _oddity(value):
+            raise ValueError(f"{path}: {escaped(name)} is {odd}; save it as a dense tensor of floating-point numbers")
     prefix, kept = without_prefix(weights, names, path, ema)
     return Checkpoint(
         weights={new: weights[old].detach() for old, new in kept.items()},
@@ -183,14 +186,8 @@ def _fill(
         raise
 
 
-def _check_dense(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuses every tensor that is not an ordinary dense array of numbers: its properties may raise or lie."""
-    for name, value in weights.items():
-        if odd := _oddity(value):
-            raise ValueError(f"{path}: {escaped(name)} is {odd}; save it as a dense tensor of floating-point numbers")
-
-
 def _oddity(value: Tensor) -> str | None:
+    """Returns how a tensor is no ordinary dense array of numbers: its properties may raise or lie."""
     if value.is_nested:
         return "a nested tensor"
     if value.layout != torch.strided:
@@ -201,7 +198,7 @@ def _oddity(value: Tensor) -> str | None:
         return f"a tensor on the device {value.device.type}, without values"
     if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
         return f"a {type(value).__name__}"
-    if value.is_complex() or value.dtype not in (*FLOATS, *INTEGERS, torch.bool, *_float8()):
+    if value.is_complex() or value.dtype not in (*FLOATS, *INTEGERS, torch.bool, *FLOAT8):
         return f"of dtype {_dtype(value)}"
     if value.ndim > AXES:
         return f"of {value.ndim} axes"
@@ -209,10 +206,6 @@ def _oddity(value: Tensor) -> str | None:
     spread = sum((size - 1) * stride for size, stride in axes)
     held = math.prod(size for size, stride in axes if stride)
     return "a tensor whose values overlap in memory" if held > max(spread, 0) + 1 else None
-
-
-def _float8() -> tuple[torch.dtype, ...]:
-    return tuple(value for name, value in vars(torch).items() if name.startswith("float8_"))
 
 
 def _way_out(model: nn.Module, found: Differences, weights: Mapping[str, Tensor]) -> str:

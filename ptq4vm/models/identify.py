@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
-from ptq4vm.terminal_text import escaped
+from ptq4vm.terminal_text import listing
 
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
@@ -156,12 +156,6 @@ def translated(model: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
     """Returns the weights of an older release under the names that the model has now."""
     translate = getattr(model, "checkpoint_filter", None)
     return weights if translate is None else translate(weights)
-
-
-def listing(names: Iterable[object]) -> str:
-    shown = [escaped(str(name)) for name in names]
-    more = f", … ({len(shown)} in all)" if len(shown) > 8 else ""
-    return ", ".join(shown[:8]) + more
 
 
 @dataclass(frozen=True, slots=True)

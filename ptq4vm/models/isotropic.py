@@ -91,7 +91,10 @@ class Block(nn.Module):
 
 
 class IsotropicMamba(nn.Module):
-    """Classifier, (B, C, H, W) images → (B, num_classes) logits, from a class token in the middle or the mean token."""
+    """Classifier, (B, C, H, W) images → (B, num_classes) logits, from a class token in the middle or the mean token.
+
+    Without a class token, positions are rotary too.
+    """
 
     def __init__(
         self,
@@ -100,7 +103,6 @@ class IsotropicMamba(nn.Module):
         num_classes: int,
         embed_dim: int,
         class_token: bool,
-        rotary: bool,
         drop_path_rate: float,
     ) -> None:
         super().__init__()
@@ -112,7 +114,7 @@ class IsotropicMamba(nn.Module):
         if class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + class_token, embed_dim))
-        self.rope = RotaryEmbedding(embed_dim, patch_embed.grid_size) if rotary else None
+        self.rope = RotaryEmbedding(embed_dim, patch_embed.grid_size) if not class_token else None
         rates = [drop_path_rate * i / max(1, len(mixers) - 1) for i in range(len(mixers))]
         self.layers = nn.ModuleList(Block(embed_dim, *pair) for pair in zip(mixers, rates, strict=True))
         self.norm_f = nn.RMSNorm(embed_dim, eps=1e-5)
@@ -140,8 +142,9 @@ class IsotropicMamba(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        names = {name for name, _ in self.named_parameters()}
-        return {name for name in names if name in ("cls_token", "pos_embed") or _is_state(name.rpartition(".")[2])}
+        leaves = {name: name.rpartition(".")[2] for name, _ in self.named_parameters()}
+        whole = ("cls_token", "pos_embed", "D")
+        return {name for name, leaf in leaves.items() if leaf in whole or leaf.startswith(("A_", "D_"))}
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -171,8 +174,3 @@ class IsotropicMamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
-
-
-def _is_state(leaf: str) -> bool:
-    """Whether a parameter belongs to the scan itself, not to its projections: A_log, A_b_log, A_log_3, D, D_b, D_3."""
-    return leaf.startswith("A_") or leaf == "D" or leaf.startswith("D_")

@@ -12,7 +12,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 
 from ptq4vm.models.isotropic import IsotropicMamba, Mixer
-from ptq4vm.models.registry import preprocessing, register
+from ptq4vm.models.registry import register
 from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table
 
 SEARCHED = direction_table(
@@ -106,7 +106,6 @@ class LocalVim(IsotropicMamba):
             num_classes,
             embed_dim,
             class_token=class_token,
-            rotary=not class_token,
             drop_path_rate=drop_path_rate,
         )
 
@@ -124,5 +123,4 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BUNDLED = {"local_vim_nano_patch4_32": ("digits",), "local_vim_micro_patch4_32": ("cifar10",)}
 
-default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")
-register(LocalVim, SIZES)
+register(LocalVim, SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")

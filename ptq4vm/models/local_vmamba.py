@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_last
-from ptq4vm.models.registry import preprocessing, register
+from ptq4vm.models.registry import register
 from ptq4vm.models.scan_order import ChannelGate, Direction, direction_table, transpose_map
 
 TINY = direction_table(
@@ -45,20 +45,12 @@ NANO = (
 MICRO = (*NANO, NANO[0])
 
 
-class MultiScan(nn.Module):
-    """Channel gate under the name that it has in the checkpoints."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.attn = ChannelGate(channels)
-
-
 class LocalSS2D(SS2D):
     """SS2D gated by the second half of in_proj's output; every direction goes through the block's channel gate."""
 
     def __init__(self, dim: int, inner: int, state: int, directions: Sequence[str]) -> None:
         super().__init__(dim, inner, state, [Direction.parse(name) for name in directions], gated=True)
-        self.multi_scan = MultiScan(inner)
+        self.multi_scan = nn.ModuleDict({"attn": ChannelGate(inner)})
 
     def forward(self, x: Tensor) -> Tensor:
         x, z = self.in_proj(x).chunk(2, dim=-1)
@@ -74,7 +66,7 @@ class LocalSS2D(SS2D):
         longest = max(other.length(height, width) for other in self.directions)
         u = F.pad(direction.scan(tokens, height, width), (0, 0, 0, longest - own))
         y = self.scan_direction(k, u)[:, :own]
-        return self.multi_scan.attn(_restore(direction, y, height, width))
+        return self.multi_scan["attn"](_restore(direction, y, height, width))
 
 
 def _restore(direction: Direction, y: Tensor, height: int, width: int) -> Tensor:
@@ -162,5 +154,4 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BUNDLED = {"local_vmamba_nano_32": ("digits",), "local_vmamba_micro_32": ("cifar10",)}
 
-default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.0", classifier="classifier.head")
-register(LocalVMamba, SIZES, FeatureMaps)
+register(LocalVMamba, SIZES, BUNDLED, FeatureMaps, first_conv="patch_embed.0", classifier="classifier.head")

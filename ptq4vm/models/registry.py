@@ -1,7 +1,7 @@
 """Registers the models of this package with timm."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,14 @@ PRETRAINED = Path(__file__).parent / "pretrained"
 NOT_ARCHITECTURE = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
 """Arguments of timm's `create_model` that are not arguments of the model."""
 
+_IMAGENET: dict[str, Any] = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.875,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+}
 _STATISTICS = {
     "digits": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
@@ -22,51 +30,35 @@ _STATISTICS = {
 """Mean and standard deviation of the pixels, by the dataset, with which the tags of bundled weights begin."""
 
 
-def preprocessing(names: Iterable[str], bundled: Mapping[str, Sequence[str]], **ends: Any) -> Any:
-    """Returns timm's `default_cfgs` for a family.
+def register(
+    model_class: type[nn.Module],
+    sizes: Mapping[str, Mapping[str, Any]],
+    bundled: Mapping[str, Sequence[str]],
+    features: Callable[..., nn.Module] | None = None,
+    **ends: str,
+) -> None:
+    """Adds the models of a family to timm's registry, and their preprocessing to the module of their class.
 
     Args:
-        names: models of the family. Those that are not in `bundled` take ImageNet's images, 224×224.
-        bundled: tags of the bundled weights by model; these models take 32×32 images of 10 classes.
+        model_class: class of the models.
+        sizes: arguments of the class by the name of the model.
+        bundled: tags of the bundled weights by model; these models take 32×32 images of 10 classes, the others
+            ImageNet's, 224×224.
+        features: makes a backbone of a model, for `features_only=True`.
         ends: names of the parts at both ends of the model, `first_conv` and `classifier`.
     """
-    cfgs: Any = {name: _imagenet() | ends for name in names if name not in bundled}
-    small = {f"{name}.{tag}": _small_images(name, tag) | ends for name, tags in bundled.items() for tag in tags}
-    return generate_default_cfgs(cfgs | small)
-
-
-def _imagenet() -> dict[str, Any]:
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-    }
+    module: Any = sys.modules[model_class.__module__]
+    cfgs: Any = {name: _IMAGENET | ends for name in sizes if name not in bundled}
+    cfgs |= {f"{name}.{tag}": _small_images(name, tag) | ends for name, tags in bundled.items() for tag in tags}
+    module.default_cfgs = generate_default_cfgs(cfgs)
+    for name, arguments in sizes.items():
+        setattr(module, name, register_model(_entrypoint(model_class, name, arguments, features)))
 
 
 def _small_images(name: str, tag: str) -> dict[str, Any]:
     mean, std = _STATISTICS[tag.partition("_")[0]]
     changes = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
-    return _imagenet() | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
-
-
-def register(
-    model_class: type[nn.Module],
-    sizes: Mapping[str, Mapping[str, Any]],
-    features: Callable[..., nn.Module] | None = None,
-) -> None:
-    """Adds models to timm's registry; the module of `model_class` must have `default_cfgs`.
-
-    Args:
-        model_class: class of the models.
-        sizes: arguments of the class by the name of the model.
-        features: makes a backbone of a model, for `features_only=True`.
-    """
-    module = sys.modules[model_class.__module__]
-    for name, arguments in sizes.items():
-        setattr(module, name, register_model(_entrypoint(model_class, name, arguments, features)))
+    return _IMAGENET | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
 
 
 def _entrypoint(

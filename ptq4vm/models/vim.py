@@ -9,7 +9,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor
 
 from ptq4vm.models.isotropic import IsotropicMamba, Mixer
-from ptq4vm.models.registry import preprocessing, register
+from ptq4vm.models.registry import register
 from ptq4vm.models.scan_order import ROWS, ROWS_FLIP
 
 
@@ -65,7 +65,6 @@ class Vim(IsotropicMamba):
             num_classes,
             embed_dim,
             class_token=True,
-            rotary=False,
             drop_path_rate=drop_path_rate,
         )
 
@@ -82,5 +81,4 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BUNDLED = {"vim_nano_patch4_32": ("digits", "digits_hard"), "vim_micro_patch4_32": ("cifar10",)}
 
-default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")
-register(Vim, SIZES)
+register(Vim, SIZES, BUNDLED, first_conv="patch_embed.proj", classifier="head")

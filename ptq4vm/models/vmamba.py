@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ptq4vm.models.hierarchical import SS2D, FeatureMaps, HierarchicalMamba, to_channels_first, to_channels_last
-from ptq4vm.models.registry import preprocessing, register
+from ptq4vm.models.registry import register
 from ptq4vm.models.scan_order import COLUMNS, COLUMNS_FLIP, ROWS, ROWS_FLIP
 
 CROSS_SCAN = (ROWS, COLUMNS, ROWS_FLIP, COLUMNS_FLIP)
@@ -88,5 +88,4 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 BUNDLED = {"vmamba_nano_32": ("digits",), "vmamba_micro_32": ("cifar10",)}
 
-default_cfgs = preprocessing(SIZES, BUNDLED, first_conv="patch_embed.0", classifier="classifier.head")
-register(VMamba, SIZES, FeatureMaps)
+register(VMamba, SIZES, BUNDLED, FeatureMaps, first_conv="patch_embed.0", classifier="classifier.head")

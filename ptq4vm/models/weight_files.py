@@ -17,8 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ptq4vm.models.identify import listing
-from ptq4vm.terminal_text import escaped
+from ptq4vm.terminal_text import escaped, listing
 
 logger = logging.getLogger(__name__)
 

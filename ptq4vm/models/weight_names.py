@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ptq4vm.models.identify import listing
+from ptq4vm.terminal_text import listing
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "params", "network", "net", "weights", "model_state")
 EMA_CONTAINERS = ("model_ema", "ema_model", "state_dict_ema", "ema", "params_ema", "ema_state_dict", "averaged_model")

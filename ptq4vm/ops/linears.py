@@ -86,7 +86,8 @@ def linear(
     return rescale(accumulate(x, x_zero_point, w_q), x_scale, weight_scale, bias, out_dtype).contiguous()
 
 
-_Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+Packed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
+"""The arguments of a packed linear, before the type of its result."""
 _PACKED = (
     "Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_sum, Tensor weight_scale, Tensor? bias"
 )
@@ -127,7 +128,7 @@ def check_sums(name: str, sums: Tensor, channels: int) -> None:
         )
 
 
-def linear_packed(*inputs: *tuple[*_Packed, torch.dtype]) -> Tensor:
+def linear_packed(*inputs: *tuple[*Packed, torch.dtype]) -> Tensor:
     """Computes `linear` with a weight of `pack_weight` or `pad_weight`, and the int32 sums of its rows' codes.
 
     Sums are shaped as weight_scale. weight_scale (N,) is one linear of x (…, D). weight_scale (K, N) is K of them, with
@@ -148,7 +149,7 @@ def _gelu_shapes(values: Values) -> str:
     return f"{_SHAPES}; inv_scale float tokens; zero_point zeros =inv_scale; inv_smooth float N; bits bits"
 
 
-def linear_gelu_quantize(*inputs: *tuple[*_Packed, bool, *QParams]) -> Tensor:
+def linear_gelu_quantize(*inputs: *tuple[*Packed, bool, *QParams]) -> Tensor:
     """Returns the codes of one linear's GELU (the exact one, with erf), or of its rotation: an MLP's second input."""
     return quantize_output(F.gelu(linear_packed(*inputs[:7], torch.float32)), *inputs[7:])
 

@@ -78,10 +78,6 @@ def affine_qparams(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor
     return scale, zero_point.nan_to_num(0.0).to(torch.int32)
 
 
-def _choose_qparams_fake(x: Tensor, inv_smooth: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[:-1], dtype=torch.float32), x.new_empty(x.shape[:-1], dtype=torch.int32)
-
-
 def _check_channels(values: Values) -> None:
     if not values["x"].shape[-1]:
         raise ValueError("x needs channels: no token has a range without them")
@@ -104,6 +100,6 @@ define(
     "choose_qparams(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)",
     choose_qparams,
     "x float ... D; inv_smooth float D; bits bits",
-    _choose_qparams_fake,
+    lambda x, *rest: tuple(x.new_empty(x.shape[:-1], dtype=dtype) for dtype in (torch.float32, torch.int32)),
     checks=(_check_channels,),
 )

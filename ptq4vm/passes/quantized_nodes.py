@@ -1,7 +1,7 @@
 """Finds what is quantized in a prepared graph: linears, outputs, convolutions, scans."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ptq4vm.graph.insert import module_of
 from ptq4vm.graph.sites import ConvolutionSite, LinearSite, sites_of
 from ptq4vm.quantizers import (
     ActivationFakeQuantize,
+    FakeQuantize,
     OutputFakeQuantize,
     ScanFakeQuantize,
     WeightFakeQuantize,
@@ -40,56 +41,54 @@ class QuantizedLinear:
         return ops.rotate(ops.rotate(x) * inverse) if self.rotated else x * inverse
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedOutput:
-    """A value of a prepared graph that is quantized where it is made."""
-
-    name: str
-    node: Node
-    """The fake-quantizer's."""
-    fake: OutputFakeQuantize
+_Fake = TypeVar("_Fake", bound=FakeQuantize)
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedConvolution:
-    """A convolution of a prepared graph with its weight's fake-quantizer."""
+class QuantizedNode(Generic[_Fake]):
+    """A quantized output, a scan with a quantized state, or a convolution with a quantized weight."""
 
-    name: str
     node: Node
-    weight: WeightFakeQuantize
+    """The fake-quantizer's, which a scan's replaces; or the convolution."""
+    fake: _Fake
+
+    @property
+    def name(self) -> str:
+        return self.fake.name
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedScan:
-    """A scan of a prepared graph with a quantized state."""
-
-    name: str
-    node: Node
-    fake: ScanFakeQuantize
+QuantizedOutput = QuantizedNode[OutputFakeQuantize]
+QuantizedScan = QuantizedNode[ScanFakeQuantize]
+QuantizedConvolution = QuantizedNode[WeightFakeQuantize]
 
 
 def quantized_outputs(prepared: GraphModule) -> list[QuantizedOutput]:
-    """The values of a prepared graph that are quantized where they are made, in graph order."""
-    found = [(node, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
-    return [QuantizedOutput(fake.name, node, fake) for node, fake in found if isinstance(fake, OutputFakeQuantize)]
+    """Returns the values of a prepared graph that are quantized where they are made, in graph order."""
+    return _calls(prepared, OutputFakeQuantize)
 
 
 def quantized_scans(prepared: GraphModule) -> list[QuantizedScan]:
-    """The scans of a prepared graph with a quantized state, in graph order."""
+    """Returns the scans of a prepared graph with a quantized state, in graph order."""
+    return _calls(prepared, ScanFakeQuantize)
+
+
+def _calls(prepared: GraphModule, kind: type[_Fake]) -> list[QuantizedNode[_Fake]]:
     found = [(node, module_of(prepared, node)) for node in prepared.graph.find_nodes(op="call_module")]
-    return [QuantizedScan(fake.name, node, fake) for node, fake in found if isinstance(fake, ScanFakeQuantize)]
-
-
-def convolution_weight(prepared: GraphModule, convolution: QuantizedConvolution) -> Tensor:
-    """The weight (N, …) as its fake-quantizer sees it."""
-    quantizer: Any = convolution.node.args[1]
-    return constant(prepared, quantizer.args[0]).detach().float()
+    return [QuantizedNode(node, fake) for node, fake in found if isinstance(fake, kind)]
 
 
 def quantized_convolutions(prepared: GraphModule) -> list[QuantizedConvolution]:
-    """The convolutions of a prepared graph with a quantized weight, in graph order."""
+    """Returns the convolutions of a prepared graph with a quantized weight, in graph order."""
     found = [(node, module_of(prepared, node.args[1])) for node in sites_of(prepared, ConvolutionSite)]
-    return [QuantizedConvolution(fake.name, node, fake) for node, fake in found if isinstance(fake, WeightFakeQuantize)]
+    return [QuantizedNode(node, fake) for node, fake in found if isinstance(fake, WeightFakeQuantize)]
+
+
+def weight_of(quantized: QuantizedLinear | QuantizedConvolution) -> Tensor:
+    """Returns the weight (N, …) of a linear or a convolution as its fake-quantizer sees it: smoothed, float32."""
+    quantizer: Any = quantized.node.args[1]
+    gm = quantized.node.graph.owning_module
+    assert gm is not None
+    return constant(gm, quantizer.args[0]).detach().float()
 
 
 def quantized_linears(prepared: GraphModule) -> list[QuantizedLinear]:

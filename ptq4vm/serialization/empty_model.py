@@ -11,11 +11,11 @@ from ptq4vm.metadata import metadata_of
 from ptq4vm.passes.lower.pipeline import converted_graph, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
 from ptq4vm.passes.quantized_nodes import (
-    convolution_weight,
     quantized_convolutions,
     quantized_linears,
     quantized_outputs,
     quantized_scans,
+    weight_of,
 )
 from ptq4vm.quantization_specs import Granularity
 
@@ -32,7 +32,7 @@ def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], con
         single = output.fake.granularity is Granularity.PER_TENSOR
         output.fake.scale = torch.ones(1 if single else output.node.meta["val"].shape[output.fake.axis])
     for convolution in quantized_convolutions(prepared):
-        convolution.weight.scale = torch.ones(len(convolution_weight(prepared, convolution)))
+        convolution.fake.scale = torch.ones(len(weight_of(convolution)))
     for scan in quantized_scans(prepared):
         per_token = config.state is not None and (config.state.per_token or config.state.factors is not None)
         scan.fake.scale = torch.ones(scan.node.meta["val"].shape[1] if per_token else 1)

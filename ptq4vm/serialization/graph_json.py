@@ -9,6 +9,7 @@ caller allows it by name, and an argument is of one of the few kinds in `json_va
 refused by name.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -116,13 +117,13 @@ def build(description: Any, root: nn.Module, operators: Collection[str] = ()) ->
     nodes: dict[str, Node] = {}
     stacks = [_stack(levels) for levels in description["scopes"]]
     inputs = iter(description["inputs"])
-    targets: dict[Any, Callable[..., Any]] = {}
+    find = functools.cache(functools.partial(find_operator, allowed=operators))
     for entry in description["nodes"]:
         name = identifier(entry["name"], "the name of a node")
         if name in nodes:
             raise GraphFormatError(f"two nodes are called {name}")
         try:
-            node = _build_node(graph, name, entry, nodes, root, operators, targets)
+            node = _build_node(graph, name, entry, nodes, root, find)
         except GraphFormatError as error:
             raise GraphFormatError(f"{name}: {error}") from None
         if node.name != name:
@@ -143,8 +144,7 @@ def _build_node(
     entry: Mapping[str, Any],
     nodes: Mapping[str, Node],
     root: nn.Module,
-    allowed: Collection[str],
-    targets: dict[Any, Callable[..., Any]],
+    find: Callable[[Any], Callable[..., Any]],
 ) -> Node:
     if "input" in entry:
         return graph.create_node("placeholder", identifier(entry["input"], "the name of an input"), name=name)
@@ -154,9 +154,7 @@ def _build_node(
             raise GraphFormatError(f"there is no tensor {path}")
         return graph.create_node("get_attr", path, name=name)
     called = entry["call"]
-    if called not in targets:
-        targets[called] = find_operator(called, allowed)
-    target = targets[called]
+    target = find(called)
     arguments = [decode(value, nodes) for value in entry.get("args", [])]
     options = {
         identifier(key, "the name of an argument"): decode(value, nodes)

@@ -1,6 +1,7 @@
-"""Shared by the kernels: the rounding of codes, the launch, and checks of shapes.
+"""Shared by the kernels: the rounding of codes, and the launch.
 
-Shapes as in `reference`. Offsets have 64 bits; a row's number has as many as the number of rows needs.
+Shapes as in `ops`, which has checked all arguments. Offsets have 64 bits; a row's number has as many as the number
+of rows needs.
 """
 
 from typing import Any
@@ -52,16 +53,6 @@ def gelu(x):
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
-def check_shape(name: str, x: Tensor | None, *shape: int) -> None:
-    if x is not None and tuple(x.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(x.shape)}, the other arguments ask for {shape}")
-
-
-def check_bits(bits: int) -> None:
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be between 2 and 8, got {bits}")
-
-
 def float32(x: Tensor) -> Tensor:
     return x.to(torch.float32).contiguous()
 
@@ -70,25 +61,6 @@ def optional_float32(x: Tensor | None) -> Tensor | None:
     return None if x is None else float32(x)
 
 
-def read_qparams(x: Tensor, scale: Tensor, zero_point: Tensor, directions: int | None) -> tuple[Tensor, Tensor, int]:
-    """Scales, zero points, and how many there are of x (…, L, D): one, one a token, or one a row.
-
-    With `directions` they have an axis for these, which is x's first axis too.
-    """
-    lead = () if directions is None else (directions,)
-    rows = x.shape[len(lead) : -1]
-    tokens = rows[-1] if rows else 1
-    own = scale.shape[len(lead) :]
-    if scale.shape[: len(lead)] != lead:
-        raise ValueError(
-            f"qparams of {directions} directions need an axis for them, not the shape {tuple(scale.shape)}"
-        )
-    if len(own) == 1 and own[0] not in (1, tokens):
-        raise ValueError(
-            f"token scales were calibrated for {own[0]} tokens, the input has {tokens}; "
-            "calibrate at this resolution or use Granularity.PER_TENSOR"
-        )
-    if len(own) != 1 and own != rows:
-        raise ValueError(f"scales of shape {tuple(scale.shape)} do not fit an input of shape {tuple(x.shape)}")
-    check_shape("zero_point", zero_point, *scale.shape)
-    return float32(scale), zero_point.to(torch.int32).contiguous(), max(1, own.numel())
+def read_qparams(scale: Tensor, zero_point: Tensor, stacked: bool = False) -> tuple[Tensor, Tensor, int]:
+    """Returns scales, zero points, and how many there are, of each direction if stacked: one, one a token or a row."""
+    return float32(scale), zero_point.to(torch.int32).contiguous(), max(1, scale.shape[stacked:].numel())

@@ -3,23 +3,17 @@
 Computed in float32. Rows of x may lie anywhere, as long as their channels are neighbours.
 """
 
+import math
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm.backend.triton.common import (
-    check_bits,
-    check_shape,
-    code,
-    float32,
-    launch,
-    optional_float32,
-    read_qparams,
-    silu,
-    tile,
-)
+from ptq4vm.backend.triton.common import code, float32, launch, optional_float32, read_qparams, silu, tile
 from ptq4vm.ops import convolution_1d
+from ptq4vm.ops.quantization import QParams
 
 NUMBERS = 1024
 """Results of a program."""
@@ -36,12 +30,12 @@ def conv1d_kernel(
     y,
     inv_scale,
     zero_point,
+    scales,
     inv_smooth,
     codes,
     batch,
     tokens,
     channels,
-    scales,
     TAPS: tl.constexpr,
     SILU: tl.constexpr,
     BITS: tl.constexpr,
@@ -86,82 +80,55 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     """float64 takes the reference, for the sake of gradient checks."""
     if x.dtype == torch.float64:
         return convolution_1d.causal_conv1d(x, weight, bias, silu)
-    channels, taps = x.shape[-1], weight.shape[-1]
-    check_shape("weight", weight, channels, taps)
-    check_shape("bias", bias, channels)
-    x = _with_rows(x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    steps, width = _steps(x)
-    launch(
-        conv1d_kernel,
-        x.shape[0] * triton.cdiv(x.shape[1], steps) * triton.cdiv(channels, width),
-        x,
-        x.stride(0),
-        x.stride(1),
-        float32(weight),
-        optional_float32(bias),
-        None,
-        y,
-        None,
-        None,
-        None,
-        None,
-        *x.shape,
-        1,
-        TAPS=taps,
-        SILU=silu,
-        BITS=8,
-        STEPS=steps,
-        CHANNELS=width,
-    )
+    _launch_conv1d(x, weight, bias, None, y, (None, None, 1), None, None, SILU=silu, BITS=8)
     return y
 
 
 def conv1d_quantize(
+    x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, *qparams: *QParams
+) -> tuple[Tensor, Tensor]:
+    inv_scale, zero_point, inv_smooth, bits = qparams
+    y = torch.empty((len(weight), *x.shape), dtype=x.dtype, device=x.device)
+    codes = torch.empty_like(y, dtype=torch.int8)
+    scales, order = read_qparams(inv_scale, zero_point, stacked=True), order.to(torch.int32).contiguous()
+    _launch_conv1d(x, weight, bias, order, y, scales, inv_smooth, codes, SILU=True, BITS=bits)
+    return y, codes
+
+
+def _launch_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    order: Tensor,
-    inv_scale: Tensor,
-    zero_point: Tensor,
+    order: Tensor | None,
+    y: Tensor,
+    qparams: tuple[Tensor | None, Tensor | None, int],
     inv_smooth: Tensor | None,
-    bits: int,
-) -> tuple[Tensor, Tensor]:
-    directions, channels, taps = weight.shape
-    shape = (directions, *x.shape)
-    check_bits(bits)
-    check_shape("weight", weight, directions, x.shape[-1], taps)
-    check_shape("bias", bias, directions, channels)
-    check_shape("order", order, directions, x.shape[1])
-    check_shape("inv_smooth", inv_smooth, directions, channels)
+    codes: Tensor | None,
+    **constants: Any,
+) -> None:
     x = _with_rows(x)
-    inv_scale, zero_point, scales = _of_directions(x, inv_scale, zero_point, directions)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
-    codes = torch.empty_like(y, dtype=torch.int8)
-    steps, width = _steps(x)
+    *items, tokens, channels = y.shape
+    steps, width = tile(channels, NUMBERS)
     launch(
         conv1d_kernel,
-        directions * x.shape[0] * triton.cdiv(x.shape[1], steps) * triton.cdiv(channels, width),
+        math.prod(items) * triton.cdiv(tokens, steps) * triton.cdiv(channels, width),
         x,
         x.stride(0),
         x.stride(1),
         float32(weight),
         optional_float32(bias),
-        order.to(torch.int32).contiguous(),
+        order,
         y,
-        inv_scale,
-        zero_point,
+        *qparams,
         optional_float32(inv_smooth),
         codes,
         *x.shape,
-        scales,
-        TAPS=taps,
-        SILU=True,
-        BITS=bits,
+        TAPS=weight.shape[-1],
         STEPS=steps,
         CHANNELS=width,
+        **constants,
     )
-    return y, codes
 
 
 @triton.jit
@@ -174,6 +141,7 @@ def conv2d_kernel(
     y,
     inv_scale,
     zero_point,
+    scales,
     inv_smooth,
     codes,
     directions,
@@ -181,7 +149,6 @@ def conv2d_kernel(
     height,
     width,
     channels,
-    scales,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
@@ -220,31 +187,15 @@ def conv2d_kernel(
 
 
 def conv2d_quantize(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    height: int,
-    width: int,
-    inv_scale: Tensor,
-    zero_point: Tensor,
-    inv_smooth: Tensor | None,
-    bits: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, height: int, width: int, *qparams: *QParams
 ) -> tuple[Tensor, Tensor]:
+    inv_scale, zero_point, inv_smooth, bits = qparams
     batch, tokens, channels = x.shape
     directions, rows, columns = len(inv_scale), *weight.shape[1:]
-    if height * width != tokens:
-        raise ValueError(f"a map of {height} by {width} has not {tokens} tokens")
-    if not rows % 2 or not columns % 2:
-        raise ValueError(f"a kernel of {rows} by {columns} has no middle: both must be odd")
-    check_bits(bits)
-    check_shape("weight", weight, channels, rows, columns)
-    check_shape("bias", bias, channels)
-    check_shape("inv_smooth", inv_smooth, directions, channels)
     x = _with_rows(x)
-    inv_scale, zero_point, scales = _of_directions(x, inv_scale, zero_point, directions)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     codes = torch.empty((directions, *x.shape), dtype=torch.int8, device=x.device)
-    steps, panel = _steps(x)
+    steps, panel = tile(channels, NUMBERS)
     launch(
         conv2d_kernel,
         batch * triton.cdiv(tokens, steps) * triton.cdiv(channels, panel),
@@ -254,8 +205,7 @@ def conv2d_quantize(
         float32(weight),
         optional_float32(bias),
         y,
-        inv_scale,
-        zero_point,
+        *read_qparams(inv_scale, zero_point, stacked=True),
         optional_float32(inv_smooth),
         codes,
         directions,
@@ -263,7 +213,6 @@ def conv2d_quantize(
         height,
         width,
         channels,
-        scales,
         ROWS=rows,
         COLUMNS=columns,
         BITS=bits,
@@ -275,15 +224,3 @@ def conv2d_quantize(
 
 def _with_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _steps(x: Tensor) -> tuple[int, int]:
-    """Tokens and channels of a program."""
-    return tile(x.shape[-1], NUMBERS)
-
-
-def _of_directions(x: Tensor, inv_scale: Tensor, zero_point: Tensor, directions: int) -> tuple[Tensor, Tensor, int]:
-    """Returns the qparams of the codes of K directions of x (B, L, E): (K, L) or (K, 1)."""
-    if inv_scale.dim() != 2:
-        raise ValueError(f"scales must be ({directions}, L) or ({directions}, 1), not {tuple(inv_scale.shape)}")
-    return read_qparams(x.expand(directions, *x.shape), inv_scale, zero_point, directions)

@@ -5,24 +5,18 @@ Weights are read in every layout that they have: rows of int8, rows of two 4-bit
 channel; or 32 bytes, whose low and high nibbles are the two halves of them.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm.backend.triton.common import (
-    check_bits,
-    check_shape,
-    code,
-    float32,
-    gelu,
-    launch,
-    optional_float32,
-    own_rows,
-    read_qparams,
-)
+from ptq4vm.backend.triton.common import code, float32, gelu, launch, optional_float32, own_rows, read_qparams
 from ptq4vm.ops import layouts, rotation
+from ptq4vm.ops.linears import Packed
+from ptq4vm.ops.quantization import QParams
 
 ALIGNMENT = 16
 """Bytes of an access to rows of codes, which are padded to a multiple of them."""
@@ -77,19 +71,19 @@ def linear_kernel(
     x,
     x_scale,
     x_zero_point,
+    scales,
     weight,
     weight_sum,
     weight_scale,
     bias,
     inv_scale,
     zero_point,
+    code_scales,
     inv_smooth,
     y,
     rows,
     channels,
     features,
-    scales,
-    code_scales,
     columns,
     weight_bytes,
     TILED: tl.constexpr,
@@ -167,57 +161,17 @@ def linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    channels, features = x.shape[-1], len(weight)
-    packed = weight.dtype == torch.uint8
-    columns = (channels + 1) // 2 if packed else channels
-    if weight.shape[-1] != columns:
-        raise ValueError(
-            f"a {'packed 4-bit' if packed else 'int8'} weight for {channels} channels has {columns} columns, "
-            f"this one {weight.shape[-1]}"
-        )
-    check_shape("weight_scale", weight_scale, features)
-    codes = (layouts.unpack_int4(weight, channels) if packed else weight).contiguous()
+    codes = layouts.unpack_int4(weight, x.shape[-1]) if weight.dtype == torch.uint8 else weight
     weight_sum = codes.sum(-1, dtype=torch.int32)
     return linear_packed(x, x_scale, x_zero_point, codes, weight_sum, weight_scale, bias, dtype)
 
 
-def linear_gelu_quantize(
-    x: Tensor,
-    x_scale: Tensor,
-    x_zero_point: Tensor,
-    weight: Tensor,
-    weight_sum: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    rotated: bool,
-    inv_scale: Tensor,
-    zero_point: Tensor,
-    inv_smooth: Tensor | None,
-    bits: int,
-) -> Tensor:
-    check_bits(bits)
-    if weight_scale.dim() != 1:
-        raise ValueError(f"a GELU follows one linear, not {len(weight_scale)} stacked ones")
-    check_shape("inv_smooth", inv_smooth, len(weight_scale))
-    if rotated:
-        y = linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.float32)
-        return rotation.rotate_quantize(y, True, inv_scale, zero_point, inv_smooth, bits)
-    qparams = (*read_qparams(x, inv_scale, zero_point, None), optional_float32(inv_smooth), bits)
-    return linear_packed(x, x_scale, x_zero_point, weight, weight_sum, weight_scale, bias, torch.int8, qparams)
-
-
-def _check_weight(weight: Tensor, weight_scale: Tensor, channels: int) -> bool:
-    """Returns whether it lies in tiles."""
-    *lead, features = weight_scale.shape
-    nibbles = weight.dtype == torch.uint8
-    tiles = (*lead, *layouts.tiles_shape(features, channels, nibbles))
-    rows = (*lead, features)
-    if weight.shape != tiles and (weight.shape[:-1] != rows or weight.shape[-1] * (2 if nibbles else 1) < channels):
-        raise ValueError(
-            f"a weight of {features} × {channels} channels of dtype {weight.dtype} has rows {rows} of so many channels "
-            f"or more, or is {tiles} as of ptq4vm.ops.layouts.pack_weight; this one is {tuple(weight.shape)}"
-        )
-    return weight.shape == tiles
+def linear_gelu_quantize(*inputs: *tuple[*Packed, bool, *QParams]) -> Tensor:
+    if inputs[7]:
+        return rotation.rotate_quantize(linear_packed(*inputs[:7], torch.float32), True, *inputs[8:])
+    inv_scale, zero_point, inv_smooth, bits = inputs[8:]
+    qparams = (*read_qparams(inv_scale, zero_point), optional_float32(inv_smooth), bits)
+    return linear_packed(*inputs[:7], torch.int8, qparams)
 
 
 def _aligned(codes: Tensor) -> Tensor:
@@ -237,40 +191,27 @@ def linear_packed(
     qparams: tuple[Tensor | None, Tensor | None, int, Tensor | None, int] = (None, None, 1, None, 0),
 ) -> Tensor:
     """y; with `qparams` (inverse scales, zero points, their number, inverse smoothing, bits) the codes of its GELU."""
-    if x.dtype != torch.int8:
-        raise ValueError(f"x must be int8 codes, not {x.dtype}")
     *lead, features = weight_scale.shape
-    if lead and [*x.shape[:1]] != lead:
-        raise ValueError(f"x {tuple(x.shape)} and weight_scale {tuple(weight_scale.shape)} differ in directions")
-    directions = lead[0] if lead else 1
-    tiled = _check_weight(weight, weight_scale, x.shape[-1])
-    check_shape("weight_sum", weight_sum, *weight_scale.shape)
-    check_shape("bias", bias, *weight_scale.shape)
-    x_scale, x_zero_point, scales = read_qparams(x, x_scale, x_zero_point, directions if lead else None)
+    directions, stacked, tiled = math.prod(lead), bool(lead), weight.dim() > weight_scale.dim() + 1
     y = torch.empty((*x.shape[:-1], features), dtype=dtype, device=x.device)
     rows = x.shape[len(lead) : -1].numel()
     x, weight = _aligned(x), _aligned(weight)
-    inv_scale, zero_point, code_scales, inv_smooth, bits = qparams
+    *code_qparams, bits = qparams
     sizes = tile_of(rows, features)
     launch(
         linear_kernel,
         directions * triton.cdiv(rows, sizes["ROWS"]) * triton.cdiv(features, sizes["FEATURES"]),
         x,
-        x_scale,
-        x_zero_point,
+        *read_qparams(x_scale, x_zero_point, stacked),
         weight,
         weight_sum.to(torch.int32).contiguous(),
         float32(weight_scale),
         optional_float32(bias),
-        inv_scale,
-        zero_point,
-        inv_smooth,
+        *code_qparams,
         y,
         rows,
         x.shape[-1],
         features,
-        scales,
-        code_scales,
         weight.shape[-1],
         weight.numel() // max(1, directions),
         TILED=tiled,

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm.backend.triton.common import check_bits, check_shape, code, launch, optional_float32, own_rows, read_qparams
+from ptq4vm.backend.triton.common import code, launch, optional_float32, own_rows, read_qparams
 from ptq4vm.ops import norms
+from ptq4vm.ops.quantization import QParams
 
 LONGEST = 8192
 """Channels of a row that stays in registers."""
@@ -21,11 +22,11 @@ def norm_kernel(
     total,
     inv_scale,
     zero_point,
+    scales,
     inv_smooth,
     codes,
     rows,
     channels,
-    scales,
     eps,
     RMS: tl.constexpr,
     BITS: tl.constexpr,
@@ -64,24 +65,14 @@ def norm_quantize(
     eps: float,
     rms: bool,
     rotated: bool,
-    inv_scale: Tensor,
-    zero_point: Tensor,
-    inv_smooth: Tensor | None,
-    bits: int,
+    *qparams: *QParams,
 ) -> tuple[Tensor, Tensor]:
     """Rotated norms and very long rows take the reference."""
     channels = x.shape[-1]
     if rotated or channels > LONGEST:
-        qparams = (inv_scale, zero_point, inv_smooth, bits)
         total, codes = norms.norm_quantize(x, residual, weight, bias, eps, rms, rotated, *qparams)
         return total.contiguous(), codes.contiguous()
-    check_bits(bits)
-    for name, vector in (("weight", weight), ("bias", bias), ("inv_smooth", inv_smooth)):
-        check_shape(name, vector, channels)
-    check_shape("the residual", residual, *x.shape)
-    if rms and bias is not None:
-        raise ValueError("an RMS norm has no bias")
-    inv_scale, zero_point, scales = read_qparams(x, inv_scale, zero_point, None)
+    inv_scale, zero_point, inv_smooth, bits = qparams
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.int8)
     total = x.new_empty(0 if residual is None else x.shape, dtype=torch.float32)
@@ -96,13 +87,11 @@ def norm_quantize(
         optional_float32(weight),
         optional_float32(bias),
         total,
-        inv_scale,
-        zero_point,
+        *read_qparams(inv_scale, zero_point),
         optional_float32(inv_smooth),
         codes,
         rows,
         channels,
-        scales,
         eps,
         RMS=rms,
         BITS=bits,

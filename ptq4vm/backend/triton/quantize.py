@@ -5,16 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ptq4vm.backend.triton.common import (
-    check_bits,
-    check_shape,
-    code,
-    launch,
-    optional_float32,
-    own_rows,
-    read_qparams,
-    tile,
-)
+from ptq4vm.backend.triton.common import code, launch, optional_float32, own_rows, read_qparams, tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -22,11 +13,11 @@ def quantize_kernel(
     x,
     inv_scale,
     zero_point,
+    scales,
     inv_smooth,
     codes,
     rows,
     channels,
-    scales,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -45,25 +36,19 @@ def quantize_kernel(
 
 
 def quantize(x: Tensor, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int) -> Tensor:
-    channels = x.shape[-1]
-    check_bits(bits)
-    check_shape("inv_smooth", inv_smooth, channels)
-    inv_scale, zero_point, scales = read_qparams(x, inv_scale, zero_point, None)
     x = x.contiguous()
     codes = torch.empty_like(x, dtype=torch.int8)
-    rows = x.shape[:-1].numel()
+    rows, channels = x.shape[:-1].numel(), x.shape[-1]
     height, width = tile(channels, 4096)
     launch(
         quantize_kernel,
         triton.cdiv(rows, height) * triton.cdiv(channels, width),
         x,
-        inv_scale,
-        zero_point,
+        *read_qparams(inv_scale, zero_point),
         optional_float32(inv_smooth),
         codes,
         rows,
         channels,
-        scales,
         BITS=bits,
         ROWS=height,
         CHANNELS=width,

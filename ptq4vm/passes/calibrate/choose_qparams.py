@@ -9,10 +9,9 @@ from ptq4vm import ops
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import NamedTensors
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers
-from ptq4vm.passes.calibrate.learn_scales import weight_of
 from ptq4vm.passes.prepare.reparameterize import determine_factors, set_factors
 from ptq4vm.passes.prepare.smooth import smoothing_scale
-from ptq4vm.passes.quantized_nodes import QuantizedLinear, QuantizedScan, convolution_weight, quantized_outputs
+from ptq4vm.passes.quantized_nodes import QuantizedLinear, QuantizedScan, quantized_outputs, weight_of
 from ptq4vm.quantization_specs import Granularity
 from ptq4vm.quantizers.clusters import Statistics
 
@@ -51,9 +50,9 @@ def choose_qparams(quantizers: BlockQuantizers, config: QuantConfig) -> None:
     for output in quantizers.outputs:
         output.fake.choose_qparams(config)
     for convolution in quantizers.convolutions:
-        weight = convolution_weight(quantizers.prepared, convolution)
+        weight = weight_of(convolution)
         _check_weight(convolution.name, weight)
-        convolution.weight.choose_qparams(weight, config)
+        convolution.fake.choose_qparams(weight, config)
     scales = {output.name: output.fake.scale for output in quantized_outputs(quantizers.prepared)}
     for linear in quantizers.linears:
         _choose_linear(linear, scales, config)

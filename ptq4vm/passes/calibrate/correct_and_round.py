@@ -9,9 +9,8 @@ from ptq4vm.config import QuantConfig
 from ptq4vm.graph.partition import NamedTensors
 from ptq4vm.passes.calibrate.block_quantizers import BlockQuantizers, run_block
 from ptq4vm.passes.calibrate.gptq import Moments, best_ridge, compensated_weight, gptq_codes
-from ptq4vm.passes.calibrate.learn_scales import weight_of
 from ptq4vm.passes.prepare.bias_correction import correction_of
-from ptq4vm.passes.quantized_nodes import QuantizedConvolution, QuantizedLinear
+from ptq4vm.passes.quantized_nodes import QuantizedConvolution, QuantizedLinear, weight_of
 from ptq4vm.quantizers import Mode, OutputFakeQuantize
 from ptq4vm.quantizers.clusters import Statistics
 
@@ -59,7 +58,7 @@ def _convolution_error(
     means = []
     for mode in (Mode.QUANTIZE, Mode.PASS):
         quantizers.set_mode(Mode.QUANTIZE)
-        convolution.weight.mode = mode
+        convolution.fake.mode = mode
         statistics = Statistics()
         with output.register_forward_pre_hook(lambda _, args, seen=statistics: seen.add(args[0], axis)):
             run_block(quantizers.block, inputs)

@@ -23,7 +23,6 @@ from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.passes.prepare.smooth import merge_smoothing
 from ptq4vm.passes.quantized_nodes import QuantizedLinear
 from ptq4vm.quantization_specs import Learning, Loss
-from ptq4vm.quantizers import constant
 
 
 def block_loss(outputs: NamedTensors, targets: NamedTensors, channels: int) -> Tensor:
@@ -73,14 +72,6 @@ def learnables(linears: Sequence[QuantizedLinear], config: Learning) -> list[dic
         parameter.requires_grad_(True)
     groups = ((scales, config.scale_rate), (smooth, config.smooth_rate))
     return [{"params": params, "lr": rate} for params, rate in groups if params]
-
-
-def weight_of(linear: QuantizedLinear) -> Tensor:
-    """Returns the weight (N, D) as its fake-quantizer sees it: smoothed."""
-    observer: Any = linear.node.args[1]
-    graph_module = linear.node.graph.owning_module
-    assert graph_module is not None
-    return constant(graph_module, observer.args[0]).detach().float()
 
 
 def fold_learned_scales(linears: Sequence[QuantizedLinear]) -> None:

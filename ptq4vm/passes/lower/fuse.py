@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.insert import Insertion, aten, follow_device, replace_node
+from ptq4vm.graph.insert import Insertion, arguments, aten, follow_device, replace_node
 from ptq4vm.graph.pipeline import Pass
 from ptq4vm.metadata import FUSIONS
 from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
@@ -29,7 +29,6 @@ from ptq4vm.passes.lower.patterns import (
     NotFused,
     Source,
     args,
-    arguments,
     as_tokens,
     is_call,
     only_user,
@@ -37,6 +36,7 @@ from ptq4vm.passes.lower.patterns import (
     read_constant,
     read_quantizer,
     record_fusion,
+    recorded_skip,
     same_tokens,
     shaped_as,
     source_of,
@@ -64,23 +64,17 @@ def drop_identities(gm: GraphModule) -> GraphModule:
     return gm
 
 
-# --- linears ---
-
-
 def pack_linears(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=ops.linear.default):
         x, scale, zero_point, weight, weight_scale, bias, dtype = args(node)
-        try:
+        with recorded_skip(gm, node, "linear"):
             value = read_constant(gm, weight, "its weight")
-        except NotFused as reason:
-            record_fusion(gm, node, "linear", str(reason))
-            continue
-        insert = Insertion(gm, node)
-        packed = pack_weights(insert, str(weight.target), [value], x)
-        replace_node(
-            node, insert.call(ops.linear_packed.default, x, scale, zero_point, *packed, weight_scale, bias, dtype)
-        )
-        record_fusion(gm, node, "linear")
+            insert = Insertion(gm, node)
+            packed = pack_weights(insert, str(weight.target), [value], x)
+            replace_node(
+                node, insert.call(ops.linear_packed.default, x, scale, zero_point, *packed, weight_scale, bias, dtype)
+            )
+            record_fusion(gm, node, "linear")
     return gm
 
 
@@ -91,7 +85,7 @@ def fuse_gelus(gm: GraphModule) -> GraphModule:
         if not is_call(gelu, aten.gelu.default):
             continue
         pattern = "linear + GELU + rotate + quantize" if source.rotate else "linear + GELU + quantize"
-        try:
+        with recorded_skip(gm, gelu, pattern):
             read_quantizer(gm, node)
             linear = same_tokens(args(gelu)[0])
             values = (linear, gelu, *source.between)
@@ -101,18 +95,12 @@ def fuse_gelus(gm: GraphModule) -> GraphModule:
                 raise NotFused("the tanh approximation of GELU has no kernel")
             x, scale, zero_point, weight, weight_scale, bias, _ = args(linear)
             value = read_constant(gm, weight, "the weight")
-        except NotFused as reason:
-            record_fusion(gm, gelu, pattern, str(reason))
-            continue
-        insert = Insertion(gm, node)
-        packed = pack_weights(insert, str(weight.target), [value], x)
-        inputs = (x, scale, zero_point, *packed, weight_scale, bias, *_coding(node, source))
-        replace_node(node, insert.call(ops.linear_gelu_quantize.default, *inputs))
-        record_fusion(gm, linear, pattern)
+            insert = Insertion(gm, node)
+            packed = pack_weights(insert, str(weight.target), [value], x)
+            inputs = (x, scale, zero_point, *packed, weight_scale, bias, *_coding(node, source))
+            replace_node(node, insert.call(ops.linear_gelu_quantize.default, *inputs))
+            record_fusion(gm, linear, pattern)
     return gm
-
-
-# --- norms ---
 
 
 def fuse_norms(gm: GraphModule) -> GraphModule:
@@ -122,7 +110,7 @@ def fuse_norms(gm: GraphModule) -> GraphModule:
         if not is_call(norm, aten.rms_norm.default, aten.layer_norm.default) or only_user(norm) is None:
             continue
         pattern = "norm + rotate + quantize" if source.rotate else "norm + quantize"
-        try:
+        with recorded_skip(gm, norm, pattern):
             quantize = read_quantizer(gm, node)
             rms = norm.target is aten.rms_norm.default
             x, sizes, weight, *rest = arguments(norm)
@@ -132,22 +120,19 @@ def fuse_norms(gm: GraphModule) -> GraphModule:
             if eps is None:
                 eps = torch.finfo(x.meta["val"].dtype).eps
             terms = _residual(x)
-        except NotFused as reason:
-            record_fusion(gm, norm, pattern, str(reason))
-            continue
-        # where the sum is, so that all who read it come later
-        insert = Insertion(gm, norm if terms is None else x.next)
-        value, residual = (x, None) if terms is None else terms
-        inputs = (as_tokens(insert, value), None if residual is None else as_tokens(insert, residual))
-        coding = _coding(node, source)
-        insert.move_before(weight, bias, *coding)
-        pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *coding)
-        if terms is not None:
-            pattern = f"residual + {pattern}"
-            total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
-            x.replace_all_uses_with(total)
-        replace_node(quantize.node, shaped_as(insert, insert.call(operator.getitem, pair, 1), quantize.node))
-        record_fusion(gm, norm, pattern)
+            # where the sum is, so that all who read it come later
+            insert = Insertion(gm, norm if terms is None else x.next)
+            value, residual = (x, None) if terms is None else terms
+            inputs = (as_tokens(insert, value), None if residual is None else as_tokens(insert, residual))
+            coding = _coding(node, source)
+            insert.move_before(weight, bias, *coding)
+            pair = insert.call(ops.norm_quantize.default, *inputs, weight, bias, eps, rms, *coding)
+            if terms is not None:
+                pattern = f"residual + {pattern}"
+                total = shaped_as(insert, insert.call(operator.getitem, pair, 0), x)
+                x.replace_all_uses_with(total)
+            replace_node(quantize.node, shaped_as(insert, insert.call(operator.getitem, pair, 1), quantize.node))
+            record_fusion(gm, norm, pattern)
     return gm
 
 
@@ -157,18 +142,15 @@ def fuse_rotations(gm: GraphModule) -> GraphModule:
         if source.rotate is None:
             continue
         pattern = "rotate + quantize"
-        try:
+        with recorded_skip(gm, source.rotate, pattern):
             read_quantizer(gm, node)
-        except NotFused as reason:
-            record_fusion(gm, source.rotate, pattern, str(reason))
-            continue
-        gelu = same_tokens(source.x)
-        exact = is_call(gelu, aten.gelu.default) and arguments(gelu)[1] == "none" and only_user(gelu) is not None
-        insert = Insertion(gm, node)
-        x = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else source.x
-        _, *qparams = _coding(node, source)
-        replace_node(node, insert.call(ops.rotate_quantize.default, x, exact, *qparams))
-        record_fusion(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
+            gelu = same_tokens(source.x)
+            exact = is_call(gelu, aten.gelu.default) and arguments(gelu)[1] == "none" and only_user(gelu) is not None
+            insert = Insertion(gm, node)
+            x = as_tokens(insert, same_tokens(args(gelu)[0])) if exact else source.x
+            _, *qparams = _coding(node, source)
+            replace_node(node, insert.call(ops.rotate_quantize.default, x, exact, *qparams))
+            record_fusion(gm, source.rotate, f"GELU + {pattern}" if exact else pattern)
     return gm
 
 

@@ -3,6 +3,7 @@
 The patterns are in `fuse`.
 """
 
+import contextlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +12,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.insert import Insertion, aten, replace_node
+from ptq4vm.graph.insert import Insertion, arguments, aten, replace_node
 from ptq4vm.passes.lower.patterns import (
     NotFused,
     args,
-    arguments,
     as_tokens,
     is_call,
     only_user,
     read_constant,
     read_quantizer,
     record_fusion,
+    recorded_skip,
 )
 from ptq4vm.passes.lower.scan_branches import Branch, find_branch, selection_of
 from ptq4vm.passes.lower.stacked_constants import StackedConstants
@@ -32,34 +33,19 @@ SCAN = "projection + step + scan"
 def fuse_scans(gm: GraphModule) -> GraphModule:
     groups: dict[tuple[Node, int], list[Branch]] = {}
     for scan in gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default):
-        try:
+        with recorded_skip(gm, scan, SCAN):
             branch = find_branch(gm, scan)
-        except NotFused as reason:
-            record_fusion(gm, scan, SCAN, str(reason))
-            continue
-        groups.setdefault((branch.x.source, branch.x.first), []).append(branch)
+            groups.setdefault((branch.x.source, branch.x.first), []).append(branch)
     for branches in groups.values():
-        try:
+        with recorded_skip(gm, branches[0].scan, SCAN):
             _fuse_directions(gm, branches)
-        except NotFused as reason:
-            record_fusion(gm, branches[0].scan, SCAN, str(reason))
     return gm
 
 
 def _fuse_directions(gm: GraphModule, branches: list[Branch]) -> None:
     first = branches[0]
-    for other in branches[1:]:
-        same = (
-            other.ranks == first.ranks
-            and (other.conv is None) == (first.conv is None)
-            and (other.x.first, other.x.last) == (first.x.first, first.x.last)
-            and _gate_of(other) == _gate_of(first)
-            and (other.input.bits, other.dt.bits) == (first.input.bits, first.dt.bits)
-            and len(other.x.tokens) == len(first.x.tokens)
-            and _weight_types(other) == _weight_types(first)
-        )
-        if not same:
-            raise NotFused("its directions differ in more than their order and weights")
+    if any(_kind(other) != _kind(first) for other in branches[1:]):
+        raise NotFused("its directions differ in more than their order and weights")
     tokens = int(first.x.tokens.max()) + 1
     stack = StackedConstants(gm, branches, tokens)
     producer = _conv2d(gm, branches, tokens) if first.conv is None else None
@@ -67,14 +53,10 @@ def _fuse_directions(gm: GraphModule, branches: list[Branch]) -> None:
         raise NotFused("its convolution reads padding, or maps")
     merged, factor = _merged([branch.restored for branch in branches])
     result = None
-    if merged is not None:
-        user = only_user(merged)
-        try:
-            result = read_quantizer(gm, user)
-        except NotFused:
-            result = None
+    with contextlib.suppress(NotFused):
+        result = None if merged is None else read_quantizer(gm, only_user(merged))
 
-    insert = Insertion(gm, min((branch.scan for branch in branches), key=_position(gm)))
+    insert = Insertion(gm, min(branch.scan for branch in branches))
     order = insert.tensor(stack.name("order"), stack.order())
     qparams = stack.qparams(insert, "input", [branch.input for branch in branches])
     if producer is None:
@@ -108,17 +90,12 @@ def _fuse_directions(gm: GraphModule, branches: list[Branch]) -> None:
     record_fusion(gm, where, name)
 
 
-def _gate_of(branch: Branch) -> Any:
-    return None if branch.z is None else (branch.z.source, branch.z.first, branch.z.last)
-
-
-def _weight_types(branch: Branch) -> Any:
-    return [args(linear)[3].meta["val"].dtype for linear in (branch.projection, branch.dt_linear)]
-
-
-def _position(gm: GraphModule) -> Callable[[Node], int]:
-    places = {node: i for i, node in enumerate(gm.graph.nodes)}
-    return places.__getitem__
+def _kind(branch: Branch) -> tuple[Any, ...]:
+    """Returns what directions of one operator have in common."""
+    x, z = branch.x, branch.z
+    selections = (x.first, x.last, len(x.tokens)), None if z is None else (z.source, z.first, z.last)
+    types = [args(linear)[3].meta["val"].dtype for linear in (branch.projection, branch.dt_linear)]
+    return branch.ranks, branch.conv is None, selections, branch.input.bits, branch.dt.bits, types
 
 
 def _slice(insert: Insertion, source: Node, first: int, last: int) -> Node:
@@ -155,7 +132,9 @@ def _conv2d(gm: GraphModule, branches: list[Branch], tokens: int) -> Callable[[I
     same = list(padding) == sizes and all(size % 2 for size in kernel.shape[2:])
     if groups != channels or kernel.shape[1] != 1 or not same or {*stride, *dilation} != {1}:
         raise NotFused("its convolution is not depth-wise with stride 1 and zeros around the map")
-    x = selection_of(_channels_last(image), "the convolution's input")
+    if not is_call(image, aten.permute.default) or list(args(image)[1]) != [0, 3, 1, 2]:
+        raise NotFused("its convolution's input is not a channels-last map")
+    x = selection_of(args(image)[0], "the convolution's input")
     if not x.is_natural(tokens):
         raise NotFused("its convolution reads tokens in another order")
 
@@ -167,10 +146,3 @@ def _conv2d(gm: GraphModule, branches: list[Branch], tokens: int) -> Callable[[I
         return insert.call(ops.conv2d_quantize.default, *call)
 
     return emit
-
-
-def _channels_last(image: Node) -> Node:
-    """Returns the argument of a permute to channels first."""
-    if not is_call(image, aten.permute.default) or list(args(image)[1]) != [0, 3, 1, 2]:
-        raise NotFused("its convolution's input is not a channels-last map")
-    return args(image)[0]

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.insert import Insertion, aten, attribute
+from ptq4vm.graph.insert import Insertion, aten, attribute, replace_node
 from ptq4vm.ops import layouts
 from ptq4vm.quantizers import OUTPUT
 from ptq4vm.quantizers import quantized_decomposed as qdq
@@ -37,8 +37,7 @@ def lower(gm: GraphModule) -> GraphModule:
             # the class token in floating point
             exact = insert.call(aten.linear.default, row, weight, *bias)
             product = insert.call(aten.slice_scatter.default, product, exact, *where)
-        node.replace_all_uses_with(product)
-        gm.graph.erase_node(node)
+        replace_node(node, product)
     return _lower_outputs(gm)
 
 
@@ -64,8 +63,7 @@ def _lower_outputs(gm: GraphModule) -> GraphModule:
         value = insert.call(ops.dequantize.default, lowered, step, zero)
         if several:
             value = insert.call(aten.mul.Tensor, value, insert.tensor(f"{name}.output_steps", steps))
-        node.replace_all_uses_with(value)
-        gm.graph.erase_node(node)
+        replace_node(node, value)
     return gm
 
 
@@ -88,8 +86,7 @@ def _smoothed(codes: Node) -> tuple[Node, Node | None]:
 
 def _static(insert: Insertion, name: str, x: Node) -> tuple[Node, Node, Node]:
     codes: Any = x.args[0]
-    per_tensor = x.target is qdq.dequantize_per_tensor.default
-    if per_tensor:
+    if x.target is qdq.dequantize_per_tensor.default:
         scale_value = torch.tensor([codes.args[1]], dtype=torch.float32)
         zero_value = torch.tensor([codes.args[2]], dtype=torch.int32)
         bits = _bits(codes.args[4])

@@ -1,8 +1,9 @@
 """Helpers of the fusing passes: read a lowered graph, rewrite it, record what was fused or left."""
 
+import contextlib
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,15 @@ def record_fusion(gm: GraphModule, node: Node, pattern: str, skip_reason: str | 
     gm.meta[FUSIONS].append(Fusion(place=scope(node) or "the model", pattern=pattern, skip_reason=skip_reason))
 
 
+@contextlib.contextmanager
+def recorded_skip(gm: GraphModule, node: Node, pattern: str) -> Iterator[None]:
+    """Ends the body where it raises `NotFused`, and records that the place is left and why."""
+    try:
+        yield
+    except NotFused as reason:
+        record_fusion(gm, node, pattern, str(reason))
+
+
 # --- reading a graph ---
 
 
@@ -56,16 +66,6 @@ def read_optional(gm: GraphModule, node: Any, what: str) -> Tensor | None:
 def args(node: Node) -> tuple[Any, ...]:
     """Arguments as they are; they are Any to whoever reads them."""
     return node.args
-
-
-def arguments(node: Node) -> tuple[Any, ...]:
-    """All arguments in the order of the schema, with the defaults of those left out."""
-    target: Any = node.target
-    schema = target._schema.arguments
-    return tuple(
-        args(node)[i] if i < len(args(node)) else node.kwargs.get(argument.name, argument.default_value)
-        for i, argument in enumerate(schema)
-    )
 
 
 def is_call(node: Any, *targets: Any) -> bool:

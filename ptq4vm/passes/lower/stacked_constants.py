@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import Insertion
-from ptq4vm.passes.lower.patterns import (
-    Quantizer,
-    args,
-    pack_weights,
-    read_constant,
-    read_optional,
-)
+from ptq4vm.passes.lower.patterns import Quantizer, args, pack_weights, read_constant, read_optional
 from ptq4vm.passes.lower.scan_branches import Branch
 
 
@@ -51,29 +45,23 @@ class StackedConstants:
         return (
             insert.tensor(self.name(f"{what}_inv_scale"), scale),
             insert.tensor(self.name(f"{what}_zero_point"), zero),
-            self.smoothing(insert, what, quantizers),
+            self._optional(insert, f"{what}_inv_smooth", [quantizer.inv_smooth for quantizer in quantizers], 1.0),
             quantizers[0].bits,
         )
 
-    def smoothing(self, insert: Insertion, what: str, quantizers: Sequence[Quantizer]) -> Node | None:
-        vectors = [quantizer.inv_smooth for quantizer in quantizers]
+    def _optional(self, insert: Insertion, what: str, vectors: list[Tensor | None], neutral: float) -> Node | None:
+        """Stacks vectors, where one is missing `neutral`; None where all are."""
         given = next((vector for vector in vectors if vector is not None), None)
         if given is None:
             return None
-        stacked = torch.stack([torch.ones_like(given) if vector is None else vector for vector in vectors])
-        return insert.tensor(self.name(f"{what}_inv_smooth"), stacked)
+        stacked = [torch.full_like(given, neutral) if vector is None else vector for vector in vectors]
+        return insert.tensor(self.name(what), torch.stack(stacked))
 
     def _constants(self, nodes: Sequence[Any], what: str) -> list[Tensor]:
         return [read_constant(self.gm, node, what) for node in nodes]
 
     def _biases(self, insert: Insertion, what: str, nodes: Sequence[Any]) -> Node | None:
-        values = [read_optional(self.gm, node, what) for node in nodes]
-        given = next((value for value in values if value is not None), None)
-        if given is None:
-            return None
-        return insert.tensor(
-            self.name(what), torch.stack([torch.zeros_like(given) if value is None else value for value in values])
-        )
+        return self._optional(insert, what, [read_optional(self.gm, node, what) for node in nodes], 0.0)
 
     def convolutions(self, insert: Insertion) -> tuple[Node, Node | None]:
         convs = [branch.conv for branch in self.branches if branch.conv is not None]
@@ -102,12 +90,11 @@ class StackedConstants:
         inv_scale, zero_point, inv_smooth, bits = self.qparams(insert, "step", steps)
         linears = [branch.dt_linear for branch in self.branches]
         scale, _, weight, weight_sum, weight_scale, _ = self.linear(insert, "step_linear", linears, scanned=True)
-        stacked = [
-            insert.tensor(
-                self.name(what), torch.stack(self._constants([args(scan)[i] for scan in scans], what)).float()
-            )
+        biases, A = (
+            torch.stack(self._constants([args(scan)[i] for scan in scans], what)).float()
             for what, i in (("step_bias", 7), ("A", 2))
-        ]
+        )
+        stacked = insert.tensor(self.name("step_bias"), biases), insert.tensor(self.name("A"), A)
         D = self._biases(insert, "D", [args(scan)[5] for scan in scans])
         quantized = (inv_scale, scale, zero_point, inv_smooth, bits, weight, weight_sum, weight_scale)
         return (*quantized, *stacked, D)

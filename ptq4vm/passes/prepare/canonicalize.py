@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.insert import Insertion, aten
+from ptq4vm.graph.insert import Insertion, arguments, aten
 from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.sites import on_tokens
 from ptq4vm.graph.verify import GraphStage
@@ -34,16 +34,14 @@ def matmul_to_linear(gm: GraphModule) -> GraphModule:
         if bias is not None and (node.kwargs or _is_weight(left) or [*_sizes(bias)] != [*_sizes(right)[1:]]):
             _leave(node, "it adds something else than a bias (N,) to x · W")
             continue
-        _rewrite(gm, node, left, right, _matmul_axes(_rank(left), _rank(right)), bias)
+        extra = _rank(left) - _rank(right)
+        batch = string.ascii_lowercase[: max(_rank(left), _rank(right)) - 2]
+        axes = batch[max(-extra, 0) :] + "MD", batch[max(extra, 0) :] + "DN", batch + "MN"
+        _rewrite(gm, node, left, right, axes, bias)
     return gm
 
 
 _SUMS = (aten.addmm.default, aten.baddbmm.default)
-
-
-def _matmul_axes(left: int, right: int) -> tuple[str, str, str]:
-    batch = string.ascii_lowercase[: max(left, right) - 2]
-    return batch[max(right - left, 0) :] + "MD", batch[max(left - right, 0) :] + "DN", batch + "MN"
 
 
 def einsum_to_linear(gm: GraphModule) -> GraphModule:
@@ -74,16 +72,15 @@ def _einsum_axes(equation: str, ranks: Sequence[int]) -> tuple[str, str, str]:
 def conv_to_linear(gm: GraphModule) -> GraphModule:
     """1×1 convolutions of (B, D, L) or (B, D, H, W), in one group or in groups of several channels."""
     for node in _calls(gm, aten.conv1d.default, aten.conv2d.default):
-        given = _arguments(node)
-        x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
+        x, weight, bias, stride, padding, _, groups = arguments(node)
         if not _is_weight(weight) or parameter_of(x) is not None:
             continue
         features, channels, *kernel = _sizes(weight)
         _, *sizes = _sizes(x)
         if {*kernel} != {1} or (groups > 1 and channels == 1):
             continue  # it mixes neighbours, or no channels
-        if {*given["stride"]} != {1} or {*given["padding"]} != {0}:
-            _leave(node, f"a 1×1 convolution with stride {given['stride']} and padding {given['padding']}")
+        if {*stride} != {1} or {*padding} != {0}:
+            _leave(node, f"a 1×1 convolution with stride {stride} and padding {padding}")
             continue
         if len(sizes) != len(kernel) + 1 or not all(isinstance(size, int) for size in sizes) or {*sizes[1:]} == {1}:
             _leave(node, _NO_TOKENS)
@@ -101,13 +98,6 @@ def conv_to_linear(gm: GraphModule) -> GraphModule:
         product = _Product(parts, f"BKD{tokens}", matrices, "KND", f"BKN{tokens}", bias)
         _replace(insert, node, insert.call(aten.flatten.using_ints, product.as_linears(insert), 1, 2))
     return gm
-
-
-def _arguments(node: Any) -> dict[str, Any]:
-    """All arguments of an operator, by name."""
-    names = [argument.name for argument in node.target._schema.arguments]
-    defaults = {argument.name: argument.default_value for argument in node.target._schema.arguments}
-    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def linears_on_tokens(gm: GraphModule) -> GraphModule:
@@ -131,9 +121,6 @@ canonicalize = Pipeline(
     (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens, own_weights, unshare_weights),
 )
 """In this order: three passes make linears, on any number of axes, one their tokens, and two their weights."""
-
-
-# --- products ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +204,11 @@ def _rewrite(
     operands = ((left, axes[0]), (right, axes[1]))
     (x, x_axes), (weight, weight_axes) = reversed(operands) if _is_weight(left) else operands
     product = _Product(x, x_axes, weight, weight_axes, axes[2], bias)
-    why = product.obstacle()
-    if why is not None:
+    if (why := product.obstacle()) is not None:
         _leave(node, why)
-        return
-    insert = Insertion(gm, node)
-    _replace(insert, node, product.as_linears(insert))
+    else:
+        insert = Insertion(gm, node)
+        _replace(insert, node, product.as_linears(insert))
 
 
 def _replace(insert: Insertion, node: Node, result: Node) -> None:

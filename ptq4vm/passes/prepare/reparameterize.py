@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
+from ptq4vm.graph.insert import Insertion, aten, attribute
 from ptq4vm.graph.sites import LinearSite, ScanSite, find_linears, sites_of
 from ptq4vm.graph.token_order import token_map
 from ptq4vm.ops import quantization
@@ -69,12 +69,6 @@ def _multiplied(insert: Insertion, value: Any, name: str, states: int, owners: M
     factor = before.call(aten.unsqueeze.default, rows, 1)
     linear.args = (x, before.call(aten.mul.Tensor, weight, factor))
     return value
-
-
-def factors_of(gm: GraphModule, name: str) -> dict[str, Tensor]:
-    """The buffers of the scan of that name; none where its state is not reparameterized."""
-    names = [f"{name}.{leaf}" for leaf in (CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR)]
-    return {name: attribute(gm, name) for name in names if has_attribute(gm, name)}
 
 
 def set_factors(gm: GraphModule, name: str, channels: Tensor, states: Tensor) -> None:

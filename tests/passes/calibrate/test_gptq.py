@@ -14,8 +14,7 @@ from ptq4vm.graph.insert import attribute
 from ptq4vm.metadata import metadata_of
 from ptq4vm.ops import layouts, quantization
 from ptq4vm.passes.calibrate.gptq import RIDGES, Moments, best_ridge, compensated_weight, gptq_codes
-from ptq4vm.passes.calibrate.learn_scales import weight_of
-from ptq4vm.passes.quantized_nodes import quantized_linears
+from ptq4vm.passes.quantized_nodes import quantized_linears, weight_of
 from ptq4vm.quantization_specs import IntegerRange
 from ptq4vm.quantizers import Mode, WeightFakeQuantize
 from ptq4vm.quantizers.range_search import weight_scale

@@ -94,7 +94,7 @@ def test_a_linear_reads_the_codes_of_what_made_its_input(kscaled, images):
 
 def test_every_quantizer_has_step_sizes_and_is_on(kscaled):
     fakes = [output.fake for output in quantized_outputs(kscaled)]
-    fakes += [convolution.weight for convolution in quantized_convolutions(kscaled)]
+    fakes += [convolution.fake for convolution in quantized_convolutions(kscaled)]
     fakes += [scan.fake for scan in quantized_scans(kscaled)]
     # two blocks: norm, 5 kinds of linears, conv1d, SiLU twice, softplus, scan by direction, and the ends
     assert len(quantized_scans(kscaled)) == 4 and len(quantized_convolutions(kscaled)) == 5

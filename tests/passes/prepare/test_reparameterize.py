@@ -10,7 +10,14 @@ from torch import nn
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.models.scan_order import Direction, initial_states, scan_tokens
 from ptq4vm.ops.scans import scan_states, selective_scan
-from ptq4vm.passes.prepare.reparameterize import determine_factors, factors_of, set_factors
+from ptq4vm.passes.prepare.reparameterize import (
+    B_FACTOR,
+    C_FACTOR,
+    CHANNELS,
+    INVERSE_CHANNELS,
+    determine_factors,
+    set_factors,
+)
 from ptq4vm.passes.quantized_nodes import quantized_scans
 from ptq4vm.quantization_specs import Factors, StateQuantization
 
@@ -134,8 +141,9 @@ def test_seeing_every_image_twice_changes_nothing(factors):
     config = QuantConfig(exclude=("*",), state=StateQuantization(factors=factors))
     once, twice = (calibrate(prepare(model, (x,), config), batches, progress=False) for batches in ([x], [x, x]))
     (scan,) = quantized_scans(once)
-    found, again = factors_of(once, scan.name), factors_of(twice, scan.name)
-    assert len(found) == 4 and all(value.unique().numel() > 1 for value in found.values())
+    names = [f"{scan.name}.{leaf}" for leaf in (CHANNELS, INVERSE_CHANNELS, B_FACTOR, C_FACTOR)]
+    found, again = ({name: gm.get_buffer(name) for name in names} for gm in (once, twice))
+    assert all(value.unique().numel() > 1 for value in found.values())
     assert all(torch.allclose(again[name], value, rtol=1e-5) for name, value in found.items())
 
 

@@ -1,4 +1,4 @@
-"""How much accuracy each recipe costs: one row a (model, bits, recipe, seed).
+"""Measures the accuracy that each recipe costs: one row a (model, bits, recipe, seed).
 
     python benchmarks/accuracy.py run --data-dir cifar10                      # the rows of docs/results.md: hours
     python benchmarks/accuracy.py run --data-dir cifar10 --recipes ptq4vm best --bits 4 --models vmamba_micro_32

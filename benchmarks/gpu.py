@@ -1,4 +1,4 @@
-"""How fast everything is on a GPU, beside what the GPU cannot do faster.
+"""Times everything on a GPU, beside what the GPU cannot do faster.
 
     python benchmarks/gpu.py                    # six minutes of the most important; `make gpu` builds and tests before
     python benchmarks/gpu.py --minutes 30       # all rows; those that are there already are left out

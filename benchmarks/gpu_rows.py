@@ -30,7 +30,7 @@ MOST = 512
 """Inputs of a single operator that are kept, where so many fit into the cache."""
 
 CALLS = 20
-"""How often a graph runs a single operator at least, so that starting the graph does not count."""
+"""The least number of runs of a single operator in a graph, so that starting the graph does not count."""
 
 
 @dataclass(frozen=True)

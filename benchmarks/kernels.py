@@ -65,7 +65,7 @@ def milliseconds(candidates: dict[str, Callable[[], object]], rounds: int) -> di
 
 
 def packed(weight: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """What linear_packed takes of random codes, in the place of a float weight."""
+    """Arguments of linear_packed from random codes, in the place of a float weight."""
     codes = torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), weight.shape, dtype=torch.int8)
     return layouts.pack_weight(codes, bits), codes.sum(-1, dtype=torch.int32), torch.rand(len(weight)), None
 
@@ -199,7 +199,7 @@ def codes_one_by_one(
 
 
 def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:
-    """Of the two directions that need no gather, and leave the second one reversed."""
+    """Codes of the two directions that need no gather; the second one stays reversed."""
     inv_scale, zero_point, smooth, bits = codes
     u = [ops.causal_conv1d(y, weight[k], bias[k], True) for k, y in enumerate((x, x.flip(1)))]
     return u, [ops.quantize(u[k], inv_scale[k], zero_point[k], smooth[k], bits) for k in range(2)]

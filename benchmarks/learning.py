@@ -1,4 +1,4 @@
-"""How long an epoch of JLSS of one Vim-S block takes, with the native kernels and with the operators in plain PyTorch.
+"""Times an epoch of JLSS of one Vim-S block, with the native kernels and with the operators in plain PyTorch.
 
     python benchmarks/learning.py [--images 32] [--epochs 5] [--rounds 3] [--threads 2]
 

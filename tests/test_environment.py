@@ -1,4 +1,4 @@
-"""What is installed is what the run says it tests, and the README names no other versions."""
+"""Installed versions are those that the run says it tests, and the README names no others."""
 
 import os
 import re

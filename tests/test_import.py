@@ -1,4 +1,4 @@
-"""What importing does, seen by a fresh process."""
+"""Effects of importing, seen by a fresh process."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ HEAVY = ("timm", "matplotlib", "torch", "torch._inductor", "torchao", "torchvisi
 
 
 def fresh(code: str, *options: str) -> object:
-    """What `code` prints, read as JSON; it may print nothing else, and nothing to standard error."""
+    """Returns what `code` prints, read as JSON; it may print nothing else, and nothing to standard error."""
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     return json.loads(done.stdout)

@@ -1,1 +1,1 @@
-"""How fast a model runs beside its rivals, and where its time and memory go."""
+"""Times a model beside its rivals, and tells where its time and memory go."""

@@ -102,7 +102,7 @@ def operator(gpu: GPU, node: Node, args: Sequence[Any], result: Any) -> float:
 
 
 def _states(node: Node, args: Sequence[Any]) -> int:
-    """How many states a scan computes, of all images, tokens, channels and directions."""
+    """Number of states that a scan computes, of all images, tokens, channels and directions."""
     if "directional" not in str(node.target):
         u, _, A = args[:3]
         return int(u.numel() * A.shape[-1])

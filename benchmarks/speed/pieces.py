@@ -142,7 +142,7 @@ class Pieces:
         self.blocks = tuple(i for i in quantized if self._first[i] == i)
 
     def count(self, block: int) -> int:
-        """How many blocks are alike."""
+        """Number of blocks that are alike."""
         return self._first.count(block)
 
     def ends(self, place: int) -> bool:

@@ -1,4 +1,4 @@
-"""What is installed, which kernels run, and whether they compute what they should."""
+"""Report what is installed, which kernels run, and whether they compute what they should."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What is in a quantized model or a file of weights; with images, what quantization did to each linear."""
+"""Show what is in a quantized model or a file of weights; with images, what quantization did to each linear."""
 
 from __future__ import annotations
 

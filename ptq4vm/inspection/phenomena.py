@@ -1,4 +1,4 @@
-"""What the inputs of the linears look like: the paper's three phenomena as numbers (PTQ4VM section 3)."""
+"""Measures the inputs of linears: the paper's three phenomena as numbers (PTQ4VM section 3)."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from ptq4vm.quantizers import Mode
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phenomena:
-    """Of one activation x (B, L, D)."""
+    """Figures of one activation x (B, L, D)."""
 
     token_variance: float
     """max over min, over token positions, of the mean over images of max|x|: 1 where all tokens share one range."""

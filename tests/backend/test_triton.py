@@ -1,4 +1,4 @@
-"""Which operators Triton serves, its kernels interpreted on the CPU, and what a compiler makes of them."""
+"""Operators that Triton has, its kernels interpreted on the CPU, and their compiled code."""
 
 import os
 import re

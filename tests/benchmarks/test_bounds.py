@@ -1,4 +1,4 @@
-"""What a GPU cannot do faster, against the bounds that were worked out by hand for a 3090 and an H200."""
+"""Bounds of a GPU, against the bounds that were worked out by hand for a 3090 and an H200."""
 
 import pytest
 import torch

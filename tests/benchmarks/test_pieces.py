@@ -101,7 +101,7 @@ def test_a_recorded_call_takes_new_inputs_and_runs_again_without():
 
 
 class Streams:
-    """Of a GPU that does everything at once, and remembers what was done in which order."""
+    """A GPU that does everything at once, and remembers what was done in which order."""
 
     def __init__(self, monkeypatch) -> None:
         self.done = []

@@ -1,4 +1,4 @@
-"""What users and machines do wrong, each told in one line and before any work where that can be known."""
+"""Mistakes of users and machines, each told in one line and before any work where that can be known."""
 
 import contextlib
 import errno

@@ -60,7 +60,7 @@ class LinearProblem(Struct):
 
 
 def host_flags() -> tuple[str, ...]:
-    """Of g++, for emulated kernels that include CUTLASS."""
+    """Options of g++, for emulated kernels that include CUTLASS."""
     cutlass, toolkit = cutlass_headers(), toolkit_headers()
     if cutlass is None:
         pytest.skip("no CUTLASS headers: pip install --no-deps nvidia-cutlass==4.2.0.0")

@@ -117,7 +117,7 @@ class Rotation(Struct):
 
     @classmethod
     def of(cls, channels):
-        """Of so many channels, as the glue makes it."""
+        """A rotation of so many channels, as the bindings make it."""
         order = channels & -channels
         size = channels // order
         matrix = rotation.hartley(size) if 1 < size <= rotation.LARGEST_HARTLEY else None

@@ -56,7 +56,7 @@ def on_cpu(x: Tensor) -> Tensor:
 
 
 class _AtenOfGpus(TorchDispatchMode):
-    """What the glue asks of torch is done on the CPU; results are where the first tensor is."""
+    """Does on the CPU what the bindings ask of torch; results are where the first tensor is."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         device = next(x.device for x in tree_leaves(args) if isinstance(x, Tensor))
@@ -111,7 +111,7 @@ class Emulated:
 
     @contextmanager
     def on(self, capability: int = 80, stream: int = 0, device: int = CPU) -> Iterator[None]:
-        """What the operators take a GPU for, and the stream that is current there."""
+        """The device that operators take for a GPU, and the stream that is current there."""
         self._library.ptq4vm_emulate(device, capability, ctypes.c_void_p(stream))
         try:
             yield

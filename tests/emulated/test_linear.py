@@ -97,7 +97,7 @@ class Linear:
         return self.scales(*shape), self.integers(-half, half, *shape)
 
     def arguments(self):
-        """Those of linear_ops.linear_packed."""
+        """Arguments of linear_packed."""
         packed, sums = layouts.pack_weight(self.weight, self.bits), self.weight.sum(-1, dtype=torch.int32)
         return self.x, self.x_scale, self.zero_point, packed, sums, self.weight_scale, self.bias
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of the linears: which instructions, how many registers, and nothing in local memory."""
+"""Compiled linears: their instructions, how many registers, and nothing in local memory."""
 
 import re
 import shutil
@@ -25,7 +25,7 @@ MOST_REGISTERS = 128
 
 
 MOST_REGISTERS_SM90 = 168
-"""Of the 384 threads that have a multiprocessor for themselves; those that multiply take more from those that load."""
+"""Registers of the 384 threads that have a multiprocessor for themselves; multiplying ones take from loading ones."""
 
 
 def cuobjdump() -> str | None:
@@ -37,7 +37,7 @@ def cuobjdump() -> str | None:
 
 
 def compiled(folder: Path, name: str, arch: str) -> tuple[str, list[str]]:
-    """What ptxas says, and the SASS of each kernel; none has anything in local memory or calls functions."""
+    """Returns what ptxas says, and the SASS of each kernel; none has anything in local memory or calls functions."""
     nvcc, dump, headers = shutil.which("nvcc"), cuobjdump(), cutlass_headers()
     if not (nvcc and dump and headers):
         pytest.skip("needs nvcc, cuobjdump and CUTLASS's headers")

@@ -144,7 +144,7 @@ def test_the_models_of_cifar10_are_those_of_their_card(name):
 @pytest.mark.skipif(not CIFAR10.exists(), reason="needs CIFAR-10, which is not part of the repository")
 @pytest.mark.parametrize("name", CARD)
 def test_they_have_the_accuracy_of_their_card(name, tmp_path):
-    """Of 1000 test images: within three standard deviations of that of all."""
+    """Accuracy on 1000 test images: within three standard deviations of that of all."""
     with tarfile.open(CIFAR10) as archive:
         archive.extractall(tmp_path, filter="data")
     model = timm.create_model(f"{name}.cifar10", pretrained=True).eval()

@@ -1,4 +1,4 @@
-"""What the README runs, run."""
+"""Runs what the README runs."""
 
 import importlib
 import json

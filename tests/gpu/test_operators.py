@@ -89,7 +89,7 @@ def test_the_doctor_finds_nothing_wrong(device):
 
 
 def test_more_numbers_than_32_bits_count(device):
-    """Of codes, and of a linear's results; the last rows are those that an int would miss."""
+    """Codes, and a linear's results; the last rows are those that an int would miss."""
     rows, channels, features = (2**20 + 5, 64, 2100) if device.type == "cuda" else (99, 64, 70)
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 20 * 2**30:
         pytest.skip("needs 20 GiB of free memory")

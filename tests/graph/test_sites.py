@@ -43,7 +43,7 @@ class Product(nn.Module):
 
 
 class Table(nn.Module):
-    """What multiplies the first weight is a parameter, without a batch."""
+    """A parameter, without a batch, multiplies the first weight."""
 
     def __init__(self) -> None:
         super().__init__()

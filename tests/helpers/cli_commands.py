@@ -1,4 +1,4 @@
-"""What the tests of the command line give it."""
+"""Commands that the tests of the command line run."""
 
 MODEL = "vim_nano_patch4_32"
 WEIGHTS = ("--checkpoint", "random")

@@ -49,7 +49,7 @@ def moved(x: Any, device: torch.device) -> Any:
 
 @contextmanager
 def garbage(byte: int, device: torch.device) -> Iterator[None]:
-    """What memory that is allocated has in it; on a CPU it is torch's choice of a byte."""
+    """Contents of memory that is allocated; on a CPU it is torch's choice of a byte."""
     if device.type == "cuda":
         torch.cuda.empty_cache()  # else older blocks would be given first
         blocks = [torch.full((size,), byte, dtype=torch.uint8, device=device) for size in BLOCKS]

@@ -8,7 +8,7 @@ from ptq4vm.backend import native
 
 
 def run(code: str, **environment: str) -> str:
-    """What a process says that imports what this one does, from where this one does."""
+    """Returns the output of a process that imports from where this one does."""
     path = [str(native.LIBRARY.parents[1]), *sys.path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)} | environment
     command = [sys.executable, "-S", "-c", code]

@@ -1,4 +1,4 @@
-"""What every operator must do on a GPU: drawn arguments, and what the reference makes of them.
+"""Laws of every operator on a GPU: drawn arguments, and the reference's results.
 
 tests/emulated/test_glue.py holds the emulated kernels to these laws, and tests/gpu/test_operators.py those of a real
 GPU. A law is given the operators by name, which take tensors of the CPU and return some, and what its strategies drew.
@@ -351,7 +351,7 @@ WITHOUT_CUDA = {
     "selective_scan_backward", "causal_conv1d_backward", "selective_scan_quantized",
     "fake_quantize", "fake_quantize_backward",
 }  # fmt: skip
-"""What the library for GPUs leaves to the references: gradients, and what is simulated to learn or to measure."""
+"""Operators that the library for GPUs leaves to the references: gradients, and what learning or measuring simulates."""
 
 
 def name_of(schema: str) -> str:
@@ -359,5 +359,5 @@ def name_of(schema: str) -> str:
 
 
 def laws_of(operators) -> dict[str, Law]:
-    """Those that ask for no other operators than these."""
+    """Returns the laws that ask for no other operators than these."""
     return {name: law for name, law in LAWS.items() if law.operators <= set(operators)}

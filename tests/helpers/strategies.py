@@ -1,4 +1,4 @@
-"""What the laws are tried on: empty, single and odd sizes, all numbers of bits, tensors in any layout."""
+"""Draws that the laws are tried on: empty, single and odd sizes, all numbers of bits, tensors in any layout."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def powers_of_two(*shape: int, seed: int = 0, low: int = -6, high: int = 3) -> T
 
 
 def fitting(granularity: Granularity, **activations: Any) -> dict[str, Any]:
-    """What else a config must say with a granularity; more of the activations."""
+    """Returns the other keys that a config needs with a granularity; more of the activations."""
     found: dict[str, Any] = {"activations": {"granularity": granularity, **activations}}
     if granularity is Granularity.PER_TOKEN_DYNAMIC:
         found["range_search"] = False

@@ -1,4 +1,4 @@
-"""What feeds a quantized linear, on every instruction set: quantization, norms and convolutions with their codes."""
+"""Producers of a linear's codes, on every instruction set: quantization, norms and convolutions with their codes."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def inputs(kind: str, count: int, smooth: bool, seed: int) -> tuple[Tensor, Tens
 
 
 def straight_through(x: Tensor, scale: Tensor, zero_point: Tensor | None, smooth: Tensor | None, count: int) -> Tensor:
-    """What is meant: rounding has slope one, values outside the codes' range are constants of the qparams."""
+    """The meaning: rounding has slope one, values outside the codes' range are constants of the qparams."""
     half, low = 2 ** (count - 1), -(2 ** (count - 1)) + (zero_point is None)
     scale, zero = scale.unsqueeze(-1), torch.zeros(1) if zero_point is None else zero_point.unsqueeze(-1)
     v = (x if smooth is None else x * smooth) / scale

@@ -122,7 +122,7 @@ def fake_bounds(count, zero_point):
 
 @given(bits, positive_sizes, positive_sizes, st.booleans(), seeds)
 def test_the_reference_gradient_is_that_of_the_definition(count, tokens, channels, affine, seed):
-    """Of eighths, powers of two and whole numbers every sum is exact; a third of the codes is out of range."""
+    """Sums of eighths, powers of two and whole numbers are exact; a third of the codes is out of range."""
     scale, smooth = (powers_of_two(size, seed=seed + i, low=-2, high=2) for i, size in enumerate((tokens, channels)))
     half = 2 ** (count - 1)
     codes = integers(-120, 120, 2, tokens, channels, seed=seed + 2).float() * max(1, half // 64) / 8 * min(1, half / 4)

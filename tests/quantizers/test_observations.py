@@ -1,4 +1,4 @@
-"""What is remembered of many batches is that of all of them; u (B, L, E), B (B, L, S)."""
+"""Observations of many batches are those of all of them; u (B, L, E), B (B, L, S)."""
 
 import torch
 from helpers.strategies import normal, seeds

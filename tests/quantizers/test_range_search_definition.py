@@ -35,7 +35,7 @@ def error(values: Tensor, scale: Tensor, zero_point: Tensor, count: int) -> floa
 
 @given(widths, seeds)
 def test_running_sums_are_the_squared_errors(count, seed):
-    """Of several rows, each with candidates of its own."""
+    """Several rows, each with candidates of its own."""
     values = integers(-60, 60, 3, 11, seed=seed).float() / 4
     scale = powers_of_two(3, 4, seed=seed, low=-2, high=2)
     zero_point = integers(-(2 ** (count - 1)), 2 ** (count - 1) - 1, 3, 4, seed=seed + 1).int()

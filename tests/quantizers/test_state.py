@@ -1,4 +1,4 @@
-"""What a fake-quantizer has found is in its buffers: it is saved with the model and moves with it."""
+"""Results of a fake-quantizer are in its buffers: they are saved with the model and move with it."""
 
 import pytest
 import torch

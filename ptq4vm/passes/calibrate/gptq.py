@@ -19,7 +19,7 @@ MORE, TRIES = 10.0, 6
 """The factor by which damping grows where a factorization fails, and how often it does."""
 
 RIDGES = (30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-"""The same when the weight is compensated, to choose from."""
+"""Ridges to choose from when the weight is compensated."""
 
 
 class Moments:

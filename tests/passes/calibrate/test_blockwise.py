@@ -96,7 +96,7 @@ def test_the_report_says_what_learning_did(roads):
 
 
 def test_the_report_says_how_near_each_block_is(roads):
-    """Of every recipe, learned or not; the same input, so more bits are nearer."""
+    """Every recipe, learned or not; the same input, so more bits are nearer."""
     few, many = (
         metadata_of(roads.calibrated(QuantConfig(weights={"bits": n}, activations={"bits": n}))).blocks for n in (4, 8)
     )
@@ -104,7 +104,7 @@ def test_the_report_says_how_near_each_block_is(roads):
 
 
 def test_the_better_recipe_stays_closer_to_the_model(roads, small_vim, images):
-    """What learning adds is held block by block, in test_learn."""
+    """The gain of learning is held block by block, in test_learn_scales."""
     want = small_vim(images)
 
     def error(config):

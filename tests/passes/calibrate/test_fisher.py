@@ -55,7 +55,7 @@ def test_what_does_not_matter_still_counts_a_tenth_of_the_mean():
 
 
 def test_an_output_on_the_way_counts_too():
-    """What the model returns of an early block, and what only a scalar depends on."""
+    """An early block's value that the model returns, and one that only a scalar depends on."""
     three = lambda values: [values["x"] * 2, values["x"] * 3, values["x"].sum() * 4]  # noqa: E731
     early = piece(three, "h", "g", "s", results=("g", "s"))
     early.outputs = ("h", "g")

@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """Of a run that came to its end."""
+    """The folder of a run that came to its end."""
     copied = tmp_path / "resume"
     copied.mkdir()
     for path in made[0].iterdir():

@@ -121,7 +121,7 @@ def compare(gm, images):
 
 
 def sets():
-    """Of instructions: whole models take the best one every time; the others' kernels have tests of their own."""
+    """Instruction sets: whole models take the best one every time; the others' kernels have tests of their own."""
     names = ("portable", "avx2", "vnni", "amx")
     found = ["reference"] if native.unavailable_reason() else list(names[: names.index(native.isa()) + 1])
     return slow_but(found[-1:], found)

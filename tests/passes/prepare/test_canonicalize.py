@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 class Form:
     model: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    """Of x, without the batch."""
+    """The shape of x, without the batch."""
     linears: dict[str, tuple[int, int, int]]
     """Tokens, channels in and channels out of each, in order."""
 

@@ -14,7 +14,7 @@ from ptq4vm.quantizers import Mode, constant
 
 
 class Mlp(nn.Module):
-    """What is written to the stream is arranged and scaled before it is added."""
+    """The value written to the stream is arranged and scaled before it is added."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Mlp(nn.Module):
 
 
 class Cubes(nn.Module):
-    """Of normal numbers: most are small, and some in every token are large."""
+    """Normal numbers: most are small, and some in every token are large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Added(nn.Module):
 
 
 def rotated_names(model: nn.Module, x: torch.Tensor) -> set[str]:
-    """Of the linears whose weight the pass has rotated."""
+    """Names of the linears whose weight the pass has rotated."""
     gm = with_sites(canonical(model, x))
     before = {node: node.args[1] for node in sites_of(gm, LinearSite)}
     sites = sites_of(insert_rotation(gm), LinearSite)

@@ -1,4 +1,4 @@
-"""Which convolutions have a weight to quantize."""
+"""Selects convolutions that have a weight to quantize."""
 
 import torch
 from torch import nn

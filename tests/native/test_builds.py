@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.draws import needs_library
 
+from ptq4vm import ops
 from ptq4vm.backend import native
+from ptq4vm.ops import _define
+
+
+@needs_library
+def test_a_library_that_is_older_than_the_code_is_an_error():
+    schemas = list(ops.SCHEMAS)
+    with pytest.raises(ImportError, match=r"_C_cpu.so is older than the code, without later"):
+        _define.define("later(Tensor x) -> Tensor", lambda x: x, "x float ...", _define.like)
+    assert schemas == ops.SCHEMAS
 
 
 def test_a_library_that_does_not_load_is_said(tmp_path, monkeypatch):
@@ -20,6 +31,7 @@ def test_a_library_that_does_not_load_is_said(tmp_path, monkeypatch):
         assert native._load(broken, "").startswith("_C_cpu.so does not load")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("gcc"), reason="needs cmake and gcc")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     """All tests of native kernels again, on those built with AddressSanitizer and UndefinedBehaviorSanitizer."""

@@ -4,12 +4,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.draws import (
-    needs_library,
-)
 from helpers.native_library import run
 
-from ptq4vm import doctor, ops
+from ptq4vm import doctor
 from ptq4vm.backend import native
 from ptq4vm.backend import triton as triton_kernels
 from ptq4vm.ops import _define
@@ -142,13 +139,3 @@ def test_doctor_tells_who_serves_each_gpu(built_for, monkeypatch, capabilities, 
     assert [gpu["native"] for gpu in found["gpus"]] == [capability == (9, 0) for capability in capabilities]
     for operator, who in (("quantize", expected), ("rotate", rotation)):
         assert found["operators"][f"ptq4vm::{operator}"] in (f"CUDA ({who})", who)
-
-
-@pytest.mark.slow
-@needs_library
-@needs_library
-def test_a_library_that_is_older_than_the_code_is_an_error():
-    schemas = list(ops.SCHEMAS)
-    with pytest.raises(ImportError, match=r"_C_cpu.so is older than the code, without later"):
-        _define.define("later(Tensor x) -> Tensor", lambda x: x, "x float ...", _define.like)
-    assert schemas == ops.SCHEMAS

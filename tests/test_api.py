@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.api import CONFIGS
 from helpers.small_models import BEST, LEARNED, blocks
 from helpers.strategies import bits, normal
 from hypothesis import given, settings
@@ -13,18 +14,6 @@ from torch.fx import GraphModule
 import ptq4vm
 from ptq4vm import QuantConfig, calibrate, convert, prepare
 from ptq4vm.metadata import metadata_of
-
-CONFIGS = {
-    "w8a8": QuantConfig.w8a8(learning=Learning(epochs=1)),
-    "w4a4": QuantConfig.w4a4(learning=Learning(epochs=1)),
-    "w2a3": QuantConfig(weights={"bits": 2}, activations={"bits": 3}),
-    "w6a5 unsmoothed": QuantConfig(weights={"bits": 6}, activations={"bits": 5}, smoothing=None),
-    "per tensor": QuantConfig.smoothquant(8),
-    "per tensor unsmoothed": QuantConfig.minmax(4),
-    "dynamic": QuantConfig(activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}, range_search=False),
-    "dynamic w4a4 unsmoothed": QuantConfig.minmax(4, activations={"granularity": Granularity.PER_TOKEN_DYNAMIC}),
-    "everything": EVERYTHING,
-}
 
 
 @pytest.fixture(params=CONFIGS)

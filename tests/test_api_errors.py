@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.api import CONFIGS
 from helpers.strategies import normal
 from torch import nn
 

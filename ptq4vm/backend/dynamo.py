@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import set_tensor
-from ptq4vm.graph.pipeline import clean_up
+from ptq4vm.graph.pipeline import Pipeline, clean_up
+from ptq4vm.graph.verify import GraphStage
 from ptq4vm.passes.lower.lower import lower
 from ptq4vm.passes.lower.pipeline import fusing_pipeline
 
@@ -32,7 +33,7 @@ def ptq4vm_backend(
     inductor, activations = settings.pop("inductor", True), settings.pop("activations", torch.float32)
     gm, kept = freeze(gm)
     origin = frozenset(value.data_ptr() for value in gm.state_dict().values())
-    gm = _share_constants(fusing_pipeline(activations)(clean_up(lower(gm))), origin)
+    gm = _share_constants(Pipeline(GraphStage.FUSED, (lower, fusing_pipeline(activations)))(gm), origin)
     inputs = [example_inputs[i] for i in kept]
     if inductor:
         from torch._inductor import compile_fx, list_mode_options

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from ptq4vm.config import matches
 from ptq4vm.graph.partition import Block, NamedTensors
-from ptq4vm.graph.pipeline import clean_up
+from ptq4vm.graph.pipeline import Pipeline
+from ptq4vm.graph.verify import GraphStage
 from ptq4vm.passes.prepare.smooth import merge_smoothing
 from ptq4vm.passes.quantized_nodes import QuantizedLinear
 from ptq4vm.quantization_specs import Learning, Loss
@@ -178,4 +179,5 @@ def _merged(block: Block) -> Block:
     """Returns the same block, whose fake-quantizers do the smoothing."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(block.module.graph, {}))
-    return dataclasses.replace(block, module=clean_up(merge_smoothing(fx.GraphModule(block.module, graph))))
+    merge = Pipeline(GraphStage.PREPARED, (merge_smoothing,))
+    return dataclasses.replace(block, module=merge(fx.GraphModule(block.module, graph)))

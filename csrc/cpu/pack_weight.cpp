@@ -50,7 +50,7 @@ void run(const PackWeight& q, int64_t begin, int64_t end) {
       const int64_t n = group * TILE + i;
       int8_t* row = rows + i * padded;
       if (n >= q.features) {
-        std::memset(row, 0, q.channels);
+        std::fill_n(row, q.channels, int8_t{0});  // without channels there is no row
         continue;
       }
       const auto* from = static_cast<const int8_t*>(q.weight) + n * columns;

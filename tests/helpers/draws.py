@@ -185,3 +185,15 @@ def largest_states(u, delta, A, B, bias):
         h = torch.exp(step[:, t] * A) * h + step[:, t] * u[:, t].unsqueeze(-1) * B[:, t].unsqueeze(-2)
         largest.append(h.abs().amax() if h.numel() else h.sum())
     return torch.stack(largest) if largest else u.new_empty(0)
+
+
+def assert_threads_change_no_bit(everything):
+    """Results of `everything()`, a tuple of tensors, are the same on one thread, on two and on five."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])

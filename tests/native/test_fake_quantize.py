@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from helpers.draws import CHANNELS, KINDS, ROWS, SUPPRESSED, available, draw, needs_library, qparams
+from helpers.draws import (
+    CHANNELS,
+    KINDS,
+    ROWS,
+    SUPPRESSED,
+    assert_threads_change_no_bit,
+    available,
+    draw,
+    needs_library,
+    qparams,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -153,15 +163,7 @@ def test_the_number_of_threads_changes_no_bit(isa, kind, seed):
         backward = torch.ops.ptq4vm.fake_quantize_backward(grad, *arguments, True, True, True, True)
         return ops.fake_quantize(*arguments), *backward
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = everything()
-        torch.set_num_threads(2)
-        two = everything()
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, one, two))
+    assert_threads_change_no_bit(everything)
 
 
 @pytest.mark.parametrize(

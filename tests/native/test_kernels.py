@@ -8,6 +8,7 @@ from helpers.draws import (
     KINDS,
     ROWS,
     SUPPRESSED,
+    assert_threads_change_no_bit,
     draw,
     needs_library,
     qparams,
@@ -139,15 +140,7 @@ def test_the_number_of_threads_changes_no_bit(isa):
             ops.quantize(codes.float(), 1 / scale, zero_point, None, 8),
         )
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = everything()
-        torch.set_num_threads(2)
-        two = everything()
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, one, two))
+    assert_threads_change_no_bit(everything)
 
 
 @needs_library

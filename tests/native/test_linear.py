@@ -8,6 +8,7 @@ from helpers.draws import (
     KINDS,
     ROWS,
     SUPPRESSED,
+    assert_threads_change_no_bit,
     draw,
     linear_inputs,
     needs_library,
@@ -152,15 +153,7 @@ def test_the_number_of_threads_changes_no_bit(isa):
             ops.linear_gelu_quantize(*wide, True, 1 / new_scale, new_zero_point, None, 8),
         )
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        one = everything()
-        torch.set_num_threads(3)
-        three = everything()
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, one, three))
+    assert_threads_change_no_bit(everything)
 
 
 @needs_library

@@ -9,6 +9,7 @@ from helpers.draws import (
     ROWS,
     SUPPRESSED,
     assert_same_codes,
+    assert_threads_change_no_bit,
     directional_qparams,
     draw,
     needs_library,
@@ -285,15 +286,7 @@ def test_the_number_of_threads_changes_no_bit(isa, dtype):
             ops.dequantize(ops.quantize(x, *one), *one[:2]),
         )
 
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = everything()
-        torch.set_num_threads(2)
-        together = everything()
-    finally:
-        torch.set_num_threads(before)
-    assert all(map(torch.equal, alone, together))
+    assert_threads_change_no_bit(everything)
 
 
 @needs_library

@@ -7,6 +7,7 @@ from helpers.draws import (
     SCAN_CHANNELS,
     STATES,
     SUPPRESSED,
+    assert_threads_change_no_bit,
     directional_inputs,
     draw,
     exact_directional,
@@ -144,14 +145,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_scan(isa):
             ops.directional_scan_quantize(*inputs, 0.5, *qparams),
         )
 
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(everything())
-    finally:
-        torch.set_num_threads(before)
-    assert all(all(map(torch.equal, results[0], other)) for other in results[1:])
+    assert_threads_change_no_bit(everything)
 
 
 @needs_library

@@ -8,6 +8,7 @@ from helpers.draws import (
     SCAN_CHANNELS,
     STATES,
     SUPPRESSED,
+    assert_threads_change_no_bit,
     counting,
     draw,
     largest_states,
@@ -128,14 +129,7 @@ def test_the_error_falls_with_the_bits(isa):
 @needs_library
 def test_the_number_of_threads_changes_no_bit(isa):
     inputs = real_inputs(1, 33, 600, 3, draw(0))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(ops.selective_scan_quantized(*inputs))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert_threads_change_no_bit(lambda: (ops.selective_scan_quantized(*inputs),))
 
 
 @needs_library

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import kernels
+from benchmarks import kernels, one_by_one
 from benchmarks.speed import bounds
 from benchmarks.speed.bounds import GPU
 from benchmarks.speed.graphs import recorded
@@ -187,36 +187,6 @@ def weights(features: int, channels: int, bits: int, device: torch.device) -> tu
 # --- fused operators ---
 
 
-def one_by_one_gelu(*arguments: Any) -> Tensor:
-    """linear_gelu_quantize without fusion."""
-    *linear, rotated, inv_scale, zero_point, inv_smooth, bits = arguments
-    y = F.gelu(ops.linear_packed(*linear, torch.bfloat16))
-    return kernels.codes_one_by_one(y, rotated, inv_scale, zero_point, inv_smooth, bits)
-
-
-def scan_one_by_one(*arguments: Any) -> Any:
-    """Two directions of Vim, flipped copies and all, with our scan: what a graph of single operators does."""
-    *steps, factor, inv_scale, zero_point, inv_smooth, bits = arguments
-    return ops.quantize(unmerged(*steps, factor), inv_scale, zero_point, inv_smooth, bits)
-
-
-def unmerged(*steps: Any) -> Tensor:
-    """`directional_scan` as selective scans of tokens that are gathered and scattered, and their sum."""
-    u, projected, _, _, _, _, _, packed, _, scale, bias, A, D, z, order, factor = steps
-    rank, states = projected.shape[-1] - 2 * A.shape[-1], A.shape[-1]
-    low_rank, B, C = projected.split((rank, states, states), -1)
-    total = None
-    for k in range(len(order)):
-        tokens = order[k].long()
-        weight = layouts.unpack_weight(packed[k], A.shape[1], rank) * scale[k][:, None]
-        delta = F.linear(low_rank[k], weight.to(low_rank.dtype))[:, tokens]
-        inputs = (u[k if len(u) > 1 else 0][:, tokens], delta, A[k], B[k][:, tokens], C[k][:, tokens], D[k])
-        y = ops.selective_scan(*inputs, None if z is None else z[:, tokens], bias[k], True)
-        y = torch.empty_like(y).index_copy_(1, tokens, y)
-        total = y if total is None else total + y
-    return total * factor
-
-
 def operator_cases(batch: int, smoke: bool) -> dict[str, tuple[Callable, Callable, Callable[[], tuple]]]:
     """Name → fused operator, the same one by one, and what makes arguments."""
     few = {"tokens": 16, "side": 4} if smoke else {}
@@ -274,21 +244,21 @@ def operator_cases(batch: int, smoke: bool) -> dict[str, tuple[Callable, Callabl
     vim = {"directions": 2, "side": 0, "tokens": VIM, "channels": 1536, "rank": 48, "states": 16}
     maps = {"directions": 4, "side": 14, "tokens": MAPS, "channels": 512, "rank": 32, "states": 1}
     return {
-        "Vim-B norm": (ops.norm_quantize, kernels.norm_one_by_one, lambda: norm(VIM, 768, True)),
-        "VMamba-B s2 norm": (ops.norm_quantize, kernels.norm_one_by_one, lambda: norm(MAPS, 512, False)),
-        "Vim-B convolutions": (ops.conv1d_quantize, kernels.conv1d_one_by_one, lambda: conv1d(VIM, 1536)),
-        "VMamba-B s0 convolution": (ops.conv2d_quantize, kernels.conv2d_one_by_one, lambda: conv2d(56, 128)),
-        "Vim-B scan, N=16": (ops.directional_scan_quantize, scan_one_by_one, lambda: scan(False, **vim)),
+        "Vim-B norm": (ops.norm_quantize, one_by_one.norm_one_by_one, lambda: norm(VIM, 768, True)),
+        "VMamba-B s2 norm": (ops.norm_quantize, one_by_one.norm_one_by_one, lambda: norm(MAPS, 512, False)),
+        "Vim-B convolutions": (ops.conv1d_quantize, one_by_one.conv1d_one_by_one, lambda: conv1d(VIM, 1536)),
+        "VMamba-B s0 convolution": (ops.conv2d_quantize, one_by_one.conv2d_one_by_one, lambda: conv2d(56, 128)),
+        "Vim-B scan, N=16": (ops.directional_scan_quantize, one_by_one.scan_one_by_one, lambda: scan(False, **vim)),
         "VMamba-B s2 scan, N=1": (
             ops.directional_scan,
-            lambda *arguments: unmerged(*arguments[:-2], arguments[-1]),
+            lambda *arguments: one_by_one.unmerged(*arguments[:-2], arguments[-1]),
             lambda: scan(True, **maps),
         ),
-        "VMamba-B s2 fc1 + GELU": (ops.linear_gelu_quantize, one_by_one_gelu, lambda: gelu(MAPS, 512, 2048)),
+        "VMamba-B s2 fc1 + GELU": (ops.linear_gelu_quantize, one_by_one.gelu_one_by_one, lambda: gelu(MAPS, 512, 2048)),
         "Vim-B quantize": (ops.quantize, quantization.quantize, lambda: plain(VIM, 1536)),
         "VMamba-B s2 GELU + rotate": (
             ops.rotate_quantize,
-            kernels.rotate_one_by_one,
+            one_by_one.rotate_one_by_one,
             lambda: plain(MAPS, 2048, gelu=True),
         ),
     }

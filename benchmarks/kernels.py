@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the script runs without an editable install too
+
+from benchmarks.one_by_one import conv1d_one_by_one, conv2d_one_by_one, norm_one_by_one, rotate_one_by_one
 from ptq4vm import ops
 from ptq4vm.backend import native
 from ptq4vm.ops import convolution_1d, directional_scans, layouts
@@ -168,50 +172,6 @@ def scans(rounds: int) -> None:
         ),
     }
     compare(pairs, rounds)
-
-
-def norm_one_by_one(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    eps: float,
-    rms: bool,
-    rotated: bool,
-    *codes: Any,
-) -> object:
-    total = x.float() if residual is None else x + residual
-    shape = total.shape[-1:]
-    y = F.rms_norm(total, shape, weight, eps) if rms else F.layer_norm(total, shape, weight, bias, eps)
-    return total, codes_one_by_one(y, rotated, *codes)
-
-
-def rotate_one_by_one(x: Tensor, gelu: bool, *codes: Any) -> object:
-    return codes_one_by_one(F.gelu(x) if gelu else x, True, *codes)
-
-
-def codes_one_by_one(
-    y: Tensor, rotated: bool, inv_scale: Tensor, zero_point: Tensor, inv_smooth: Tensor | None, bits: int
-) -> Tensor:
-    if rotated:
-        y, inv_smooth = ops.rotate(y if inv_smooth is None else y * inv_smooth), None
-    return ops.quantize(y, inv_scale, zero_point, inv_smooth, bits)
-
-
-def conv1d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, order: Tensor, *codes: Any) -> object:
-    """Codes of the two directions that need no gather; the second one stays reversed."""
-    inv_scale, zero_point, smooth, bits = codes
-    u = [ops.causal_conv1d(y, weight[k], bias[k], True) for k, y in enumerate((x, x.flip(1)))]
-    return u, [ops.quantize(u[k], inv_scale[k], zero_point[k], smooth[k], bits) for k in range(2)]
-
-
-def conv2d_one_by_one(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, *codes: Any) -> object:
-    inv_scale, zero_point, _, bits = codes
-    maps = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-    filters = weight.unsqueeze(1).to(x.dtype)
-    u = F.silu(F.conv2d(maps, filters, bias.to(x.dtype), padding=1, groups=len(weight)))
-    u = u.permute(0, 2, 3, 1).flatten(1, 2)
-    return u, [ops.quantize(u, inv_scale[k], zero_point[k], None, bits) for k in range(len(inv_scale))]
 
 
 def producers(rounds: int) -> None:

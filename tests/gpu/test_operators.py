@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers.draws import assert_same_codes, relative
 from helpers.gpu_operators import SEED, OnDevice, OnStream, drawn, in_triton
-from helpers.operator_laws import LAWS, laws_of, name_of, tolerance
+from helpers.laws import tolerance
+from helpers.operator_laws import LAWS, laws_of, name_of
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -24,21 +24,23 @@ from ptq4vm.quantizers import (
 class QuantizedLinear:
     """One linear of a prepared graph with its two fake-quantizers and, if there is one, its smoothing vector."""
 
-    name: str
+    site: LinearSite
     node: Node
     input: ActivationFakeQuantize
     weight: WeightFakeQuantize
     smooth: torch.nn.Parameter | None
     """log s (D,)"""
-    rotated: bool
-    """Whether x / s and W · s are rotated."""
+
+    @property
+    def name(self) -> str:
+        return self.site.name
 
     def smoothed(self, x: Tensor) -> Tensor:
         """Returns what came to its input (…, D) when s was 1, as it comes now."""
         if self.smooth is None:
             return x
         inverse = self.smooth.detach().exp().reciprocal()
-        return ops.rotate(ops.rotate(x) * inverse) if self.rotated else x * inverse
+        return ops.rotate(ops.rotate(x) * inverse) if self.site.rotated else x * inverse
 
 
 _Fake = TypeVar("_Fake", bound=FakeQuantize)
@@ -98,7 +100,7 @@ def quantized_linears(prepared: GraphModule) -> list[QuantizedLinear]:
         x, w = (module_of(prepared, argument) for argument in node.args[:2])
         assert isinstance(x, ActivationFakeQuantize) and isinstance(w, WeightFakeQuantize), site.name
         smooth = None if site.log_smooth is None else prepared.get_parameter(site.log_smooth)
-        found.append(QuantizedLinear(site.name, node, x, w, smooth, site.rotated))
+        found.append(QuantizedLinear(site, node, x, w, smooth))
     return found
 
 

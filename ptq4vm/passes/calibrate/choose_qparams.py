@@ -110,7 +110,7 @@ def _sizes(linear: QuantizedLinear, x: Tensor) -> tuple[Tensor, Tensor]:
     for s = |x| / |W|.
     """
     weight = weight_of(linear)
-    if linear.rotated:
+    if linear.site.rotated:
         return _root_mean_square(ops.rotate(x).flatten(0, 1)), _root_mean_square(ops.rotate(weight))
     return x.abs().amax((0, 1)), weight.abs().amax(0)
 

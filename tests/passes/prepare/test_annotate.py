@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ptq4vm import QuantConfig, ops, prepare
+from ptq4vm.graph.sites import LinearSite
 from ptq4vm.passes.quantized_nodes import QuantizedLinear
 
 
@@ -28,10 +29,11 @@ def test_a_pattern_that_matches_nothing_is_answered_with_six_names_at_most(count
 def test_smoothing_a_value_again_is_what_the_graph_does_to_it(rotated, seed):
     """x / s, then the rotation, which is its own inverse: a linear saw R x, and sees R (x / s) now."""
     smooth, x = nn.Parameter(normal(8, seed=seed)), normal(2, 3, 8, seed=seed + 1)
-    linear = QuantizedLinear("linear", None, None, None, smooth, rotated)
+    site = LinearSite(name="linear", weight="w", tokens=3, in_features=8, out_features=4, block=None, rotated=rotated)
+    linear = QuantizedLinear(site, None, None, None, smooth)
     now = x * smooth.detach().exp().reciprocal()
     if rotated:
         assert torch.allclose(linear.smoothed(ops.rotate(x)), ops.rotate(now), atol=1e-5 * float(now.abs().max()))
     else:
         assert torch.equal(linear.smoothed(x), now)
-    assert QuantizedLinear("linear", None, None, None, None, rotated).smoothed(x) is x
+    assert QuantizedLinear(site, None, None, None, None).smoothed(x) is x

@@ -87,7 +87,7 @@ def test_smoothing_before_the_rotation_keeps_the_function():
     model, x = Mlp(80).eval(), normal(3, 5, 8)
     prepared = prepare(model, (x,), QuantConfig(rotation=True))
     linears = quantized_linears(prepared)
-    assert [linear.rotated for linear in linears] == [False, False, True]
+    assert [linear.site.rotated for linear in linears] == [False, False, True]
 
     def seen() -> torch.Tensor:
         linears[-1].input.forget()

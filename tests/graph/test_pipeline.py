@@ -13,6 +13,7 @@ from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.verify import CONTENTS, GraphStage, verify
 from ptq4vm.passes.lower.pipeline import fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import preparation_pipeline
+from ptq4vm.quantizers import quantized_decomposed
 
 IMAGES = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
 
@@ -52,6 +53,21 @@ def test_an_operator_that_its_stage_has_not_is_named_with_the_pass(gm, stage):
             RuntimeError, match=rf"^quantize_input left .*ptq4vm\.quantize.* in a graph that is {stage}"
         ):
             pipeline(gm)
+
+
+@pytest.mark.parametrize("stage", GraphStage)
+def test_torchaos_quantize_nodes_have_their_stages(gm, stage):
+    output = gm.graph.output_node()
+    (value,) = output.all_input_nodes
+    codes = Insertion(gm, output).call(
+        quantized_decomposed.quantize_per_tensor.default, value, 1.0, 0, -128, 127, torch.int8
+    )
+    output.update_arg(0, (codes,))
+    if CONTENTS[stage].qdq:
+        assert verify(gm, stage, "it") is gm
+    else:
+        with pytest.raises(RuntimeError, match=r"it left .*quantize_per_tensor.*has no place"):
+            verify(gm, stage, "it")
 
 
 @pytest.mark.parametrize("stage", GraphStage)

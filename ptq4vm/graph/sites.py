@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
+from ptq4vm.graph.batch_axis import batch_symbol, per_image
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.views import parameter_of, scope
 from ptq4vm.quantization_specs import Granularity
 
 SITE = "ptq4vm.site"
 """The key of a node's metadata; torchao's passes and copies of graphs keep it."""
+
+LEFT = "ptq4vm.left"
+"""The key of the reason for which a product of a weight is no linear on tokens, and stays in floating point."""
 
 CONVOLUTIONS = (ops.causal_conv1d.default, aten.conv2d.default)
 
@@ -121,10 +125,12 @@ def numbered(label: str, seen: dict[str, int]) -> str:
 
 
 def on_tokens(linear: Node) -> bool:
-    """Returns whether a linear multiplies a parameter with x (B, L, D), where only B is dynamic."""
-    shape = linear.args[0].meta["val"].shape  # type: ignore[union-attr]
-    static = [isinstance(size, int) for size in shape]
-    return parameter_of(linear.args[1]) is not None and static == [False, True, True]
+    """Returns whether a linear multiplies a parameter with x (B, L, D), B the images and all else fixed."""
+    x: Any = linear.args[0]
+    batch, *sizes = x.meta["val"].shape
+    fixed = len(sizes) == 2 and all(isinstance(size, int) for size in sizes)
+    images = per_image(batch, batch_symbol(linear.graph)) == 1
+    return fixed and images and LEFT not in linear.meta and parameter_of(linear.args[1]) is not None
 
 
 def block_paths(linears: Sequence[Node]) -> list[str | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from ptq4vm.graph.insert import arguments, aten
 
@@ -46,14 +46,14 @@ def per_image(size: Any, batch: Any) -> int:
     return int(ratio) if ratio.is_Integer else 0
 
 
-def batch_axes(gm: GraphModule) -> dict[Node, BatchAxis]:
+def batch_axes(graph: Graph) -> dict[Node, BatchAxis]:
     """Returns the axis of the images in each value of a captured graph, but for values in which they are mixed up.
 
     Behind an operator whose effect on the order is not known, an axis of exactly B entries is taken for the images.
     """
-    batch = batch_symbol(gm.graph)
+    batch = batch_symbol(graph)
     layouts: dict[Node, _Layout] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         shape = _shape(node)
         if not all(isinstance(size, int) for size in shape):
             sizes = tuple(size if isinstance(size, int) else -per_image(size, batch) for size in shape)
@@ -110,11 +110,11 @@ def _outer(node: Node, sizes: _Sizes, layouts: dict[Node, _Layout]) -> int | Non
 
 def _before(node: Node, axis: BatchAxis, count: int) -> int | None:
     """Returns the tokens before the images in an axis of count · B entries that an operator makes from another."""
-    if _acts_along(node, axis):
-        # parts one after another, each of whole batches
-        joins = axis.after == 1 and node.target in _PARTS
-        return count if joins else None
-    return axis.before if count == axis.before * axis.after else None
+    whole = count == axis.before * axis.after
+    if not _acts_along(node, axis) or (whole and node.target in _SLICES):
+        return axis.before if whole else None
+    # parts one after another, each of whole batches
+    return count if axis.after == 1 and node.target in _PARTS else None
 
 
 def _acts_along(node: Node, axis: BatchAxis) -> bool:
@@ -134,6 +134,8 @@ def _acts_along(node: Node, axis: BatchAxis) -> bool:
 
 _MOVES = {aten.permute.default, aten.stack.default}
 """Operators whose `dim` is no axis to act along."""
+
+_SLICES = {aten.slice.Tensor, aten.narrow.default}
 
 _PARTS = {aten.cat.default, aten.chunk.default, aten.split.Tensor}
 """Operators that join values along an axis or divide them into equal parts."""
@@ -156,10 +158,10 @@ _RESHAPES = {
 """Operators that keep the row-major order of elements."""
 
 
-def depend_on_images(gm: GraphModule) -> set[Node]:
+def depend_on_images(graph: Graph) -> set[Node]:
     """Returns the values that are computed from the inputs, not from their sizes alone."""
-    reached = set(gm.graph.find_nodes(op="placeholder"))
-    for node in gm.graph.nodes:
+    reached = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
         value = node.meta.get("val")
         number = value is not None and not isinstance(value, Tensor | list | tuple)
         if not number and not reached.isdisjoint(node.all_input_nodes):

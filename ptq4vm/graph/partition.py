@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.capture import CaptureError
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.sites import block_paths
-from ptq4vm.graph.views import scope
+from ptq4vm.graph.views import module_paths, scope
 
 NamedTensors = dict[str, Tensor]
 """Values of a graph by the name of their node; their first axis is the batch."""
@@ -78,8 +78,7 @@ def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
 
 
 def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return next((rank[path] for path in reversed(paths) if path in rank), None)
+    return next((rank[path] for path in reversed(module_paths(node)) if path in rank), None)
 
 
 def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Block:

@@ -10,8 +10,12 @@ from ptq4vm.graph.insert import aten
 
 def scope(node: Node) -> str:
     """Path of the innermost module that called this node; empty where torch.export recorded none."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
+    return (module_paths(node) or [""])[-1]
+
+
+def module_paths(node: Node) -> list[str]:
+    """Paths of the modules that were being called where this node was made, from the outermost on."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def parameter_of(node: Any) -> str | None:

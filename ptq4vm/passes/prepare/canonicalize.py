@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.batch_axis import BatchAxis, batch_axes, depend_on_images
 from ptq4vm.graph.insert import Insertion, arguments, aten
 from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.graph.sites import LEFT, on_tokens
+from ptq4vm.graph.sites import LEFT
 from ptq4vm.graph.verify import GraphStage
 from ptq4vm.graph.views import parameter_of
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
@@ -50,7 +50,7 @@ def linears_on_tokens(gm: GraphModule) -> GraphModule:
 
 def pooled_to_linear(gm: GraphModule) -> GraphModule:
     """Products of one value per image, such as those of squeeze-and-excitation → linears on one token."""
-    axes, reached = batch_axes(gm), depend_on_images(gm)
+    axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
     for node in _calls(gm, _PRODUCTS):
         product = _placed(node, _PRODUCTS, axes, reached) if node.meta.get(LEFT) == POOLED else None
         if isinstance(product, Product):
@@ -75,14 +75,16 @@ replaced, or None where it multiplies no weight with tokens."""
 
 def _to_linears(gm: GraphModule, readers: Mapping[Any, _Reader]) -> GraphModule:
     """Replaces products by linears, or notes why not."""
-    axes, reached = batch_axes(gm), depend_on_images(gm)
+    axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
     for node in _calls(gm, readers):
-        product = _placed(node, readers, axes, reached)
+        product, linear = _placed(node, readers, axes, reached), node.target is aten.linear.default
+        if product is None or LEFT in node.meta:
+            continue
         if isinstance(product, str):
             node.meta[LEFT] = product
-        elif product is not None and product.pooled and (node.target is aten.linear.default or not product.canonical):
+        elif product.pooled and not (product.canonical and (product.tokens or not linear)):
             node.meta[LEFT] = POOLED
-        elif product is not None:
+        elif not (linear and product.canonical):
             _replace(gm, node, product, axes, reached)
     return gm
 
@@ -227,7 +229,7 @@ def _select_strided(gm: GraphModule, node: Any) -> None:
 
 def _linear(node: Any, reached: set[Node]) -> Product | str | None:
     x, weight, *bias = node.args
-    if on_tokens(node) or x not in reached:
+    if x not in reached:
         return None
     if not isinstance(side := _weight((x, weight), reached), int):
         return side

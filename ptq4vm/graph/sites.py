@@ -24,6 +24,9 @@ SITE = "ptq4vm.site"
 LEFT = "ptq4vm.left"
 """The key of the reason for which a product of a weight is no linear on tokens, and stays in floating point."""
 
+POOLED = "pooled: one value per image, no tokens"
+"""The reason of products that a config may quantize nevertheless."""
+
 CONVOLUTIONS = (ops.causal_conv1d.default, aten.conv2d.default)
 
 
@@ -107,9 +110,8 @@ def find_linears(gm: GraphModule) -> dict[Node, LinearSite]:
     for node, block in zip(nodes, block_paths(nodes), strict=True):
         weight = str(parameter_of(node.args[1]))
         out_features, in_features = node.args[1].meta["val"].shape
-        owner, _, leaf = weight.rpartition(".")
         sites[node] = LinearSite(
-            name=numbered(owner if owner and leaf == "weight" else f"{weight}_linear", seen),
+            name=numbered(weight_label(weight), seen),
             weight=weight,
             tokens=node.args[0].meta["val"].shape[1],
             in_features=in_features,
@@ -117,6 +119,12 @@ def find_linears(gm: GraphModule) -> dict[Node, LinearSite]:
             block=block,
         )
     return sites
+
+
+def weight_label(weight: str) -> str:
+    """Returns the name of the linear with a weight: the path of its module, or `w_linear` for a bare parameter `w`."""
+    owner, _, leaf = weight.rpartition(".")
+    return owner if owner and leaf == "weight" else f"{weight}_linear"
 
 
 def numbered(label: str, seen: dict[str, int]) -> str:

@@ -14,13 +14,12 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.batch_axis import BatchAxis, batch_axes, depend_on_images
 from ptq4vm.graph.insert import Insertion, arguments, aten
 from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.graph.sites import LEFT
+from ptq4vm.graph.sites import LEFT, POOLED
 from ptq4vm.graph.verify import GraphStage
 from ptq4vm.graph.views import parameter_of
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
 from ptq4vm.passes.prepare.products import Operand, Product, arranged
 
-POOLED = "pooled: one value per image, no tokens"
 _MIXED = "the order of images and tokens in its input cannot be derived"
 _COMPUTED = "its weight is computed, and no parameter"
 _NO_BIAS = "it adds something else than a bias (N,) to x · W"
@@ -38,8 +37,6 @@ def einsum_to_linear(gm: GraphModule) -> GraphModule:
 
 def conv_to_linear(gm: GraphModule) -> GraphModule:
     """1×1 convolutions of (B, D, L) or (B, D, H, W), in one group or in groups of several channels."""
-    for node in _calls(gm, _CONVOLUTIONS):
-        _select_strided(gm, node)
     return _to_linears(gm, _CONVOLUTIONS)
 
 
@@ -215,16 +212,6 @@ def _conv(node: Any, reached: set[Node]) -> Product | str | None:
         None if bias is None else Operand(bias, [new]),
         {} if groups == 1 else {"K": groups, "D": channels, "N": features // groups},
     )
-
-
-def _select_strided(gm: GraphModule, node: Any) -> None:
-    """A 1×1 convolution with a stride → one of every so many tokens."""
-    x, weight, bias, stride, padding, dilation, groups = arguments(node)
-    if {*_sizes(weight)[2:]} == {1} and {*padding} == {0} and {*stride} != {1}:
-        insert = Insertion(gm, node)
-        for axis, step in enumerate(stride, start=_rank(x) - len(stride)):
-            x = insert.call(aten.slice.Tensor, x, axis, 0, 2**63 - 1, step)
-        node.args = (x, weight, bias, [1] * len(stride), padding, dilation, groups)
 
 
 def _linear(node: Any, reached: set[Node]) -> Product | str | None:

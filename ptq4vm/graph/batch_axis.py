@@ -8,6 +8,7 @@ the batch.
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class BatchAxis:
 def batch_symbol(graph: Graph) -> Any:
     """Returns the symbol that stands for the number of images in a captured graph; None where no input has any."""
     values = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
-    sizes = (value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
+    sizes: Iterator[Any] = (value.shape[0] for value in values if isinstance(value, Tensor) and value.dim())
     return next((size.node.expr for size in sizes if isinstance(size, torch.SymInt)), None)
 
 

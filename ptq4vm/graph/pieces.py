@@ -1,7 +1,7 @@
 """Cuts a graph without numbered blocks into pieces, behind the sums of its residual stream."""
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Mapping, Sequence
 
 from torch.fx import GraphModule, Node
@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.batch_axis import BatchAxis, batch_axes, depend_on_images
 from ptq4vm.graph.insert import PIECE, aten
 from ptq4vm.graph.sites import LinearSite, numbered
-from ptq4vm.graph.views import module_paths
+from ptq4vm.graph.views import scope
 
 MOST_ALIVE = 2
 """Values that a piece may hand on: the residual stream, and one beside it."""
@@ -58,5 +58,6 @@ def _is_sum(node: Node, images: set[Node]) -> bool:
 
 def _common_path(nodes: Sequence[Node]) -> str:
     """Returns the path of the innermost module that all nodes were called in."""
-    paths = [(module_paths(node) or [""])[-1].split(".") for node in nodes]
-    return ".".join(os.path.commonprefix(paths))
+    parts = zip(*(scope(node).split(".") for node in nodes), strict=False)
+    common = itertools.takewhile(lambda names: len({*names}) == 1, parts)
+    return ".".join(names[0] for names in common)

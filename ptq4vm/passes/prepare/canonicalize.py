@@ -99,9 +99,7 @@ def _placed(
     return product.on(axes[product.x.node]) if product.x.node in axes else _MIXED
 
 
-def _replace(
-    gm: GraphModule, node: Node, product: Product, axes: dict[Node, BatchAxis], reached: set[Node]
-) -> None:
+def _replace(gm: GraphModule, node: Node, product: Product, axes: dict[Node, BatchAxis], reached: set[Node]) -> None:
     """Replaces a node by linears, in the strides of the node: views further on rely on them."""
     insert = Insertion(gm, node)
     result, wanted = product.as_linears(insert), node.meta["val"]
@@ -158,19 +156,14 @@ _SUMS = (aten.addmm.default, aten.baddbmm.default)
 
 
 def _tensordot(node: Any, reached: set[Node]) -> Product | str | None:
+    """Sums over some axes of both operands; what is left of the first one comes first."""
     left, right = node.args[:2]
-    return _contracted(left, right, *(node.args[2:] or ([-1], [-1])), reached)  # type: ignore[misc]  # inner has none
-
-
-def _contracted(
-    left: Node, right: Node, of_left: Sequence[int], of_right: Sequence[int], reached: set[Node]
-) -> Product | str | None:
-    """The sum over some axes of both; what is left of the first one comes first."""
-    axes = [*string.ascii_lowercase[: _rank(left)]], [*string.ascii_uppercase[: _rank(right)]]
+    of_left, of_right = node.args[2:4] or ([-1], [-1])  # `inner` has none
+    axes, others = [*string.ascii_lowercase[: _rank(left)]], [*string.ascii_uppercase[: _rank(right)]]
     for one, other in zip(of_left, of_right, strict=True):
-        axes[1][other] = axes[0][one]
-    out = [a for a in axes[0] if a not in axes[1]] + [a for a in axes[1] if a not in axes[0]]
-    return _product(Operand(left, axes[0]), Operand(right, axes[1]), "".join(out), reached)
+        others[other] = axes[one]
+    out = [a for a in axes if a not in others] + [a for a in others if a not in axes]
+    return _product(Operand(left, axes), Operand(right, others), "".join(out), reached)
 
 
 def _einsum(node: Any, reached: set[Node]) -> Product | str | None:

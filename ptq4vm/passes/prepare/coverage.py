@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
@@ -19,7 +18,9 @@ from ptq4vm.graph.views import parameter_of, scope, writes_stream
 from ptq4vm.metadata import Coverage, ProductMetadata
 
 
-def covered(gm: GraphModule, sites: Mapping[Node, LinearSite], left: Mapping[Node, str], quantized: set[Node]) -> Coverage:
+def covered(
+    gm: GraphModule, sites: Mapping[Node, LinearSite], left: Mapping[Node, str], quantized: set[Node]
+) -> Coverage:
     """Returns a record of every product of a weight in a canonical graph.
 
     Args:
@@ -29,13 +30,15 @@ def covered(gm: GraphModule, sites: Mapping[Node, LinearSite], left: Mapping[Nod
         quantized: nodes whose weight is quantized, linears and convolutions.
     """
     images, seen = depend_on_images(gm.graph), dict.fromkeys((site.name for site in sites.values()), 0)
-    products, convolutions = [], []
+    products: list[ProductMetadata] = []
+    convolutions: list[ProductMetadata] = []
     for node in gm.graph.nodes:
         if node not in images or not multiplies_weight(node):
             continue
         name = sites[node].name if node in sites else numbered(_label(node, images), seen)
-        reason = None if node in quantized else left.get(node, node.meta.get(LEFT))
         is_product = node.target not in _CONVOLUTIONS or LEFT in node.meta
+        reason = left.get(node, node.meta.get(LEFT, None if is_product else "convolution of neighbours"))
+        reason = None if node in quantized else reason
         record = ProductMetadata(name=name, multiply_adds=_multiply_adds(node), left=reason)
         (products if is_product else convolutions).append(record)
     return Coverage(products=tuple(products), convolutions=tuple(convolutions))
@@ -144,7 +147,9 @@ _SUMMED: Mapping[Any, Callable[[Any], int]] = {
     **dict.fromkeys((aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default), _last(0)),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _last(1)),
     aten.inner.default: _last(0),
-    aten.tensordot.default: lambda node: math.prod(_size(node.args[0].meta["val"].shape[axis]) for axis in node.args[2]),
+    aten.tensordot.default: lambda node: math.prod(
+        _size(node.args[0].meta["val"].shape[axis]) for axis in node.args[2]
+    ),
     aten.einsum.default: _einsum,
 }
 """The number of products that make one element of a result."""

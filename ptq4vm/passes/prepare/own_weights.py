@@ -11,7 +11,6 @@ transposed stays as it is, under its transposition.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -17,6 +17,12 @@ from ptq4vm.graph.batch_axis import BatchAxis
 from ptq4vm.graph.insert import Insertion, aten
 from ptq4vm.graph.views import elements_of, is_repetition, root_of, shows_elements
 
+_Lettered = tuple[Node, str]
+"""A value with a letter for each axis."""
+
+_Operands = tuple[_Lettered, _Lettered, _Lettered | None]
+"""x, weight, and bias if there is one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operand:
@@ -40,7 +46,7 @@ class Operand:
     def without(self, letters: str) -> "Operand":
         return dataclasses.replace(self, dropped=self.dropped + letters)
 
-    def unfolded(self, insert: Insertion, folds: Mapping[str, int]) -> tuple[Node, str]:
+    def unfolded(self, insert: Insertion, folds: Mapping[str, int]) -> _Lettered:
         """Returns the value with an axis for each letter, without those dropped, and its letters."""
         node = self.node
         for index, axis in reversed([*enumerate(self.axes)]):
@@ -141,38 +147,39 @@ class Product:
         """Returns its result in its axes, made by linears on (B, L, D) or, without tokens, on (B, D)."""
         x, weight = (operand.unfolded(insert, self.folds) for operand in (self.x, self.weight))
         bias = None if self.bias is None else self.bias.unfolded(insert, self.folds)
-        node = self._grouped(insert, x, weight, bias, self.group, self.result)
+        node = self._grouped(insert, (x, weight, bias), self.group, self.result)
         for index, axis in enumerate(self.out):
             if len(axis) > 1:
                 node = insert.call(aten.flatten.using_ints, node, index, index + len(axis) - 1)
         return node
 
-    def _grouped(self, insert: Insertion, x: Any, weight: Any, bias: Any, group: str, result: str) -> Node:
-        """One linear for each index of the axes of K."""
+    def _grouped(self, insert: Insertion, operands: _Operands, group: str, result: str) -> Node:
+        """Makes one linear for each index of the axes of K."""
         if not group:
-            return self._linear(insert, x, weight, bias, result)
-        axis, rest = group[0], result.replace(group[0], "")
+            return self._linear(insert, *operands, result)
+        axis, (weight, letters) = group[0], operands[1]
 
-        def at(operand: Any, k: int) -> Any:
+        def at(operand: _Lettered | None, k: int) -> Any:
             if operand is None or axis not in operand[1]:
                 return operand
-            node, letters = operand
-            return insert.call(aten.select.int, node, letters.index(axis), k), letters.replace(axis, "")
+            return insert.call(aten.select.int, operand[0], operand[1].index(axis), k), operand[1].replace(axis, "")
 
-        count = weight[0].meta["val"].shape[weight[1].index(axis)]
-        parts = [
-            self._grouped(insert, *(at(value, k) for value in (x, weight, bias)), group[1:], rest) for k in range(count)
-        ]
-        return insert.call(aten.stack.default, parts, result.index(axis))
+        rest, results = result.replace(axis, ""), []
+        for k in range(weight.meta["val"].shape[letters.index(axis)]):
+            x, matrix, bias = (at(operand, k) for operand in operands)
+            results.append(self._grouped(insert, (x, matrix, bias), group[1:], rest))
+        return insert.call(aten.stack.default, results, result.index(axis))
 
-    def _linear(self, insert: Insertion, x: Any, weight: Any, bias: Any, result: str) -> Node:
+    def _linear(
+        self, insert: Insertion, operand: _Lettered, matrix: _Lettered, bias: _Lettered | None, result: str
+    ) -> Node:
         inner, new, rows = self.inner, self.new, self.images + self.tokens
-        x = _merged(insert, arranged(insert, *x, rows + inner), len(rows), len(inner))
+        x = _merged(insert, arranged(insert, *operand, rows + inner), len(rows), len(inner))
         tokens = x.meta["val"].shape[1 : len(rows)]
         x = _merged(insert, x, 1, len(tokens))
         if self.lifted and not tokens:
             x = insert.call(aten.unsqueeze.default, x, 1)
-        weight = arranged(insert, *weight, new + inner)
+        weight = arranged(insert, *matrix, new + inner)
         widths = weight.meta["val"].shape[: len(new)]
         weight = _merged(insert, _merged(insert, weight, len(new), len(inner)), 0, len(new))
         operands = [x, weight]

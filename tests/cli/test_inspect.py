@@ -29,7 +29,9 @@ def test_inspect_shows_what_was_saved(run, saved):
     assert left == {"head": "head"} and len(result["coverage"]["products"]) == 1 + len(result["linears"])
     shown = run("inspect", saved)[1]
     assert "layers.5.mixer.out_proj" in shown
-    assert "\nquantizes 36 of 37 products of weights (99.9 % of multiply-adds); left: head because head; 13 conv" in shown
+    assert (
+        "\nquantizes 36 of 37 products of weights (99.9 % of multiply-adds); left: head because head; 13 conv" in shown
+    )
 
 
 def test_inspect_measures_every_layer_and_draws(run, saved, tmp_path):

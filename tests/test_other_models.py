@@ -187,7 +187,7 @@ SMALL = {
         "swin_tiny_patch4_window7_224",
         {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 16, "img_size": 56},
         56,
-        [49, 49, 196, 196, *[49] * 8],
+        [*[196] * 4, *[49] * 9],  # the windows of an image are its tokens, and the reduction between the stages counts
     ),
 }
 
@@ -211,7 +211,7 @@ def test_between_the_stages_the_reductions_are_quantized():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "count"), [("deit_tiny_patch16_224", 48), ("swin_tiny_patch4_window7_224", 48)], ids=str
+    ("architecture", "count"), [("deit_tiny_patch16_224", 48), ("swin_tiny_patch4_window7_224", 51)], ids=str
 )
 def test_full_transformers_take_the_same_road(architecture, count, tmp_path):
     torch.manual_seed(0)

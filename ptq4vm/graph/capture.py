@@ -56,7 +56,14 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
     if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
         shapes = (shapes,)  # of `forward(*args)` torch.export wants one nested tuple
     with torch.no_grad():
-        return export(model, inputs, dynamic_shapes=shapes, strict=False).module()
+        program = export(model, inputs, dynamic_shapes=shapes, strict=False)
+        if any(_changes_arguments(node) for node in program.graph.nodes):
+            program = program.run_decompositions({})  # into operators that change nothing
+        return program.module()
+
+
+def _changes_arguments(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _capture_message(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:

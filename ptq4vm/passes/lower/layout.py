@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.graph.element_numbers import ElementNumbers, moves_elements
 from ptq4vm.graph.insert import Insertion, aten, attribute
 from ptq4vm.graph.token_order import TokenMap, decoded
-from ptq4vm.passes.lower.patterns import args, is_call, only_user
+from ptq4vm.passes.lower.patterns import args, only_user
 
 _CHANNELS_SECOND = {
     aten.adaptive_avg_pool2d.default,

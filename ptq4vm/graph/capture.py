@@ -16,7 +16,7 @@ from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.graph.regions import inline_regions
 from ptq4vm.graph.specializations import recorded_branches, recorded_specializations
-from ptq4vm.graph.state_writes import drop_state_writes
+from ptq4vm.graph.state_writes import drop_state_writes, drop_unread_writes, is_write
 from ptq4vm.graph.user_code import UserCode
 
 
@@ -30,18 +30,21 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
     inputs = tuple(_example(value) for value in example_inputs)
-    copied = copied_model(model)
-    try:
-        gm = _export(copied, inputs)
-    except CaptureError:
-        raise
-    except Exception:
-        gm = _follow(model, inputs)
+    gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
     _clean(gm)
-    inline_regions(gm)
     drop_state_writes(gm)
     _guard_inputs(gm, inputs)
     return clean_up(fx.GraphModule(gm, gm.graph, type(model).__name__))
+
+
+def _plain(copied: nn.Module, inputs: tuple[Any, ...]) -> GraphModule | None:
+    """Exports a model; None where torch.export refuses it."""
+    try:
+        return _export(copied, inputs)
+    except CaptureError:
+        raise
+    except Exception:
+        return None
 
 
 def _follow(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
@@ -84,9 +87,15 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
     if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
         shapes = (shapes,)  # of `forward(*args)` torch.export wants one nested tuple
     with torch.no_grad(), recorded_branches(UserCode(model)) as record:
-        gm: GraphModule = export(model, inputs, dynamic_shapes=shapes, strict=False).module()
+        program = export(model, inputs, dynamic_shapes=shapes, strict=False)
     if record.found:
         raise specialized_error(record.found[0])
+    inline_regions(program.graph_module)
+    drop_unread_writes(program.graph_module)
+    with torch.no_grad():
+        if any(map(is_write, program.graph.nodes)):
+            program = program.run_decompositions({})  # writes results instead of changing tensors; decomposes nothing
+        gm: GraphModule = program.module()
     return gm
 
 

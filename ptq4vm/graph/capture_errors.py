@@ -101,6 +101,10 @@ _ADVICE = (
         "a model on tensors without values",
     ),
     (
+        r"is mutated in the forward",
+        "A quantized model has no state: set that tensor before `prepare`, or compute with a copy of it",
+    ),
+    (
         r"unhashable",
         "A size of the batch is no key of a dict or a set, nor an argument of a cached function: leave the batch out "
         "of the key",

@@ -41,9 +41,7 @@ class UserCode:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        named = {id(module): (name, type(module).__name__) for name, module in model.named_modules()}
-        self._paths = {key: f"{name} ({kind})" if name else kind for key, (name, kind) in named.items()}
-        self._root = type(model).__name__
+        self._modules = dict(model.named_modules())
         classes = {kind for module in model.modules() for kind in type(module).__mro__}
         self._packages = {_package(kind.__module__) for kind in classes} - {"torch", "ptq4vm", "builtins"}
 
@@ -70,8 +68,12 @@ class UserCode:
     def _place(self, stack: Sequence[tuple[FrameType, int]]) -> Place:
         """Returns the place of a stack, innermost frame first."""
         index = next((i for i, (frame, _) in enumerate(stack) if self.owns(frame)), None)
-        modules = (self._paths.get(id(frame.f_locals.get("self"))) for frame, _ in stack[index or 0 :])
-        module = next((path for path in modules if path is not None), self._root)
+        # torch.export shows a module that is shared through a proxy that has its attributes
+        paths = {id(vars(module)): path for path, module in self._modules.items()}
+        found = (paths.get(id(_first_argument(frame))) for frame, _ in stack[index or 0 :])
+        path = next((path for path in found if path is not None), "")
+        kind = type(self._modules[path]).__name__
+        module = f"{path} ({kind})" if path else kind
         if index is None:
             return Place(module)
         frame, line = stack[index]
@@ -83,6 +85,12 @@ def recorded_line(node: Node) -> str:
     lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
     found = re.search(r'File "(.+)", line (\d+)', lines[-2]) if len(lines) > 1 else None
     return f", at {found[1]}:{found[2]} in `{lines[-1].strip()}`" if found else ""
+
+
+def _first_argument(frame: FrameType) -> Any:
+    """Returns the attributes of a function's first argument, which is the module in a method of one."""
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    return getattr(frame.f_locals.get(names[0]), "__dict__", None) if names else None
 
 
 _GENERATED = ("<eval_with_key", "<string>", "<frozen")

@@ -34,12 +34,24 @@ class Repository:
         return self.url.rpartition("/")[2]
 
 
-_VMAMBA = {"dims": 96, "ssm_d_state": 1, "ssm_conv_bias": False, "ssm_init": "v0", "forward_type": "v05_noz"}
+_VMAMBA: dict[str, Any] = {
+    "dims": 96,
+    "ssm_d_state": 1,
+    "ssm_conv_bias": False,
+    "ssm_init": "v0",
+    "forward_type": "v05_noz",
+}
 _VMAMBA |= {"norm_layer": "ln2d", "downsample_version": "v3", "patchembed_version": "v2"}
 _LOCAL = [["h", "v_flip", "w7", "w7_flip"], ["h_flip", "w2_flip", "w7", "w2"]]
-_VIM = {"embed_dim": 192, "depth": 2, "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": True}
+_VIM: dict[str, Any] = {
+    "embed_dim": 192,
+    "depth": 2,
+    "rms_norm": True,
+    "residual_in_fp32": True,
+    "fused_add_norm": True,
+}
 _VIM |= {"final_pool_type": "mean", "if_abs_pos_embed": True, "bimamba_type": "v2"}
-_PLAIN_MIXER = {"d_state": 16, "expand": 2, "conv_size": 7, "conv_bias": True, "bias": True}
+_PLAIN_MIXER: dict[str, Any] = {"d_state": 16, "expand": 2, "conv_size": 7, "conv_bias": True, "bias": True}
 
 REPOSITORIES = {
     "vim": Repository(

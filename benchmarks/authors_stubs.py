@@ -38,6 +38,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self, bare: Sequence[str], stubs: Sequence[str]) -> None:
         self.bare, self.stubs = bare, stubs
+        self.stubbed: list[str] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -45,6 +46,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         stub = any(fullname == name or fullname.startswith(f"{name}.") for name in self.stubs)
         if not stub and fullname not in self.bare:
             return None
+        self.stubbed += [fullname] if stub else []
         spec = importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         leaf = fullname.rpartition(".")[2]
         folders = [Path(folder) / leaf for folder in (sys.path if path is None else path)]
@@ -75,8 +77,11 @@ class BaseModule(nn.Module):
 class AdaptivePadding(nn.Identity):
     """mmcv's padding up to whole patches, for images that have whole patches."""
 
-    def get_out_shape(self, shape: Sequence[int]) -> Sequence[int]:
-        return shape
+    def __init__(self, **kwargs: object) -> None:
+        super().__init__()
+
+    def get_pad_shape(self, shape: Sequence[int]) -> tuple[int, int]:
+        return 0, 0
 
 
 def build_norm_layer(cfg: Mapping[str, Any], channels: int, postfix: int | str = "") -> tuple[str, nn.Module]:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from helpers.lowering import check  # type: ignore[import-not-found]
@@ -64,7 +65,9 @@ class Road:
 
     def _travel(self, config: ptq4vm.QuantConfig, compiled: bool) -> None:
         images = noise(3, self.repository.shape, 1)
-        model = self._do("build", lambda: build(self.repository, self.clones))
+        finder = Finder(self.repository.bare, self.repository.stubs)
+        model = self._do("build", lambda: build(self.repository, self.clones, finder))
+        self.row["stubbed"] = finder.stubbed
         self.row["parameters"] = sum(weight.numel() for weight in model.parameters())
         with torch.no_grad():
             wanted = self._do("forward", lambda: model(images))
@@ -83,7 +86,11 @@ class Road:
         with torch.no_grad():
             self.row["fused_difference"] = self._do("run fused", lambda: difference(fused(images), results))
         found = fusions(fused)
-        left = [{"place": item.place, "pattern": item.pattern, "reason": item.skip_reason} for item in found if item.skip_reason]
+        left = [
+            {"place": item.place, "pattern": item.pattern, "reason": item.skip_reason}
+            for item in found
+            if item.skip_reason
+        ]
         self.row |= {"fused": len(found) - len(left), "unfused": len(left), "unfused_places": left}
         if compiled:
             runs = torch.compile(quantized, backend="ptq4vm")
@@ -107,10 +114,10 @@ def _recipe(config: str) -> tuple[str, int]:
     return found
 
 
-def build(repository: Repository, clones: Path) -> nn.Module:
+def build(repository: Repository, clones: Path, finder: Finder) -> nn.Module:
     """Imports and makes the model, in evaluation mode."""
     sys.path[:0] = [str(clones / path) for path in repository.paths]
-    sys.meta_path.insert(0, Finder(repository.bare, repository.stubs))
+    sys.meta_path.insert(0, finder)
     module, _, attribute = repository.model.partition(":")
     model = getattr(importlib.import_module(module), attribute)(**repository.arguments)
     return (model if repository.output is None else OneOutput(model, repository.output)).eval()

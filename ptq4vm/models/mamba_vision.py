@@ -2,8 +2,8 @@
 
 Parameters have the names of the public checkpoints (NVlabs/MambaVision), which load strictly.
 
-Shapes: B images, H×W maps, C channels of a stage, W windows of an image, L = side² tokens of a window. Convolutions see
-maps (B, C, H, W), mixers and MLPs see the tokens of a window, (B·W, L, C).
+Shapes: B images, H×W maps, C channels of a level, N windows of an image, L = side² tokens of a window. Convolutions see
+maps (B, C, H, W), the other blocks windows (B, N, L, C).
 """
 
 import math
@@ -21,21 +21,20 @@ from ptq4vm.models.scan_order import initial_dt_, initial_states, scan_tokens
 
 
 def to_windows(x: Tensor, side: int) -> Tensor:
-    """Cuts maps into windows, zeros at the bottom and right of the last ones: (B, C, H, W) → (B·windows, side², C)."""
+    """Cuts maps into windows, zeros at the bottom and right of the last ones: (B, C, H, W) → (B, N, L, C)."""
     x = F.pad(x, (0, -x.shape[3] % side, 0, -x.shape[2] % side))
     tiles = x.unflatten(3, (-1, side)).unflatten(2, (-1, side))
-    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(0, 2)
+    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(x: Tensor, side: int, height: int, width: int) -> Tensor:
-    """Undoes `to_windows` and drops the padding: (B·windows, side², C) → (B, C, H, W)."""
-    rows, columns = math.ceil(height / side), math.ceil(width / side)
-    tiles = x.unflatten(0, (-1, rows, columns)).unflatten(3, (side, side))
+    """Undoes `to_windows` and drops the padding: (B, N, L, C) → (B, C, H, W)."""
+    tiles = x.unflatten(2, (side, side)).unflatten(1, (math.ceil(height / side), -1))
     return tiles.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)[:, :, :height, :width]
 
 
 class MambaVisionMixer(nn.Module):
-    """Scan of half of the channels beside the other half, both behind a convolution: (B, L, C) → (B, L, C).
+    """Scan of half of the channels beside the other half, both behind a convolution: (B, N, L, C) → (B, N, L, C).
 
     The convolutions are centred on a token where Mamba's see the past alone.
     """
@@ -54,18 +53,26 @@ class MambaVisionMixer(nn.Module):
         initial_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, z = (
-            F.silu(conv(part.transpose(1, 2)).transpose(1, 2))
-            for conv, part in ((self.conv1d_x, x), (self.conv1d_z, z))
-        )
+        windows = x.shape[1]
+        x, z = self.in_proj(x.flatten(0, 1)).chunk(2, dim=-1)
+        x, z = _neighbours(x, self.conv1d_x.weight), _neighbours(z, self.conv1d_z.weight)
         bias = 2 * self.dt_proj.bias  # the official code adds it in dt_proj and again in the scan
         y = scan_tokens(x, None, self.x_proj.weight, self.dt_proj.weight, bias, self.A_log, self.D)
-        return self.out_proj(torch.cat((y, z), dim=-1))
+        return self.out_proj(torch.cat((y, z), dim=-1)).unflatten(0, (-1, windows))
+
+
+def _neighbours(x: Tensor, weight: Tensor) -> Tensor:
+    """Applies a depth-wise convolution, zeros around the window, and SiLU: x (B, L, C), weight (C, 1, odd taps).
+
+    It is written as the convolution of a map of one row, which fuses with the scan as VMamba's convolutions do.
+    """
+    row = x.unsqueeze(1).permute(0, 3, 1, 2)
+    y = F.conv2d(row, weight.unsqueeze(2), padding=(0, weight.shape[2] // 2), groups=len(weight))
+    return F.silu(y).permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class Attention(nn.Module):
-    """Multi-head attention among the tokens of a window: (B, L, C) → (B, L, C)."""
+    """Multi-head attention among the tokens of a window: (B, N, L, C) → (B, N, L, C)."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -74,12 +81,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        windows = x.shape[1]
+        q, k, v = self.qkv(x.flatten(0, 1)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(y).unflatten(0, (-1, windows))
 
 
 class Block(nn.Module):
-    """Pre-norm residual block of a window's tokens: a mixer or attention, then an MLP, each with a scale if given."""
+    """Pre-norm residual block of windows: a mixer or attention, then an MLP, each with a scale if given."""
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, scale: float | None) -> None:
         super().__init__()

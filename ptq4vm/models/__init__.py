@@ -13,8 +13,9 @@ whichever is imported first; `create_model` of this package knows its own models
 
 from ptq4vm.models.local_vim import LocalVim
 from ptq4vm.models.local_vmamba import LocalVMamba
+from ptq4vm.models.mamba_vision import MambaVision
 from ptq4vm.models.registry import create_model
 from ptq4vm.models.vim import Vim
 from ptq4vm.models.vmamba import VMamba
 
-__all__ = ["LocalVMamba", "LocalVim", "VMamba", "Vim", "create_model"]
+__all__ = ["LocalVMamba", "LocalVim", "MambaVision", "VMamba", "Vim", "create_model"]

@@ -17,7 +17,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from ptq4vm.models.registry import register
-from ptq4vm.models.scan_order import initial_dt_, initial_states, scan_tokens
+from ptq4vm.models.scan_order import initial_states, scan_tokens
 
 
 def to_windows(x: Tensor, side: int) -> Tensor:
@@ -50,7 +50,6 @@ class MambaVisionMixer(nn.Module):
         self.out_proj = nn.Linear(2 * half, dim, bias=False)
         self.conv1d_x = nn.Conv1d(half, half, taps, groups=half, padding="same", bias=False)
         self.conv1d_z = nn.Conv1d(half, half, taps, groups=half, padding="same", bias=False)
-        initial_dt_(self.dt_proj.weight, self.dt_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         windows = x.shape[1]

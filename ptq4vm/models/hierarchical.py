@@ -129,10 +129,22 @@ RENAMED = {
 }
 """Beginnings of names in the oldest checkpoints, and in the models here."""
 
+STACKED = {".x_proj.weight": ".x_proj_weight", ".dt_projs.weight": ".dt_projs_weight"}
+"""Ends of the names of grouped linears (K·N, C) in the newest code, and of stacked weights (K, N, C) here."""
+
 
 def released_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights of any release under the names used here, 1×1 convolutions (N, C, 1, 1) as linears (N, C)."""
-    return {_renamed(name): _matrix(name, value) for name, value in state.items()}
+    return dict(_stacked(_renamed(name), _matrix(name, value), state) for name, value in state.items())
+
+
+def _stacked(name: str, value: Tensor, state: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """Returns a grouped linear's name and weight as those of K stacked ones, K as the bias of its dt projection has."""
+    old = next((old for old in STACKED if name.endswith(old)), None)
+    bias = None if old is None else state.get(f"{name.removesuffix(old)}.dt_projs_bias")
+    if old is None or bias is None or bias.ndim != 2 or value.ndim != 2 or len(value) % len(bias):
+        return name, value
+    return name.removesuffix(old) + STACKED[old], value.unflatten(0, (len(bias), -1))
 
 
 def _renamed(name: str) -> str:
@@ -142,7 +154,7 @@ def _renamed(name: str) -> str:
 
 
 def _matrix(name: str, value: Tensor) -> Tensor:
-    linear = name.endswith(("proj.weight", "fc1.weight", "fc2.weight")) and value.shape[2:] == (1, 1)
+    linear = name.endswith(("proj.weight", "dt_projs.weight", "fc1.weight", "fc2.weight")) and value.shape[2:] == (1, 1)
     return value.flatten(1) if linear else value
 
 

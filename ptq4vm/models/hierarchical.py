@@ -243,7 +243,7 @@ class FeatureMaps(nn.Module):
     detectors; a classifier's checkpoint has none. `feature_info` has channels and strides.
 
     Args:
-        model: its stages are shared, not copied.
+        model: hierarchical; its stages are shared, not copied.
         out_indices: stages, counted from the end if negative; None for all.
 
     Raises:
@@ -256,12 +256,17 @@ class FeatureMaps(nn.Module):
         [(2, 24, 8, 8), (2, 48, 4, 4), (2, 96, 2, 2)]
     """
 
-    checkpoint_filter = staticmethod(released_weights)
+    stages_name = "layers"
 
-    def __init__(self, model: HierarchicalMamba, out_indices: Sequence[int] | None = None) -> None:
+    @staticmethod
+    def checkpoint_filter(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return released_weights(state)
+
+    def __init__(self, model: Any, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.patch_embed, self.layers = model.patch_embed, model.layers
-        count = len(model.layers)
+        self.patch_embed = model.patch_embed
+        self.add_module(self.stages_name, model.get_submodule(self.stages_name))
+        count = len(model.get_submodule(self.stages_name))
         chosen = range(count) if out_indices is None else out_indices
         if not all(-count <= i < count for i in chosen):
             raise ValueError(f"out_indices={tuple(chosen)}: the model has {count} stages, from 0 to {count - 1}")
@@ -273,9 +278,13 @@ class FeatureMaps(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.patch_embed(x), []
         stage: Any
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(getattr(self, self.stages_name)):
             x = stage(x)
             if i in self.feature_info.out_indices:
-                maps.append(self.get_submodule(f"outnorm{i}")(x).permute(0, 3, 1, 2))
+                maps.append(self.normalized(x, self.get_submodule(f"outnorm{i}")))
             x = stage.downsample(x)
         return maps
+
+    def normalized(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Returns a stage's map, channels first, with the norm of its channels."""
+        return norm(x).permute(0, 3, 1, 2)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
+from ptq4vm.models.hierarchical import FeatureMaps
 from ptq4vm.models.registry import ENTRIES, create_model, pretrained_cfg
 from ptq4vm.terminal_text import listing
 
@@ -23,6 +23,10 @@ Shapes = Mapping[str, Shape]
 MIN_NAME_OVERLAP = 0.5
 """Share of the names in a file or a model that both must have to be of one family; all blocks count as one.
 Other models of timm with similar names (Swin, DeiT) reach half of it."""
+
+
+_ENDS = ("classifier.", "norm.", "head.")
+"""Beginnings of the names of a classifier's tensors that its backbone does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class Differences:
     def only_ends(self) -> bool:
         """Whether a classifier's file meets a backbone: only the classifier and the norms of the maps differ."""
         norms = bool(self.missing) and all(name.startswith("outnorm") for name in self.missing)
-        return norms and not self.misshapen and all(name.startswith("classifier.") for name in self.unexpected)
+        return norms and not self.misshapen and all(name.startswith(_ENDS) for name in self.unexpected)
 
     def lines(self) -> list[str]:
         """Returns one line of text for each kind of difference."""
@@ -169,7 +173,7 @@ class _Blueprint:
 
     @property
     def family(self) -> str:
-        return ENTRIES[self.name].family
+        return ENTRIES[self.name.partition(".")[0]].family
 
     def translated(self, weights: Mapping[str, Tensor]) -> Shapes:
         return shapes_of(translated(self.model, weights))
@@ -180,8 +184,8 @@ def _blueprints(name: str, **arguments: Any) -> tuple[_Blueprint, ...]:
     """Returns the classifier, and its backbone if it has one."""
     with torch.device("meta"):
         model: Any = create_model(name, **arguments)
-        hierarchical = isinstance(model, HierarchicalMamba)
-        models = (model, FeatureMaps(model, range(len(model.layers)))) if hierarchical else (model,)
+        features = ENTRIES[name.partition(".")[0]].features
+        models = (model,) if features is None else (model, features(model))
     return tuple(_Blueprint(name, each, shapes_of(each.state_dict())) for each in models)
 
 

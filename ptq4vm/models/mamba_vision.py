@@ -7,15 +7,15 @@ maps (B, C, H, W), the other blocks windows (B, N, L, C).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
+from ptq4vm.models.hierarchical import FeatureMaps
 from ptq4vm.models.registry import register
 from ptq4vm.models.scan_order import initial_states, scan_tokens
 
@@ -264,6 +264,19 @@ class MambaVision(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+class MambaVisionMaps(FeatureMaps):
+    """Backbone for detection or segmentation, with the norms of the official detectors: `features_only=True`."""
+
+    stages_name = "levels"
+
+    @staticmethod
+    def checkpoint_filter(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(state)
+
+    def normalized(self, x: Tensor, norm: nn.Module) -> Tensor:
+        return norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def _initialize(module: nn.Module) -> None:
     """Initializes a linear as the official training code does."""
     if isinstance(module, nn.Linear):
@@ -291,6 +304,7 @@ register(
     MambaVision,
     SIZES,
     {},
+    MambaVisionMaps,
     preprocessing=PREPROCESSING,
     first_conv="patch_embed.conv_down.0",
     classifier="head",

@@ -69,7 +69,7 @@ class Entry:
     def create(self, pretrained: bool = False, **changes: Any) -> Any:
         """Makes the model as timm does, with this package's preprocessing for its name.
 
-        The model's attribute `model_args` holds the arguments it was asked for, so that a saved model can be made again.
+        The model's attribute `model_args` holds the arguments it was asked for, for a saved model to be made again.
         """
         if changes.get("features_only") and self.features is None:
             raise ValueError(
@@ -109,7 +109,7 @@ def register(
     """
     module: Any = sys.modules[model_class.__module__]
     changes = preprocessing or {}
-    cfgs: Any = {name: _IMAGENET | ends | changes.get(name, {}) for name in sizes if name not in bundled}
+    cfgs: Any = {name: {**_IMAGENET, **ends, **changes.get(name, {})} for name in sizes if name not in bundled}
     cfgs |= {f"{name}.{tag}": _small_images(name, tag) | ends for name, tags in bundled.items() for tag in tags}
     module.default_cfgs = generate_default_cfgs(cfgs)
     for name, arguments in sizes.items():

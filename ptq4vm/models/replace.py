@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ptq4vm.models.hierarchical import FeatureMaps
 from ptq4vm.models.identify import Match, identify, translated
 from ptq4vm.models.registry import ENTRIES, create_model
 from ptq4vm.models.weight_names import without_prefix
@@ -46,7 +47,7 @@ def replacement(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
         >>> type(ours).__name__, ours.pretrained_cfg["architecture"]
         ('Vim', 'vim_nano_patch4_32')
     """
-    if isinstance(model, tuple({entry.model_class for entry in ENTRIES.values()})):
+    if isinstance(model, (FeatureMaps, *(entry.model_class for entry in ENTRIES.values()))):
         return model
     weights = _weights(model)
     matches = identify(weights)

@@ -7,7 +7,9 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.borders import Borders, Piece, arranged_name, misfit, value_reads
+from ptq4vm.graph.insert import PIECE
 from ptq4vm.graph.sites import block_paths
+from ptq4vm.graph.views import module_paths
 
 NamedTensors = dict[str, Tensor]
 """Values of a graph by the name of their node; their first axis is the batch."""
@@ -38,8 +40,8 @@ def partition_blocks(gm: GraphModule, linears: Sequence[Node]) -> list[Block]:
 
     `linears` are the nodes to quantize: a block is a numbered module that holds some. What lies between two blocks
     opens the piece of the block that reads it, so that a block's outputs are its own; what only the graph's outputs
-    read is in the last piece. Without any numbered module the graph is one piece. Raises CaptureError where a value
-    that crosses a border has no axis of images.
+    read is in the last piece. Without any numbered module the blocks are those of `ptq4vm.graph.pieces`, or the graph
+    is one piece. Raises CaptureError where a value that crosses a border has no axis of images.
     """
     return [
         Block(name, fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}"), **names)
@@ -94,8 +96,8 @@ def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
 
 
 def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return next((rank[path] for path in reversed(paths) if path in rank), None)
+    names = [*module_paths(node), node.meta.get(PIECE)]
+    return next((rank[name] for name in reversed(names) if name in rank), None)
 
 
 def _piece(

@@ -8,9 +8,9 @@ from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.capture import CaptureError
-from ptq4vm.graph.insert import aten
+from ptq4vm.graph.insert import PIECE, aten
 from ptq4vm.graph.sites import block_paths
-from ptq4vm.graph.views import scope
+from ptq4vm.graph.views import module_paths, scope
 
 NamedTensors = dict[str, Tensor]
 """Values of a graph by the name of their node; their first axis is the batch."""
@@ -41,8 +41,8 @@ def partition_blocks(gm: GraphModule, linears: Sequence[Node]) -> list[Block]:
 
     `linears` are the nodes to quantize: a block is a numbered module that holds some. What lies between two blocks
     opens the piece of the block that reads it, so that a block's outputs are its own; what only the graph's outputs
-    read is in the last piece. Without any numbered module the graph is one piece. Raises CaptureError where a value
-    that crosses a border is no tensor with the batch as its first axis.
+    read is in the last piece. Without any numbered module the blocks are those of `ptq4vm.graph.pieces`, or the graph
+    is one piece. Raises CaptureError where a value that crosses a border is no tensor with the batch as its first axis.
     """
     order = list(dict.fromkeys(path for path in block_paths(linears) if path is not None))
     rank = {path: i + 1 for i, path in enumerate(order)}
@@ -78,8 +78,8 @@ def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
 
 
 def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    return next((rank[path] for path in reversed(paths) if path in rank), None)
+    names = [*module_paths(node), node.meta.get(PIECE)]
+    return next((rank[name] for name in reversed(names) if name in rank), None)
 
 
 def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Block:

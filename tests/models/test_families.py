@@ -26,12 +26,18 @@ from helpers.public_models import (
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.metadata import metadata_of
 
-WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny_s1l8", "local_vmamba_tiny")
+WITH_GOLDEN = (
+    "vim_tiny_patch16_224",
+    "local_vim_tiny_middle_cls",
+    "vmamba_tiny_s1l8",
+    "local_vmamba_tiny",
+    "mamba_vision_T",
+)
 CONFIG = QuantConfig(range_search=False, learning=None)
 
 
 def test_the_registry_has_every_public_model():
-    modules = ("vim", "local_vim", "vmamba", "local_vmamba")
+    modules = ("vim", "local_vim", "vmamba", "local_vmamba", "mamba_vision")
     assert {name for module in modules for name in timm.list_models(module=module)} == {*FILES, *NANO, *MICRO}
 
 

@@ -19,11 +19,11 @@ def is_write(node: Node) -> bool:
 
 
 def drop_unread_writes(gm: GraphModule) -> None:
-    """Erases changes in place of tensors that no result is computed from, such as a counter of calls, in place."""
-    live = _live(gm)
-    for node in reversed(gm.graph.nodes):
-        if is_write(node) and not node.users and node.args[0] not in live:
-            gm.graph.erase_node(node)
+    """Erases changes of tensors of the model that nothing else reads, such as a counter of calls, in place."""
+    for tensor in gm.graph.find_nodes(op="placeholder"):
+        if all(is_write(user) and not user.users for user in tensor.users):
+            for user in list(tensor.users):
+                gm.graph.erase_node(user)
 
 
 def drop_state_writes(gm: GraphModule) -> None:

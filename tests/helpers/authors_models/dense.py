@@ -252,7 +252,7 @@ class MambaIRv2(nn.Module):
         f"layers.0.{name}"
         for name in (
             *("wqkv", "win_mhsa.proj", "mlp.fc1", "mlp.fc2", "assm.route.0", "assm.route.2", "assm.in_proj.0"),
-            *("assm.x_proj_weight.0", "assm.dt_projs_weight.0", "assm.out_proj"),
+            *("assm.x_proj_weight_linear", "assm.dt_projs_weight_linear", "assm.out_proj"),
         )
     )
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from helpers.authors_models.layers import ChannelGate, DropPath
+from helpers.authors_models.layers import ChannelGate, DropPath, gates
 from ptq4vm.authors import stand_ins
 
 with stand_ins():
@@ -167,6 +167,7 @@ class LocalVim(nn.Module):
     linears = (
         "layers.0.mixer.in_proj",
         *(f"layers.0.mixer.{name}_{i}" for i in range(4) for name in ("x_proj", "dt_proj")),
+        *gates("layers.0.mixer.attn", 4),
         "layers.0.mixer.out_proj",
     )
 

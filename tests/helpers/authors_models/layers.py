@@ -64,6 +64,12 @@ class ChannelGate(nn.Module):
         return x * torch.sigmoid(self.channel_select(gate))
 
 
+def gates(name: str, calls: int) -> tuple[str, ...]:
+    """Names of the products of a `ChannelGate`, which has a token for them: the mean, with an axis of its own."""
+    numbers = ("", *(f"@{call}" for call in range(1, calls)))
+    return tuple(f"{name}.{layer}{number}" for layer in ("global_reduce", "channel_select") for number in numbers)
+
+
 class ScanWeights(nn.Module):
     """Parameters of K scans as VMamba stacks them; subclasses compute with them."""
 

@@ -175,7 +175,7 @@ class GroupMamba(nn.Module):
         *(
             f"block1.0.attn.mamba_g{i}.{name}"
             for i in range(1, 5)
-            for name in ("in_proj", "x_proj_weight.0", "dt_projs_weight.0", "out_proj")
+            for name in ("in_proj", "x_proj_weight_linear", "dt_projs_weight_linear", "out_proj")
         ),
         *(f"block1.0.{name}" for name in ("attn.proj", "fc1", "fc2")),
     )
@@ -262,10 +262,10 @@ class MSVMamba(nn.Module):
         f"layers.0.blocks.0.{name}"
         for name in (
             "op.in_proj",
-            "op.fine.x_proj_weight.0",
-            "op.fine.dt_projs_weight.0",
-            "op.coarse.x_proj_weight.0",
-            "op.coarse.dt_projs_weight.0",
+            "op.fine.x_proj_weight_linear",
+            "op.fine.dt_projs_weight_linear",
+            "op.coarse.x_proj_weight_linear",
+            "op.coarse.dt_projs_weight_linear",
             "op.out_proj",
             "mlp.fc1",
             "mlp.fc2",

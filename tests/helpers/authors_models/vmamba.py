@@ -12,6 +12,7 @@ from helpers.authors_models.layers import (
     Mlp,
     PatchMerging,
     ScanWeights,
+    gates,
 )
 from ptq4vm.authors import stand_ins
 
@@ -175,6 +176,7 @@ class LocalVMamba(nn.Module):
     linears = (
         "layers.0.blocks.0.op.in_proj",
         *scans("layers.0.blocks.0.op", 4),
+        *gates("layers.0.blocks.0.op.attn", 4),
         "layers.0.blocks.0.op.out_proj",
         "layers.0.downsample.reduction",
     )

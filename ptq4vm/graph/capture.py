@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from ptq4vm.authors import extensions_replaced
 from ptq4vm.graph.capture_errors import CaptureError, capture_error, specialized_error
 from ptq4vm.graph.followed_idioms import followed
 from ptq4vm.graph.insert import arguments, aten
@@ -36,7 +37,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
     inputs = tuple(_example(value) for value in example_inputs)
-    gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
+    with extensions_replaced():
+        gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
     _clean(gm)
     drop_state_writes(gm)
     _guard_inputs(gm, inputs)

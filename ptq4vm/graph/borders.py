@@ -1,19 +1,19 @@
 """What crosses the borders of blocks: tensors arranged with the batch first. Constants and sizes are computed anew.
 
-Shapes: B images. An axis of a tensor is all images, or holds them as (outer, B, inner), as windows (B·nW, …) do.
+Shapes: B images. An axis of a tensor is all images, or holds them with tokens, as windows (B·nW, …) do.
 """
 
 import functools
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
+from ptq4vm.graph.batch_axis import BatchAxis
 from ptq4vm.graph.capture_errors import CaptureError
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.user_code import recorded_line
@@ -30,40 +30,25 @@ _SIZES_ONLY: dict[Any, int] = {
 """Operators that read sizes, type and device of an argument and none of its numbers, with its position."""
 
 
-@dataclass(frozen=True)
-class Arrangement:
-    """Where a tensor has its images: along one axis, as (outer, B, inner)."""
+FIRST = BatchAxis(0)
 
-    axis: int = 0
-    outer: int = 1
-    inner: int = 1
 
-    def apply(self, graph: fx.Graph, value: Node) -> Node:
-        """Returns the tensor with the batch as its first axis."""
-        if self.folded:
-            value = _view(graph, aten.unflatten.int, value, self.axis, [*self.sizes])
-        return _view(graph, aten.movedim.int, value, self._batch, 0) if self._batch else value
+def images_first(graph: fx.Graph, value: Node, axis: BatchAxis) -> Node:
+    """Returns a tensor with the batch, which is in another axis, as its first one."""
+    sizes, batch = axis.unfolded(), axis.index + (axis.before > 1)
+    if len(sizes) > 1:
+        value = _view(graph, aten.unflatten.int, value, axis.index, sizes)
+    return _view(graph, aten.movedim.int, value, batch, 0) if batch else value
 
-    def undo(self, graph: fx.Graph, value: Node) -> Node:
-        """Returns the tensor as it was before `apply`."""
-        if self._batch:
-            value = _view(graph, aten.movedim.int, value, 0, self._batch)
-        if self.folded:
-            value = _view(graph, aten.flatten.using_ints, value, self.axis, self.axis + len(self.sizes) - 1)
-        return value
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The sizes that the axis is made of; -1 is the batch."""
-        return (*([self.outer] if self.outer > 1 else []), -1, *([self.inner] if self.inner > 1 else []))
-
-    @property
-    def folded(self) -> bool:
-        return len(self.sizes) > 1
-
-    @property
-    def _batch(self) -> int:
-        return self.axis + (self.outer > 1)
+def images_back(graph: fx.Graph, value: Node, axis: BatchAxis) -> Node:
+    """Returns a tensor as it was before `images_first`."""
+    sizes, batch = axis.unfolded(), axis.index + (axis.before > 1)
+    if batch:
+        value = _view(graph, aten.movedim.int, value, 0, batch)
+    if len(sizes) > 1:
+        value = _view(graph, aten.flatten.using_ints, value, axis.index, axis.index + len(sizes) - 1)
+    return value
 
 
 class Borders:
@@ -94,23 +79,23 @@ class Borders:
         """Returns an input of the model, for a piece that needs nothing but its batch."""
         return next(node for node in self._images if self.is_batched(node))
 
-    def arrangement(self, node: Node) -> Arrangement:
+    def axis(self, node: Node) -> BatchAxis:
         """Returns where a tensor has its images; raises CaptureError, which names it, where no axis holds them."""
         if self.is_batched(node):
-            return Arrangement()
+            return FIRST
         shape = node.meta["val"].shape
         axes = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
         if len(axes) == 1:
             (axis,) = axes
             if self.is_batch(shape[axis]):
-                return Arrangement(axis)
+                return BatchAxis(axis)
             for batch in self._batches:
                 factor = expression(shape[axis]) / batch
                 if factor.is_Integer:
                     return self._unfolded(node, axis, int(factor))
         raise misfit(node)
 
-    def _unfolded(self, node: Node, axis: int, factor: int) -> Arrangement:
+    def _unfolded(self, node: Node, axis: int, factor: int) -> BatchAxis:
         """Finds the order of images in an axis of `factor` · B: entries that change with one image are its own."""
         with_one, with_another = (values[node] for values in self._examples)
         other = (with_one != with_another).movedim(axis, 0).flatten(1).any(1)
@@ -118,7 +103,7 @@ class Borders:
         for outer in (outer for outer in range(1, factor + 1) if factor % outer == 0):
             changed = other.unflatten(0, (outer, _IMAGES, factor // outer)).any(2).any(0)
             if changed.tolist() == [i == 1 for i in range(_IMAGES)]:
-                found.append(Arrangement(axis, outer, factor // outer))
+                found.append(BatchAxis(axis, outer, factor // outer))
         if len(found) != 1:
             raise misfit(node)
         return found[0]
@@ -184,13 +169,11 @@ class Piece:
         self._inputs = [self._input(node) for node in inputs]
 
     def _input(self, node: Node) -> Node:
-        arrangement = self._borders.arrangement(node)
-        made = self.graph.placeholder(arranged_name(node, arrangement))
-        made.meta.update(node.meta)
-        if arrangement != Arrangement():
-            made.meta = {"val": arrangement_value(node, arrangement)}
+        axis = self._borders.axis(node)
+        made = self.graph.placeholder(name_at_borders(node, axis))
+        made.meta.update(node.meta if axis == FIRST else {"val": _value_images_first(node, axis)})
         self.names.append(made.name)
-        self._copies[node] = arrangement.undo(self.graph, made)
+        self._copies[node] = images_back(self.graph, made, axis)
         return made
 
     def copy(self, node: Node, inside: set[Node]) -> Node:
@@ -233,22 +216,22 @@ class Piece:
             first = self.graph.call_function(combine, (first, part))
         return first
 
-    def output(self, node: Node, arrangement: Arrangement) -> Node:
+    def output(self, node: Node, axis: BatchAxis) -> Node:
         """Returns a value that the piece hands on, with the batch first."""
-        return arrangement.apply(self.graph, self._copies[node])
+        return images_first(self.graph, self._copies[node], axis)
 
 
-def arranged_name(node: Node, arrangement: Arrangement) -> str:
+def name_at_borders(node: Node, axis: BatchAxis) -> str:
     """Returns the name under which blocks hand on a tensor."""
-    return node.name if arrangement == Arrangement() else f"{node.name}_by_image"
+    return node.name if axis == FIRST else f"{node.name}_by_image"
 
 
-def arrangement_value(node: Node, arrangement: Arrangement) -> Any:
+def _value_images_first(node: Node, axis: BatchAxis) -> Any:
     """Returns the type and shape of a tensor with the batch first."""
     graph = fx.Graph()
     made = graph.placeholder("x")
     made.meta["val"] = node.meta["val"]
-    return arrangement.apply(graph, made).meta["val"]
+    return images_first(graph, made, axis).meta["val"]
 
 
 def _view(graph: fx.Graph, target: Any, value: Node, *args: Any) -> Node:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.borders import Borders, Piece, arranged_name, misfit, value_reads
+from ptq4vm.graph.borders import Borders, Piece, misfit, name_at_borders, value_reads
 from ptq4vm.graph.insert import PIECE
 from ptq4vm.graph.sites import block_paths
 from ptq4vm.graph.views import module_paths
@@ -109,15 +109,14 @@ def _piece(
     for node in body:
         if borders.is_data(node) or node in results:
             piece.copy(node, inside)
-    arrangements = [borders.arrangement(node) for node in outputs]
-    made = [piece.output(node, arrangement) for node, arrangement in zip(outputs, arrangements, strict=True)]
+    axes = [borders.axis(node) for node in outputs]
+    made = [piece.output(node, axis) for node, axis in zip(outputs, axes, strict=True)]
     piece.graph.output((*made, *(piece.copy(node, inside) for node in scalars)))
     piece.graph.lint()
-    names = [arranged_name(node, arrangement) for node, arrangement in zip(outputs, arrangements, strict=True)]
     returned = [node for node in outputs if node in results and node not in scalars]
     return piece.graph, {
         "inputs": tuple(piece.names),
-        "outputs": tuple(names),
+        "outputs": tuple(name_at_borders(node, axis) for node, axis in zip(outputs, axes, strict=True)),
         "scalars": tuple(node.name for node in scalars),
         "results": tuple(node.name for node in (*returned, *scalars)),
     }

@@ -6,7 +6,8 @@ from helpers.captured_models import Block, canonical, tokens
 from torch import nn
 
 import ptq4vm
-from ptq4vm.graph.borders import Arrangement
+from ptq4vm.graph.batch_axis import BatchAxis
+from ptq4vm.graph.borders import images_back, images_first
 from ptq4vm.graph.capture import CaptureError
 from ptq4vm.graph.partition import partition_blocks
 from ptq4vm.graph.sites import find_linears
@@ -77,37 +78,37 @@ ORDERS = {
     "tokens first": (
         lambda m, x: x.transpose(0, 1).relu(),
         lambda x, v: x + v.transpose(0, 1),
-        Arrangement(1),
+        BatchAxis(1),
         (3, 5, 6),
     ),
     "windows": (
         lambda m, x: x.reshape(-1, 2, 3).sigmoid(),
         lambda x, v: x + v.reshape(-1, 5, 6),
-        Arrangement(0, 1, 5),
+        BatchAxis(0, 1, 5),
         (3, 5, 2, 3),
     ),
     "windows of the batch": (
         lambda m, x: x.transpose(0, 1).reshape(-1, 6).sigmoid(),
         lambda x, v: x + v.reshape(5, -1, 6).transpose(0, 1),
-        Arrangement(0, 5, 1),
+        BatchAxis(0, 5, 1),
         (3, 5, 6),
     ),
     "channels first, batch and tokens in one": (
         lambda m, x: x.reshape(-1, 6).t().contiguous().sigmoid(),
         lambda x, v: x + v.t().reshape(-1, 5, 6),
-        Arrangement(1, 1, 5),
+        BatchAxis(1, 1, 5),
         (3, 6, 5),
     ),
     "between tokens and channels": (
         lambda m, x: x.permute(1, 0, 2).reshape(-1, 3).cos(),
         lambda x, v: x + v.reshape(5, -1, 6).transpose(0, 1),
-        Arrangement(0, 5, 2),
+        BatchAxis(0, 5, 2),
         (3, 5, 2, 3),
     ),
     "heads before the batch": (
         lambda m, x: x.unflatten(2, (2, 3)).permute(2, 0, 1, 3).flatten(0, 1).tanh(),
         lambda x, v: x + v.unflatten(0, (2, -1)).permute(1, 2, 0, 3).flatten(2),
-        Arrangement(0, 2, 1),
+        BatchAxis(0, 2, 1),
         (3, 2, 5, 3),
     ),
 }
@@ -158,15 +159,15 @@ def test_images_cross_in_any_order_and_are_handed_on_image_by_image(name):
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_an_arrangement_is_undone(name):
-    arrangement = ORDERS[name][2]
-    shape = [4] * (arrangement.axis + 2)
-    shape[arrangement.axis] = arrangement.outer * 3 * arrangement.inner
+def test_moving_the_images_to_the_front_is_undone(name):
+    axis = ORDERS[name][2]
+    shape = [4] * (axis.index + 2)
+    shape[axis.index] = axis.before * 3 * axis.after
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     with torch._subclasses.FakeTensorMode() as mode:
         x.meta["val"] = mode.from_tensor(torch.empty(shape, device="meta").to("cpu"))
-    graph.output(arrangement.undo(graph, arrangement.apply(graph, x)))
+    graph.output(images_back(graph, images_first(graph, x, axis), axis))
     value = torch.randn(shape)
     assert torch.equal(torch.fx.GraphModule(nn.Module(), graph)(value), value)
 

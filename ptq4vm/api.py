@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.formatting import coverage_line
-from ptq4vm.graph.model_copy import own_tensors
+from ptq4vm.graph.model_copy import copied_model, own_tensors
 from ptq4vm.graph.verify import is_lowered
 from ptq4vm.metadata import Stage, metadata_of, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
@@ -46,21 +46,27 @@ def _with_gradients(verb: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @_with_gradients
-def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None) -> GraphModule:
+def prepare(
+    model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig | None = None, *, replace: bool = False
+) -> GraphModule:
     """Captures a model and puts smoothing and fake-quantizers around its linears.
 
     Args:
         model: is copied, and captured in evaluation mode.
         example_inputs: the first axis of every tensor is the batch, which stays dynamic; all other sizes are fixed.
         config: `QuantConfig.w8a8()` if None.
+        replace: for a model of its authors' code: capture the model of `ptq4vm.models` in its place that has the same
+            tensors and the same outputs for the example. It fuses better. A warning in the log says which it is.
 
     Returns:
         A graph that computes what the model does, until it is calibrated. What it quantizes, and what it leaves and
         why, is in its metadata (`ptq4vm.metadata.metadata_of(prepared).coverage`), and logged in one line.
 
     Raises:
-        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model; it names the module.
-        ValueError: where the config finds nothing to quantize or does not fit the model.
+        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model, or a block hands on a tensor that
+            belongs to no image; it names the module, the line of the model's code and what to write instead.
+        ValueError: where the config finds nothing to quantize or does not fit the model; where `replace` finds no such
+            model, naming the closest.
 
     Example:
         >>> import torch, ptq4vm
@@ -71,6 +77,10 @@ def prepare(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConf
     """
     if isinstance(example_inputs, Tensor):
         raise TypeError("example_inputs must be a tuple of the model's inputs: write (images,)")
+    if replace:
+        from ptq4vm.models.replace import replacement  # imports timm
+
+        model = replacement(copied_model(model), tuple(example_inputs))
     prepared = prepared_graph(model, tuple(example_inputs), config or QuantConfig.w8a8())
     _log.warning("%s: %s", type(model).__name__, coverage_line(metadata_of(prepared).coverage))
     return prepared
@@ -218,6 +228,7 @@ def quantize(
     resume_dir: str | Path | None = None,
     progress: bool = True,
     callbacks: Sequence[CalibrationCallback] = (),
+    replace: bool = False,
 ) -> GraphModule:
     """Prepares, calibrates and converts in one call; the first batch holds the example inputs.
 
@@ -225,6 +236,7 @@ def quantize(
         model: its inputs are the arguments of its `forward` that have no default, or the first one.
         loader, max_images, resume_dir, progress, callbacks: as for `calibrate`.
         config: `QuantConfig.w8a8()` if None.
+        replace: as for `prepare`.
 
     Returns:
         A graph of integer linears, as `convert` returns it.
@@ -245,7 +257,8 @@ def quantize(
     first = list(itertools.islice(batches, 1))
     if not first:
         raise ValueError("the calibration loader is empty; give it at least one image (the paper takes 256)")
-    prepared = prepare(model, tuple(select_inputs(first[0], _input_names(model), "calibration batch 0")), config)
+    inputs = tuple(select_inputs(first[0], _input_names(model), "calibration batch 0"))
+    prepared = prepare(model, inputs, config, replace=replace)
     items = itertools.chain(first, batches)
     return convert(_calibrate(prepared, items, has_length(loader), max_images, resume_dir, progress, callbacks))
 

@@ -32,7 +32,7 @@ def check_ema(args: argparse.Namespace) -> None:
 
 
 def open_model(name: str, checkpoint: str | None, ema: bool = False) -> nn.Module:
-    """Returns a quantized model from its folder, or a floating-point one by its name in timm."""
+    """Returns a quantized model from its folder, or a floating-point one by its name."""
     if not is_model_folder(name):
         return named_model(name, checkpoint, ema)
 
@@ -67,18 +67,18 @@ def _classes(quantized: GraphModule) -> int:
 
 
 def named_model(name: str, checkpoint: str | None, ema: bool) -> nn.Module:
-    """Returns a model by its name in timm, with the weights of a file, random ones, or those timm knows of."""
-    import timm
+    """Returns a model by its name, ours or timm's, with the weights of a file, random ones, or those timm knows of."""
     import torch
 
-    from ptq4vm.models.checkpoints import load_checkpoint  # adds our models to timm's registry, too
+    from ptq4vm.models import create_model
+    from ptq4vm.models.checkpoints import load_checkpoint
 
     file, pretrained = None if checkpoint == RANDOM else checkpoint, checkpoint is None
     _check_name(name, pretrained)
     options = {} if file is None else _options(name, file, ema)
     torch.manual_seed(0)
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options).eval()
+        model = create_model(name, pretrained, **options).eval()
     except Exception as error:
         if not pretrained:
             raise
@@ -92,12 +92,14 @@ def _check_name(name: str, pretrained: bool) -> None:
     """Raises ValueError for a name that timm does not know, or has no weights for where they are wanted."""
     import timm
 
+    from ptq4vm.models.registry import is_model, pretrained_cfg
+
     if Path(name).is_file():
         raise ValueError(
             f"{name} is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {name}"
         )
     try:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        cfg = pretrained_cfg(name) if is_model(name) else None
     except RuntimeError:  # an unknown tag after the dot
         cfg = None
     if cfg is None:

@@ -13,8 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from ptq4vm import ops
 from ptq4vm.graph.batch_axis import batch_symbol, depend_on_images, per_image
+from ptq4vm.graph.element_numbers import moves_elements
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.token_order import moves_tokens
 from ptq4vm.graph.views import module_paths, parameter_of, root_of, scope
 from ptq4vm.quantization_specs import Granularity
 
@@ -172,7 +172,7 @@ def _computing_modules(graph: Graph) -> set[str]:
     products: dict[str, set[Node]] = {}
     found: set[str] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or node not in reached or moves_tokens(node):
+        if node.op != "call_function" or node not in reached or moves_elements(node):
             continue
         numbers = [path for path in module_paths(node) if _is_numbered(path)]
         if node.target is aten.linear.default:

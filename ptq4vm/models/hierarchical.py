@@ -129,10 +129,22 @@ RENAMED = {
 }
 """Beginnings of names in the oldest checkpoints, and in the models here."""
 
+STACKED = {".x_proj.weight": ".x_proj_weight", ".dt_projs.weight": ".dt_projs_weight"}
+"""Ends of the names of grouped linears (K·N, C) in the newest code, and of stacked weights (K, N, C) here."""
+
 
 def released_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the weights of any release under the names used here, 1×1 convolutions (N, C, 1, 1) as linears (N, C)."""
-    return {_renamed(name): _matrix(name, value) for name, value in state.items()}
+    return dict(_stacked(_renamed(name), _matrix(name, value), state) for name, value in state.items())
+
+
+def _stacked(name: str, value: Tensor, state: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    """Returns a grouped linear's name and weight as those of K stacked ones, K as the bias of its dt projection has."""
+    old = next((old for old in STACKED if name.endswith(old)), None)
+    bias = None if old is None else state.get(f"{name.removesuffix(old)}.dt_projs_bias")
+    if old is None or bias is None or bias.ndim != 2 or value.ndim != 2 or len(value) % len(bias):
+        return name, value
+    return name.removesuffix(old) + STACKED[old], value.unflatten(0, (len(bias), -1))
 
 
 def _renamed(name: str) -> str:
@@ -142,7 +154,7 @@ def _renamed(name: str) -> str:
 
 
 def _matrix(name: str, value: Tensor) -> Tensor:
-    linear = name.endswith(("proj.weight", "fc1.weight", "fc2.weight")) and value.shape[2:] == (1, 1)
+    linear = name.endswith(("proj.weight", "dt_projs.weight", "fc1.weight", "fc2.weight")) and value.shape[2:] == (1, 1)
     return value.flatten(1) if linear else value
 
 
@@ -231,7 +243,7 @@ class FeatureMaps(nn.Module):
     detectors; a classifier's checkpoint has none. `feature_info` has channels and strides.
 
     Args:
-        model: its stages are shared, not copied.
+        model: hierarchical; its stages are shared, not copied.
         out_indices: stages, counted from the end if negative; None for all.
 
     Raises:
@@ -244,12 +256,17 @@ class FeatureMaps(nn.Module):
         [(2, 24, 8, 8), (2, 48, 4, 4), (2, 96, 2, 2)]
     """
 
-    checkpoint_filter = staticmethod(released_weights)
+    stages_name = "layers"
 
-    def __init__(self, model: HierarchicalMamba, out_indices: Sequence[int] | None = None) -> None:
+    @staticmethod
+    def checkpoint_filter(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return released_weights(state)
+
+    def __init__(self, model: Any, out_indices: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.patch_embed, self.layers = model.patch_embed, model.layers
-        count = len(model.layers)
+        self.patch_embed = model.patch_embed
+        self.add_module(self.stages_name, model.get_submodule(self.stages_name))
+        count = len(model.get_submodule(self.stages_name))
         chosen = range(count) if out_indices is None else out_indices
         if not all(-count <= i < count for i in chosen):
             raise ValueError(f"out_indices={tuple(chosen)}: the model has {count} stages, from 0 to {count - 1}")
@@ -261,9 +278,13 @@ class FeatureMaps(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         x, maps = self.patch_embed(x), []
         stage: Any
-        for i, stage in enumerate(self.layers):
+        for i, stage in enumerate(getattr(self, self.stages_name)):
             x = stage(x)
             if i in self.feature_info.out_indices:
-                maps.append(self.get_submodule(f"outnorm{i}")(x).permute(0, 3, 1, 2))
+                maps.append(self.normalized(x, self.get_submodule(f"outnorm{i}")))
             x = stage.downsample(x)
         return maps
+
+    def normalized(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Returns a stage's map, channels first, with the norm of its channels."""
+        return norm(x).permute(0, 3, 1, 2)

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from ptq4vm.models.hierarchical import FeatureMaps, HierarchicalMamba
+from ptq4vm.models.hierarchical import FeatureMaps
+from ptq4vm.models.registry import ENTRIES, create_model, pretrained_cfg
 from ptq4vm.terminal_text import listing
 
 Shape = tuple[int, ...]
@@ -23,6 +23,10 @@ Shapes = Mapping[str, Shape]
 MIN_NAME_OVERLAP = 0.5
 """Share of the names in a file or a model that both must have to be of one family; all blocks count as one.
 Other models of timm with similar names (Swin, DeiT) reach half of it."""
+
+
+_ENDS = ("classifier.", "norm.", "head.")
+"""Beginnings of the names of a classifier's tensors that its backbone does not have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class Differences:
     def only_ends(self) -> bool:
         """Whether a classifier's file meets a backbone: only the classifier and the norms of the maps differ."""
         norms = bool(self.missing) and all(name.startswith("outnorm") for name in self.missing)
-        return norms and not self.misshapen and all(name.startswith("classifier.") for name in self.unexpected)
+        return norms and not self.misshapen and all(name.startswith(_ENDS) for name in self.unexpected)
 
     def lines(self) -> list[str]:
         """Returns one line of text for each kind of difference."""
@@ -140,12 +144,9 @@ def names_of(name: str) -> frozenset[str]:
     return frozenset(_blueprints(name)[0].shapes)
 
 
-@functools.cache
 def registered() -> Mapping[str, str]:
-    """Returns the families of this package's models by their names in timm's registry."""
-    modules = {name: timm.models.model_entrypoint(name).__module__ for name in timm.list_models()}
-    ours = f"{__name__.rpartition('.')[0]}."
-    return {name: module.removeprefix(ours) for name, module in modules.items() if module.startswith(ours)}
+    """Returns the families of this package's models by their names."""
+    return {name: ENTRIES[name].family for name in sorted(ENTRIES)}
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, Shape]:
@@ -172,7 +173,7 @@ class _Blueprint:
 
     @property
     def family(self) -> str:
-        return registered()[self.name.partition(".")[0]]
+        return ENTRIES[self.name.partition(".")[0]].family
 
     def translated(self, weights: Mapping[str, Tensor]) -> Shapes:
         return shapes_of(translated(self.model, weights))
@@ -182,9 +183,9 @@ class _Blueprint:
 def _blueprints(name: str, **arguments: Any) -> tuple[_Blueprint, ...]:
     """Returns the classifier, and its backbone if it has one."""
     with torch.device("meta"):
-        model: Any = timm.create_model(name, **arguments)
-        hierarchical = isinstance(model, HierarchicalMamba)
-        models = (model, FeatureMaps(model, range(len(model.layers)))) if hierarchical else (model,)
+        model: Any = create_model(name, **arguments)
+        features = ENTRIES[name.partition(".")[0]].features
+        models = (model,) if features is None else (model, features(model))
     return tuple(_Blueprint(name, each, shapes_of(each.state_dict())) for each in models)
 
 
@@ -207,7 +208,7 @@ def _match(blueprint: _Blueprint, weights: Mapping[str, Tensor]) -> Match:
 
 def _arguments(found: Differences, name: str) -> dict[str, int]:
     """Returns the arguments that explain differences: the number of classes or channels, the size of images."""
-    cfg: Any = timm.get_pretrained_cfg(name)
+    cfg: Any = pretrained_cfg(name)
     arguments = {}
     if varies := _varying(found, f"{cfg.classifier}.weight", axis=0):
         arguments["num_classes"] = varies[0]

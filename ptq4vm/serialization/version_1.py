@@ -112,24 +112,23 @@ def build_model(architecture: dict[str, Any] | None, folder: str | Path, element
     Raises CheckpointError for a name that timm's registry does not have, for arguments that reach files or the
     network, and for a model of far more parameters than the file has `elements`.
     """
-    import timm
-
-    import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
+    from ptq4vm.models import create_model
+    from ptq4vm.models.registry import is_model
 
     if architecture is None:
         raise CheckpointError(f"{folder} was made from a model that timm cannot build")
     name, arguments = architecture["name"], architecture["arguments"]
-    if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and timm.is_model(name)):
+    if not (isinstance(name, str) and re.fullmatch(r"\w+(\.\w+)?", name, re.ASCII) and is_model(name)):
         raise CheckpointError(f"{folder}: timm cannot build the model ({name!r:.80} is not in its registry)")
     for key, value in arguments.items():
         if key.startswith(("pretrained", "checkpoint")) or key in ("cache_dir", "scriptable") or not _is_simple(value):
             raise CheckpointError(f"{folder}: the argument {key}={value!r:.80} of {name} is refused")
     try:
         with torch.device("meta"):
-            size = sum(value.numel() for value in timm.create_model(name, **arguments).state_dict().values())
+            size = sum(value.numel() for value in create_model(name, **arguments).state_dict().values())
         if elements is not None and size > 4 * elements + 2**20:
             raise CheckpointError(f"{folder}: {name} would have {size} parameters, the file {elements}: it is refused")
-        return timm.create_model(name, **arguments)
+        return create_model(name, **arguments)
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError, KeyError, IndexError) as error:
         if isinstance(error, CheckpointError):
             raise

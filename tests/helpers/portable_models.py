@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.public_models import NANO, SHORT
+from helpers.public_models import MAMBA_VISION_NANO, NANO, SHORT
 from helpers.strategies import normal
 from ptq4vm import QuantConfig, calibrate, convert, prepare
+from ptq4vm.models import MambaVision
 
 Maps = namedtuple("Maps", "early late")
 
@@ -142,6 +143,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
         ),
         lambda: (normal(4, 3, 56, 56),),
     ),
+    "mamba vision": (lambda: MambaVision(**MAMBA_VISION_NANO), lambda: (normal(4, 3, 96, 72),)),
     **{name: (lambda name=name: _named(name, **SHORT[name]), lambda: (normal(4, 3, 32, 32),)) for name in NANO},
 }
 """Models, each with inputs of batch four."""

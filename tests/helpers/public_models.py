@@ -36,10 +36,23 @@ FILES = {
     "vmamba_base_s1l20": "vmamba_base_s1l20",
     "local_vmamba_tiny": "local_vmamba_tiny",
     "local_vmamba_small": "local_vmamba_small",
+    "mamba_vision_T": "mamba_vision_t",
+    "mamba_vision_T2": "mamba_vision_t2",
+    "mamba_vision_S": "mamba_vision_s",
+    "mamba_vision_B": "mamba_vision_b",
+    "mamba_vision_L": "mamba_vision_l",
+    "mamba_vision_L2": "mamba_vision_l2",
 }
 """Names of the models in the files of golden/."""
 
-BACKBONES = ("vmamba_tiny_s1l8", "vmamba_small_s2l15", "vmamba_base_s2l15", "local_vmamba_tiny", "local_vmamba_small")
+BACKBONES = (
+    "vmamba_tiny_s1l8",
+    "vmamba_small_s2l15",
+    "vmamba_base_s2l15",
+    "local_vmamba_tiny",
+    "local_vmamba_small",
+    "mamba_vision_T",
+)
 MICRO = ("vim_micro_patch4_32", "local_vim_micro_patch4_32", "vmamba_micro_32", "local_vmamba_micro_32")
 NANO = ("vim_nano_patch4_32", "local_vim_nano_patch4_32", "vmamba_nano_32", "local_vmamba_nano_32")
 """Models for 32×32 images, one of each family."""
@@ -75,10 +88,23 @@ def shrunken(name: str) -> dict[str, Any]:
     if name.startswith("local_vim"):
         table = local_vim.FIXED if name == "local_vim_small" else local_vim.SEARCHED
         return {"directions": table[:2]}
-    if name.startswith("vmamba"):
+    if name.startswith(("vmamba", "mamba_vision")):
         return {"depths": (1, 1, 1, 1)}
     table, last = (local_vmamba.TINY, 13) if name == "local_vmamba_tiny" else (local_vmamba.SMALL, 31)
     return {"depths": (1, 1, 1, 1), "directions": [table[i] for i in (0, 2, 4, last)]}
+
+
+MAMBA_VISION_NANO: dict[str, Any] = {
+    "num_classes": 10,
+    "embed_dim": 16,
+    "stem_dim": 8,
+    "depths": (1, 1, 3, 2),
+    "heads": (1, 2, 4, 8),
+    "windows": (8, 8, 4, 3),
+    "mlp_ratio": 2.0,
+    "layer_scale": 0.5,
+}
+"""Arguments of a small MambaVision with mixers and attention in several windows."""
 
 
 def kept(linear: str) -> bool:

@@ -26,12 +26,20 @@ from helpers.public_models import (
 from ptq4vm import QuantConfig, calibrate, convert, load, prepare, save
 from ptq4vm.metadata import metadata_of
 
-WITH_GOLDEN = ("vim_tiny_patch16_224", "local_vim_tiny_middle_cls", "vmamba_tiny_s1l8", "local_vmamba_tiny")
+WITH_GOLDEN = (
+    "vim_tiny_patch16_224",
+    "local_vim_tiny_middle_cls",
+    "vmamba_tiny_s1l8",
+    "local_vmamba_tiny",
+    "mamba_vision_T",
+)
+LARGE = ("mamba_vision_T2", "mamba_vision_B", "mamba_vision_L", "mamba_vision_L2")
+"""Models whose whole road takes minutes, and whose family has smaller ones with the same blocks."""
 CONFIG = QuantConfig(range_search=False, learning=None)
 
 
 def test_the_registry_has_every_public_model():
-    modules = ("vim", "local_vim", "vmamba", "local_vmamba")
+    modules = ("vim", "local_vim", "vmamba", "local_vmamba", "mamba_vision")
     assert {name for module in modules for name in timm.list_models(module=module)} == {*FILES, *NANO, *MICRO}
 
 
@@ -121,7 +129,7 @@ def test_the_whole_road_at_one_block_a_stage(name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name not in LARGE])
 def test_the_whole_road_at_full_size(name, tmp_path):
     torch.manual_seed(0)
     prepared = walk(create(name).eval(), torch.from_numpy(make_input()), tmp_path)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.config import QuantConfig, matches
 from ptq4vm.graph.class_token import class_tokens
+from ptq4vm.graph.element_numbers import moved_value
 from ptq4vm.graph.insert import aten, attribute
 from ptq4vm.graph.pieces import with_pieces
 from ptq4vm.graph.sites import (
@@ -30,7 +31,7 @@ from ptq4vm.graph.sites import (
     numbered,
     update_site,
 )
-from ptq4vm.graph.token_order import channels_first, moves_tokens
+from ptq4vm.graph.token_order import channels_first
 from ptq4vm.graph.views import parameter_of, scope, writes_stream
 from ptq4vm.metadata import COVERAGE
 from ptq4vm.passes.prepare.coverage import covered, ends
@@ -198,8 +199,8 @@ def _shared(linear: Node, sites: Mapping[Node, Site]) -> str | None:
     again for the linear.
     """
     node: Any = linear.args[0]
-    while moves_tokens(node) and node.target is not aten.cat.default:
-        node = node.args[0]
+    while (moved := moved_value(node)) is not None:
+        node = moved
     site = sites.get(node)
     single = site is not None and site.output is not None and site.output.granularity is Granularity.PER_TENSOR
     return site.name if site is not None and single else None

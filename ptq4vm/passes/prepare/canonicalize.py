@@ -18,11 +18,10 @@ from ptq4vm.graph.sites import LEFT, POOLED
 from ptq4vm.graph.verify import GraphStage
 from ptq4vm.graph.views import parameter_of
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
-from ptq4vm.passes.prepare.products import Operand, Product, arranged
+from ptq4vm.passes.prepare.products import NO_BIAS, Operand, Product, arranged
 
 _MIXED = "the order of images and tokens in its input cannot be derived"
 _COMPUTED = "its weight is computed, and no parameter"
-_NO_BIAS = "it adds something else than a bias (N,) to x · W"
 
 
 def matmul_to_linear(gm: GraphModule) -> GraphModule:
@@ -144,11 +143,11 @@ def _matmul(node: Any, reached: set[Node]) -> Product | str | None:
     product = _product(*operands, out, reached)
     if bias is None or not isinstance(product, Product):
         return product
-    axes = out[len(out) - _rank(bias) :]
-    added = Operand(bias, axes, "".join(a for a, size in zip(axes, _sizes(bias), strict=True) if size == 1))
-    is_bias = {*product.new} <= {*added.letters} <= {*product.weight.letters}
-    if node.kwargs or bias in reached or not is_bias:
-        return _NO_BIAS
+    if node.kwargs or bias in reached:
+        return NO_BIAS
+    axes, wide = out[len(out) - _rank(bias) :], product.weight.sizes({})
+    one = [axis for axis, size in zip(axes, _sizes(bias), strict=True) if size == 1 != wide.get(axis)]
+    added = Operand(bias, axes, "".join(one))
     return dataclasses.replace(product, bias=added)
 
 

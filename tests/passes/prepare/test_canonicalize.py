@@ -142,6 +142,9 @@ FORMS = {
     "W @ (D, B·L)": Form(of(lambda x, w: w @ x.permute(2, 0, 1).reshape(6, -1), (4, 6)), (3, 6), one(3, 6, 4)),
     "W @ (D, L·B)": Form(of(lambda x, w: w @ x.permute(2, 1, 0).reshape(6, -1), (4, 6)), (3, 6), one(3, 6, 4)),
     "addmm": Form(of(lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w), (6, 4), (4,)), (3, 6), one(3, 6, 4)),
+    "addmm to one channel": Form(
+        of(lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w), (6, 1), (1,)), (3, 6), one(3, 6, 1)
+    ),
     "addmm, W first": Form(
         of(lambda x, w, b: torch.addmm(b, w, x.flatten(0, 1).t()), (4, 6), (4, 1)), (3, 6), one(3, 6, 4)
     ),

@@ -32,10 +32,16 @@ STAYS = {
         of(lambda x, w, c: torch.addmm(c, x, w, beta=2), (6, 4), (4,))(),
         aten.addmm.default,
     ),
-    "baddbmm with a sum for each token": (
+    "baddbmm with one number": (
         (3, 6),
         r"a bias \(N,\)",
         of(lambda x, p, c: torch.baddbmm(c, x.flatten(0, 1).unsqueeze(0), p), (1, 6, 4), (1, 1, 1))(),
+        aten.baddbmm.default,
+    ),
+    "baddbmm with a sum for each token": (
+        (3, 6),
+        r"a bias \(N,\)",
+        of(lambda x, p, c: torch.baddbmm(c, x.transpose(0, 1), p.expand(3, 6, 4)), (6, 4), (3, 1, 4))(),
         aten.baddbmm.default,
     ),
     "einsum over tokens": (

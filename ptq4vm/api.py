@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
+from ptq4vm.formatting import coverage_line
 from ptq4vm.graph.model_copy import copied_model, own_tensors
 from ptq4vm.graph.verify import is_lowered
-from ptq4vm.metadata import Stage, prepared_metadata, update_metadata
+from ptq4vm.metadata import Stage, metadata_of, prepared_metadata, update_metadata
 from ptq4vm.passes.calibrate.blockwise import calibrate_blocks
 from ptq4vm.passes.calibrate.callbacks import CalibrationCallback, Callbacks, ProgressBar
 from ptq4vm.passes.calibrate.collect import collect_inputs, has_length, select_inputs
 from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline, lowering_pipeline
 from ptq4vm.passes.prepare.pipeline import prepared_graph
+
+_log = logging.getLogger("ptq4vm")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -55,10 +59,12 @@ def prepare(
             tensors and the same outputs for the example. It fuses better. A warning in the log says which it is.
 
     Returns:
-        A graph that computes what the model does, until it is calibrated.
+        A graph that computes what the model does, until it is calibrated. What it quantizes, and what it leaves and
+        why, is in its metadata (`ptq4vm.metadata.metadata_of(prepared).coverage`), and logged in one line.
 
     Raises:
-        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model; it names the module.
+        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model, or a block hands on a tensor that
+            belongs to no image; it names the module, the line of the model's code and what to write instead.
         ValueError: where the config finds nothing to quantize or does not fit the model; where `replace` finds no such
             model, naming the closest.
 
@@ -75,7 +81,9 @@ def prepare(
         from ptq4vm.models.replace import replacement  # imports timm
 
         model = replacement(copied_model(model), tuple(example_inputs))
-    return prepared_graph(model, tuple(example_inputs), config or QuantConfig.w8a8())
+    prepared = prepared_graph(model, tuple(example_inputs), config or QuantConfig.w8a8())
+    _log.warning("%s: %s", type(model).__name__, coverage_line(metadata_of(prepared).coverage))
+    return prepared
 
 
 @_with_gradients

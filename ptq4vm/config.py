@@ -65,6 +65,7 @@ class QuantConfig(Checked):
         exclude: shell patterns of linears to keep in floating point, such as `layers.0.*` or `*.dt_proj*`.
         eight_bit: shell patterns of linears whose weights and inputs always have 8 bits.
         class_token_in_float: keep the class token's row of the linears' inputs in floating point (PTQ4VM table 1).
+        pooled: quantize products of one value per image too, per tensor: squeeze-and-excitation, channel gates.
         outputs: quantize the results of operators too; None for linears alone.
         state: quantize the scans' hidden state; None keeps it in floating point.
         bias_correction: b - E[x_q (W_q - W)] for every bias b of a quantized weight (k-scaled paper).
@@ -92,6 +93,7 @@ class QuantConfig(Checked):
     exclude: Patterns = ()
     eight_bit: Patterns = ()
     class_token_in_float: bool = False
+    pooled: bool = False
     outputs: OutputQuantization | None = None
     state: StateQuantization | None = None
     bias_correction: bool = False

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.files import replace_file
 from ptq4vm.graph.insert import attribute
-from ptq4vm.metadata import metadata_of
+from ptq4vm.metadata import Coverage, ProductMetadata, metadata_of
 from ptq4vm.passes.lower.patterns import source_of
 from ptq4vm.terminal_text import escaped
 
@@ -116,6 +116,49 @@ def linear_rows(quantized: GraphModule) -> list[dict[str, Any]]:
 def _range(name: str, values: Tensor | None) -> dict[str, float | None]:
     low, high = (None, None) if values is None else (values.min().item(), values.max().item())
     return {f"{name}_min": low, f"{name}_max": high}
+
+
+MOST_NAMED = 3
+"""Products left for one reason that a line names before it counts the others."""
+
+
+def coverage_line(coverage: Coverage) -> str:
+    """Returns which share of a model's products of weights is quantized, and what is left and why.
+
+    Example:
+        >>> from ptq4vm.metadata import Coverage, ProductMetadata
+        >>> head = ProductMetadata(name="fc", multiply_adds=10, left="head")
+        >>> coverage_line(Coverage(products=(ProductMetadata(name="fc1", multiply_adds=30), head)))
+        'quantizes 1 of 2 products of weights (75.0 % of multiply-adds); left: fc because head'
+    """
+    left = [product for product in coverage.products if product.left is not None]
+    count, whole = len(coverage.products), _work(coverage.products)
+    share = _percent(whole - _work(left), whole)
+    parts = [f"quantizes {count - len(left)} of {count} products of weights ({share} of multiply-adds)"]
+    if left:
+        reasons = dict.fromkeys(product.left for product in left)
+        names = {reason: [product.name for product in left if product.left == reason] for reason in reasons}
+        parts += ["left: " + ", ".join(f"{_some(found)} because {reason}" for reason, found in names.items())]
+    floats = [product for product in coverage.convolutions if product.left is not None]
+    if floats:
+        share = _percent(_work(floats), whole + _work(coverage.convolutions))
+        word, stay = ("convolution", "stays") if len(floats) == 1 else ("convolutions", "stay")
+        parts += [f"{len(floats)} {word} of neighbours ({share} of all multiply-adds) {stay} in floating point"]
+    return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
+
+
+def _work(products: Sequence[ProductMetadata]) -> int:
+    return sum(product.multiply_adds for product in products)
+
+
+def _percent(part: int, whole: int) -> str:
+    """Returns a share in tenths of a percent, rounded down, so that 100 % means all."""
+    return f"{1000 * part // max(1, whole) / 10:.1f} %"
 
 
 def model_bytes(module: nn.Module) -> int:

@@ -13,6 +13,9 @@ from ptq4vm.config import QuantConfig
 
 _KEY = "ptq4vm"
 
+COVERAGE = "ptq4vm.coverage"
+"""Key in the `meta` of a graph that is being prepared of its `Coverage`."""
+
 FUSIONS = "ptq4vm.fusions"
 """Key in a fused graph's `meta` of every `ptq4vm.passes.lower.patterns.Fusion`."""
 
@@ -36,6 +39,27 @@ class LinearMetadata:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProductMetadata:
+    """Product of a weight with what depends on the image: a linear in any writing, or a convolution."""
+
+    name: str
+    multiply_adds: int
+    """For one image."""
+    left: str | None = None
+    """Why its weight stays in floating point; None where it is quantized."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coverage:
+    """All products of weights of a model, quantized or left."""
+
+    products: tuple[ProductMetadata, ...] = ()
+    """Linears in any writing, 1×1 convolutions among them."""
+    convolutions: tuple[ProductMetadata, ...] = ()
+    """Convolutions of neighbours, or of single channels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizationMetadata:
     """Origin of a graph, and the decisions about its quantization."""
 
@@ -45,6 +69,8 @@ class QuantizationMetadata:
     """Shapes of the inputs, without the batch."""
     architecture: dict[str, Any] | None
     """Name, arguments and preprocessing of the model in timm; None for a model that timm cannot build."""
+    coverage: Coverage = Coverage()
+    """Empty in models that were saved before there was one."""
     stage: Stage = Stage.PREPARED
     blocks: tuple[dict[str, Any], ...] = ()
     """One report of calibration per block: its linears, and the losses before and after learning."""

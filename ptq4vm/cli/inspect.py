@@ -91,15 +91,17 @@ def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
 
 def _inspect_folder(path: Path, graph: bool) -> Outcome:
     import ptq4vm
-    from ptq4vm.formatting import linear_rows, table
+    from ptq4vm.formatting import coverage_line, linear_rows, table
     from ptq4vm.inspection.contents import graph_report
     from ptq4vm.metadata import metadata_of
 
     quantized = ptq4vm.load(path)
     if graph:
         return Outcome(*graph_report(quantized))
-    contents, blocks, rows = _contents(quantized), metadata_of(quantized).blocks, linear_rows(quantized)
-    lines = [*_heading(contents), table(rows, _columns(rows, contents["config"])), *loss_table(blocks)]
+    contents, metadata, rows = _contents(quantized), metadata_of(quantized), linear_rows(quantized)
+    blocks, covered = metadata.blocks, metadata.coverage
+    said = [coverage_line(covered)] if covered.products else []
+    lines = [*_heading(contents), *said, table(rows, _columns(rows, contents["config"])), *loss_table(blocks)]
     return Outcome(contents | {"linears": rows, "blocks": list(blocks)}, lines)
 
 
@@ -179,6 +181,7 @@ def _contents(quantized: GraphModule) -> dict[str, Any]:
         "architecture": metadata.architecture,
         "input_shapes": [list(shape) for shape in metadata.input_shapes],
         "config": metadata.config.to_dict(),
+        "coverage": dataclasses.asdict(metadata.coverage),
         "bytes": model_bytes(quantized),
         "weight_bytes": sum(row["weight_bytes"] for row in linear_rows(quantized)),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "config": config.to_dict(),
         "images": args.images,
         "linears": len(metadata.linears),
+        "coverage": dataclasses.asdict(metadata.coverage),
         "bytes_before": before,
         "bytes_after": after,
         "seconds": seconds,

@@ -6,37 +6,76 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from ptq4vm.authors import extensions_replaced
+from ptq4vm.graph.capture_errors import CaptureError, capture_error, specialized_error
+from ptq4vm.graph.followed_idioms import followed
 from ptq4vm.graph.insert import arguments, aten
 from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
-from ptq4vm.graph.views import scope
-
-
-class CaptureError(RuntimeError):
-    """The model has no graph that torch.export can see."""
+from ptq4vm.graph.regions import inline_regions
+from ptq4vm.graph.specializations import recorded_branches, recorded_specializations
+from ptq4vm.graph.state_writes import (
+    clone_inputs,
+    drop_clones_of_inputs,
+    drop_state_writes,
+    drop_unread_writes,
+    is_write,
+)
+from ptq4vm.graph.user_code import UserCode
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     """The model, in evaluation mode, as an ATen graph with a dynamic batch; the caller's model is left alone.
 
-    The first axis of every example tensor is the batch. Raises `CaptureError`, which names the module that
-    torch.export could not follow, and ValueError for example inputs without tensors or a model that cannot be copied.
+    The first axis of every example tensor is the batch. Raises `CaptureError`, which names the module, the line of the
+    user's code and what to write instead, and ValueError for example inputs without tensors or a model that cannot be
+    copied.
     """
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
-    model = copied_model(model)
     inputs = tuple(_example(value) for value in example_inputs)
-    try:
-        gm = _export(model, inputs)
-    except Exception as error:
-        raise CaptureError(_capture_message(model, inputs, error)) from error
+    with extensions_replaced():
+        gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
     _clean(gm)
-    _reject_hidden_regions(gm)
+    drop_state_writes(gm)
     _guard_inputs(gm, inputs)
     return clean_up(fx.GraphModule(gm, gm.graph, type(model).__name__))
+
+
+def _plain(copied: nn.Module, inputs: tuple[Any, ...]) -> GraphModule | None:
+    """Exports a model; None where torch.export refuses it."""
+    try:
+        return _export(copied, inputs)
+    except CaptureError:
+        raise
+    except Exception:
+        return None
+
+
+def _follow(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
+    """Exports a model that plain torch.export refuses: idioms that change nothing are followed.
+
+    Every run finds lines where the batch becomes a number, and the next one follows them.
+    """
+    namespaces: list[dict[str, Any]] = []
+    while True:
+        copied = copied_model(model)  # a failed export may leave its own tensors in attributes
+        code = UserCode(copied)
+        with recorded_specializations(code) as record, followed(copied, namespaces):
+            try:
+                return _export(copied, inputs)
+            except CaptureError:
+                raise
+            except Exception as error:
+                failed = error
+        numbers = [each.place.namespace for each in record.found if not isinstance(each.value, bool)]
+        more = [each for each in numbers if each and not any(each is known for known in namespaces)]
+        if not more:
+            raise capture_error(failed, code, record.found) from failed
+        namespaces.append(more[0])
 
 
 def _example(value: Any) -> Any:
@@ -55,33 +94,26 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
     shapes: Any = tuple({0: batch} if isinstance(value, Tensor) and value.dim() else None for value in inputs)
     if code is not None and code.co_argcount == 1 and code.co_flags & inspect.CO_VARARGS:
         shapes = (shapes,)  # of `forward(*args)` torch.export wants one nested tuple
+    with torch.no_grad(), recorded_branches(UserCode(model)) as record:
+        program = export(model, inputs, dynamic_shapes=shapes, strict=False)
+    if record.found:
+        raise specialized_error(record.found[0])
+    inline_regions(program.graph_module)
+    drop_unread_writes(program.graph_module)
+    return _functional(program)
+
+
+def _functional(program: ExportedProgram) -> GraphModule:
+    """Returns the graph of a program that changes no tensor in place; what forward wrote is written at the end."""
+    changes = any(map(is_write, program.graph.nodes))
     with torch.no_grad():
-        return export(model, inputs, dynamic_shapes=shapes, strict=False).module()
-
-
-def _capture_message(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
-    """Runs the export again with hooks, to say in which module it stopped."""
-    running: list[str] = []
-    handles = []
-    for name, module in model.named_modules():
-        path = f"{name} ({type(module).__name__})" if name else type(module).__name__
-        handles.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
-        handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
-    try:
-        _export(model, inputs)
-    except Exception:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    where = running[-1] if running else type(model).__name__
-    reason = str(error).strip().split("\n", 1)[0][:300]
-    return (
-        f"torch.export cannot capture {where}: {type(error).__name__}: {reason}. "
-        "Rewrite its forward without branches on tensor values or on the batch size (torch.where, torch.cond), "
-        "or wrap that code in a torch.library.custom_op with a fake; then "
-        "`torch.export.export(model, example_inputs)` must succeed"
-    )
+        if changes:
+            clone_inputs(program)
+            program = program.run_decompositions({})  # decomposes nothing
+        gm: GraphModule = program.module()
+    if changes:
+        drop_clones_of_inputs(gm)
+    return gm
 
 
 def _clean(gm: GraphModule) -> None:
@@ -90,20 +122,6 @@ def _clean(gm: GraphModule) -> None:
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if guard or node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
-
-
-def _reject_hidden_regions(gm: GraphModule) -> None:
-    """Autocast, `torch.enable_grad()` and control-flow operators make subgraphs whose linears no pass sees.
-
-    A region under `torch.no_grad()` makes none: capture runs without gradients anyway.
-    """
-    for node in gm.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            raise CaptureError(
-                f"{scope(node) or 'the model'} has a region torch.export keeps apart ({node.target.name()}), so its "
-                "linears would stay hidden; call the model without autocast, torch.enable_grad() or "
-                "control-flow operators inside forward"
-            )
 
 
 def check_input(x: Tensor, name: str, shape: list[int], window: list[list[int]]) -> Tensor:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from ptq4vm.graph.element_numbers import moves_elements
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.token_order import moves_tokens, token_map
+from ptq4vm.graph.token_order import token_map
 from ptq4vm.graph.views import parameter_of
 
 
@@ -24,7 +25,7 @@ def class_tokens(gm: GraphModule, linears: Sequence[Node]) -> dict[Node, int]:
         if node.op != "call_function" or not isinstance(value, Tensor) or value.dim() != 3:
             continue
         place = _joined(node)
-        if place is None and moves_tokens(node):
+        if place is None and moves_elements(node):
             place = _moved(node, places)
         elif place is None:
             inputs = [source for source in node.all_input_nodes if source in places]

@@ -9,6 +9,9 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
+PIECE = "ptq4vm.piece"
+"""The key of the name of the piece that a node belongs to, in a model without numbered blocks."""
+
 
 def attribute(gm: nn.Module, name: str) -> Any:
     """The parameter, buffer or module at a dotted path."""
@@ -92,8 +95,7 @@ class Insertion:
                 self.before.prepend(constant)
 
     def _tag(self, node: Node) -> Node:
-        if "nn_module_stack" in self.before.meta:
-            node.meta["nn_module_stack"] = self.before.meta["nn_module_stack"]
+        node.meta.update({key: self.before.meta[key] for key in ("nn_module_stack", PIECE) if key in self.before.meta})
         return node
 
 

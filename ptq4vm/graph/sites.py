@@ -9,15 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from ptq4vm import ops
+from ptq4vm.graph.batch_axis import batch_symbol, depend_on_images, per_image
+from ptq4vm.graph.element_numbers import moves_elements
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.views import parameter_of, scope
+from ptq4vm.graph.views import module_paths, parameter_of, root_of
 from ptq4vm.quantization_specs import Granularity
 
 SITE = "ptq4vm.site"
 """The key of a node's metadata; torchao's passes and copies of graphs keep it."""
+
+LEFT = "ptq4vm.left"
+"""The key of the reason for which a product of a weight is no linear on tokens, and stays in floating point."""
+
+POOLED = "pooled: one value per image, no tokens"
+"""The reason of products that a config may quantize nevertheless."""
 
 CONVOLUTIONS = (ops.causal_conv1d.default, aten.conv2d.default)
 
@@ -102,9 +110,8 @@ def find_linears(gm: GraphModule) -> dict[Node, LinearSite]:
     for node, block in zip(nodes, block_paths(nodes), strict=True):
         weight = str(parameter_of(node.args[1]))
         out_features, in_features = node.args[1].meta["val"].shape
-        owner, _, leaf = weight.rpartition(".")
         sites[node] = LinearSite(
-            name=numbered(owner if owner and leaf == "weight" else f"{weight}_linear", seen),
+            name=numbered(weight_label(weight), seen),
             weight=weight,
             tokens=node.args[0].meta["val"].shape[1],
             in_features=in_features,
@@ -114,6 +121,12 @@ def find_linears(gm: GraphModule) -> dict[Node, LinearSite]:
     return sites
 
 
+def weight_label(weight: str) -> str:
+    """Returns the name of the linear with a weight: the path of its module, or `w_linear` for a bare parameter `w`."""
+    owner, _, leaf = weight.rpartition(".")
+    return owner if owner and leaf == "weight" else f"{weight}_linear"
+
+
 def numbered(label: str, seen: dict[str, int]) -> str:
     """Returns the label, at a second call with the same `seen` `label@1`, and so on."""
     count = seen[label] = seen.get(label, -1) + 1
@@ -121,26 +134,46 @@ def numbered(label: str, seen: dict[str, int]) -> str:
 
 
 def on_tokens(linear: Node) -> bool:
-    """Returns whether a linear multiplies a parameter with x (B, L, D), where only B is dynamic."""
-    shape = linear.args[0].meta["val"].shape  # type: ignore[union-attr]
-    static = [isinstance(size, int) for size in shape]
-    return parameter_of(linear.args[1]) is not None and static == [False, True, True]
+    """Returns whether a linear multiplies a parameter with x (B, L, D), B the images and all else fixed."""
+    x: Any = linear.args[0]
+    batch, *sizes = x.meta["val"].shape
+    fixed = len(sizes) == 2 and all(isinstance(size, int) for size in sizes)
+    images = per_image(batch, batch_symbol(linear.graph)) == 1
+    return fixed and images and LEFT not in linear.meta and parameter_of(linear.args[1]) is not None
 
 
-def block_paths(linears: Sequence[Node]) -> list[str | None]:
-    """Returns the block around each linear: the innermost numbered module (`layers.3`, `layers.0.blocks.1`).
+def block_paths(nodes: Sequence[Node]) -> list[str | None]:
+    """Returns the block around each node: the innermost numbered module (`layers.3`, `layers.0.blocks.1`) that computes
+    more than one product.
 
-    None where there is none, and in a stage, which is a numbered module around other linears' blocks (`layers.0`
-    around `layers.0.blocks.1`).
+    None where there is none, and in a stage, which is a numbered module around other nodes' blocks (`layers.0` around
+    `layers.0.blocks.1`). A linear that is a site has its own recorded.
     """
-    paths = [_numbered_module(node) for node in linears]
+    if all(isinstance(node.meta.get(SITE), LinearSite) for node in nodes):
+        return [node.meta[SITE].block for node in nodes]
+    computing = _computing_modules(nodes[0].graph)
+    paths = [next((path for path in reversed(module_paths(node)) if path in computing), None) for node in nodes]
     blocks = {path for path in paths if path is not None}
     stages = {path for path in blocks if any(other.startswith(f"{path}.") for other in blocks)}
     return [None if path in stages else path for path in paths]
 
 
-def _numbered_module(node: Node) -> str | None:
-    own = scope(node)
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-    inside = [path for path in paths if re.search(r"(^|\.)\d+$", path) and path != own]
-    return inside[-1] if inside else None
+def _computing_modules(graph: Graph) -> set[str]:
+    """Returns the numbered modules that compute more than one product and views of its operands: no bare linears."""
+    reached = depend_on_images(graph)
+    products: dict[str, set[Node]] = {}
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op != "call_function" or node not in reached or moves_elements(node) or node.target in _ASSEMBLY:
+            continue
+        numbers = [path for path in module_paths(node) if re.search(r"(^|\.)\d+$", path)]
+        if node.target is aten.linear.default:
+            for path in numbers:
+                products.setdefault(path, set()).add(root_of(node.args[0]))
+        elif node.target is not aten.add.Tensor or reached.issuperset(node.args):  # else it adds a bias
+            found.update(numbers)
+    return found | {path for path, inputs in products.items() if len(inputs) > 1}
+
+
+_ASSEMBLY = {aten.stack.default, aten.sym_size.int}
+"""Operators that put the results of K linears together, or read a size."""

@@ -1,23 +1,14 @@
-"""Finds the tokens and channels that a chain of views, flips and pads selects, by running it on indices."""
+"""Finds the tokens and channels of one value that another, made of it by views, flips, joins and pads, holds."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.fx import Node
 
+from ptq4vm.graph.element_numbers import IMAGES, ElementNumbers
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.views import is_view
-
-_OTHERS = {
-    aten.flip.default,
-    aten.pad.default,
-    aten.constant_pad_nd.default,
-    aten.cat.default,
-    aten.tensor_split.indices,
-}
 
 
 @dataclass(frozen=True)
@@ -35,78 +26,37 @@ class TokenMap:
         return torch.equal(self.tokens, torch.arange(count))
 
 
-def moves_tokens(node: Any) -> bool:
-    """Returns whether a node selects, arranges or pads with zeros what its arguments hold."""
-    if is_view(node):
-        return True
-    if not isinstance(node, Node) or node.target not in _OTHERS:
-        return False
-    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-        # x, sizes, then the mode (of pad) and the value
-        return all(argument in ("constant", None, 0, 0.0) for argument in node.args[2:])
-    return True
-
-
 def token_map(node: Node, until: Node | None = None) -> TokenMap | None:
     """Returns where the elements of `node` (B, …, C) come from, back to `until` or to the first value that is computed.
 
     Axes between the first and the channels are tokens. A source (B, E, H, W) that a convolution made has its channels
-    second. None where there are several sources, or where elements are not arranged token by token.
+    second. None where they come from several sources, or are not arranged token by token.
     """
-    members: dict[Node, None] = {}
-    sources: dict[Node, None] = {}
+    numbers = ElementNumbers(until)
+    found = numbers.of(node)
+    return None if found is None or found.dim() < 3 else decoded(numbers, found)
 
-    def visit(value: Node) -> None:
-        if value in members or value in sources:
-            return
-        if value is until or not moves_tokens(value):
-            sources[value] = None
-            return
-        for argument in value.all_input_nodes:
-            visit(argument)
-        members[value] = None
 
-    visit(node)
-    tensors = [source for source in sources if isinstance(source.meta.get("val"), Tensor)]
-    if len(tensors) != 1:
+def decoded(numbers: ElementNumbers, found: Tensor) -> TokenMap | None:
+    """Returns the token map of a value whose elements have the numbers `found` (B or its multiple, …, C)."""
+    source = numbers.source(found)
+    if source is None or len(found) % IMAGES:
         return None
-    (source,) = tensors
     shape = source.meta["val"].shape
     if len(shape) < 3 or not all(isinstance(size, int) for size in shape[1:]):
         return None
-    # two images whose elements are their numbers from 1 on: zeros come from padding
-    numbers = torch.arange(1, 2 * math.prod(shape[1:]) + 1).view(2, *shape[1:])
-    indices = _indices(members, {other: 2 for other in sources if other is not source} | {source: numbers})
-    return None if indices is None else _decoded(source, indices(node))
-
-
-def _indices(members: dict[Node, None], values: dict[Node, Any]) -> Any:
-    try:
-        for member in members:
-            arguments, options = fx.map_arg((member.args, member.kwargs), values.__getitem__)
-            values[member] = member.target(*arguments, **options)  # type: ignore[operator]
-    except (RuntimeError, KeyError, IndexError, TypeError):
-        return None  # a view of a size that was computed from more than the batch
-    return values.__getitem__
-
-
-def _decoded(source: Node, indices: Any) -> TokenMap | None:
-    if not isinstance(indices, Tensor) or indices.dim() < 3 or indices.shape[0] != 2:
-        return None
-    shape = source.meta["val"].shape
-    count = math.prod(shape[1:])
-    one, two = indices.flatten(1, -2).unbind(0)
+    axes = (1, math.prod(shape[2:])) if channels_first(source) else (len(shape) - 1, 1)
+    size, step = shape[axes[0]], axes[1]
+    count = numbers.count(source)
+    one, two = found.reshape(IMAGES, -1, found.shape[-1]).unbind(0)
     real = one > 0
     if not torch.equal(torch.where(real, one + count, 0), two) or not torch.equal(real.all(-1), real.any(-1)):
         return None
-    numbers = one - 1
-    if channels_first(source):
-        channels, tokens = numbers // math.prod(shape[2:]), numbers % math.prod(shape[2:])
-    else:
-        channels, tokens = numbers % shape[-1], numbers // shape[-1]
-    real = real[:, 0]
-    if not real.any():
-        return None
+    real, places = real[:, 0], one - numbers.start(source)
+    if not real.any() or int(places[real].min()) < 0 or int(places[real].max()) >= count:
+        return None  # padding alone, or another image
+    channels = places // step % size
+    tokens = places // (step * size) if step == 1 else places % step
     first = int(channels[real][0, 0])
     wanted = torch.arange(first, first + one.shape[1])
     if not (channels[real] == wanted).all() or not (tokens[real] == tokens[real][:, :1]).all():

@@ -3,22 +3,49 @@
 import operator
 from typing import Any
 
-from torch.fx import Node
+from torch.fx import Node, map_arg
 
 from ptq4vm.graph.insert import aten
 
 
 def scope(node: Node) -> str:
     """Path of the innermost module that called this node; empty where torch.export recorded none."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0] if stack else ""
+    return (module_paths(node) or [""])[-1]
+
+
+def module_paths(node: Node) -> list[str]:
+    """Paths of the modules that were being called where this node was made, from the outermost on."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def parameter_of(node: Any) -> str | None:
-    """Name of the parameter or buffer whose elements this node is, seen through views."""
-    while is_view(node):
+    """Name of the parameter or buffer whose elements this node is, seen through views and repetitions."""
+    root = root_of(node)
+    return str(root.target) if isinstance(root, Node) and root.op == "get_attr" else None
+
+
+def root_of(node: Any) -> Any:
+    """Returns the value behind a chain of views and repetitions."""
+    while shows_elements(node):
         node = node.args[0]
-    return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
+    return node
+
+
+def elements_of(view: Any, tensor: Any) -> Any:
+    """Returns the elements of a tensor that a chain of views and repetitions shows, for two images."""
+    if not shows_elements(view):
+        return tensor
+    arguments = map_arg(view.args[1:], lambda _: 2)
+    return view.target(elements_of(view.args[0], tensor), *arguments, **view.kwargs)
+
+
+def shows_elements(node: Any) -> bool:
+    """Returns whether a node holds nothing but elements of its first argument, some of them more than once."""
+    return is_view(node) or is_repetition(node)
+
+
+def is_repetition(node: Any) -> bool:
+    return isinstance(node, Node) and node.target in (aten.expand.default, aten.repeat.default)
 
 
 def is_view(node: Any) -> bool:

@@ -87,7 +87,10 @@ def original(quantized: GraphModule, model: nn.Module, images: Tensor) -> GraphM
     Raises ValueError where the linears of `model` are not those of `quantized`.
     """
     metadata = metadata_of(quantized)
-    graph = floating(model, images, exclude=metadata.config.exclude, rotation=metadata.config.rotation)
+    # those saved before there was a coverage left linears outside their blocks
+    only = None if metadata.coverage.products else frozenset(linear.name for linear in metadata.linears)
+    config = metadata.config
+    graph = floating(model, images, only, exclude=config.exclude, pooled=config.pooled, rotation=config.rotation)
     have, want = metadata_of(graph).linears, metadata.linears
     if have != want:
         pairs = ((a, b) for a, b in zip(have, want, strict=False) if a != b)
@@ -104,10 +107,10 @@ def _shape(linear: Any) -> str:
     return f"{linear.name} ({linear.tokens} tokens, {linear.in_features} → {linear.out_features})"
 
 
-def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
+def floating(model: nn.Module, images: Tensor, only: frozenset[str] | None = None, **changes: Any) -> GraphModule:
     """Returns the graph of a model for images (B, C, H, W), in which the linears to quantize are marked.
 
-    `changes` are options of `QuantConfig`, such as `exclude`.
+    `only` names those that a saved model has quantized; `changes` are options of `QuantConfig`, such as `rotation`.
 
     Example:
         >>> import timm, torch, ptq4vm.models
@@ -116,7 +119,7 @@ def floating(model: nn.Module, images: Tensor, **changes: Any) -> GraphModule:
         >>> layers[0].name, layers[0].activation.tokens
         ('layers.0.mixer.in_proj', 65)
     """
-    return prepared_graph(model, (images,), QuantConfig.minmax(8, **changes))
+    return prepared_graph(model, (images,), QuantConfig.minmax(8, **changes), only)
 
 
 def measure(

@@ -1,5 +1,6 @@
 """Builds the lowered graph of a model, to be filled with saved tensors."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ from ptq4vm.passes.quantized_nodes import (
 from ptq4vm.quantization_specs import Granularity
 
 
-def empty_quantized_model(model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig) -> GraphModule:
-    """Returns the lowered graph of a model with scales of one, into which saved tensors are loaded."""
-    prepared = prepared_graph(model, example_inputs, config)
+def empty_quantized_model(
+    model: nn.Module, example_inputs: tuple[Any, ...], config: QuantConfig, only: Collection[str] | None = None
+) -> GraphModule:
+    """Returns the lowered graph of a model with scales of one, into which saved tensors are loaded.
+
+    `only` names the linears that are quantized in the saved model, where it is not for the config to say.
+    """
+    prepared = prepared_graph(model, example_inputs, config, None if only is None else frozenset(only))
     for linear, fact in zip(quantized_linears(prepared), metadata_of(prepared).linears, strict=True):
         if not linear.input.dynamic:
             count = fact.tokens if linear.input.per_token else 1

@@ -25,7 +25,16 @@ from torch.fx import GraphModule, Node
 from ptq4vm import __version__
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.insert import attribute, set_tensor
-from ptq4vm.metadata import FUSIONS, LinearMetadata, QuantizationMetadata, Stage, metadata_of, set_metadata
+from ptq4vm.metadata import (
+    FUSIONS,
+    Coverage,
+    LinearMetadata,
+    ProductMetadata,
+    QuantizationMetadata,
+    Stage,
+    metadata_of,
+    set_metadata,
+)
 from ptq4vm.serialization.allowed_operators import GraphFormatError, operator_name
 from ptq4vm.serialization.graph_json import build, check_tensor_name, describe
 
@@ -152,6 +161,7 @@ def describe_metadata(metadata: QuantizationMetadata) -> dict[str, Any]:
             "config": metadata.config.to_dict(),
             "linears": [dataclasses.asdict(linear) for linear in metadata.linears],
             "blocks": list(metadata.blocks),
+            "coverage": dataclasses.asdict(metadata.coverage),
         },
     }
 
@@ -272,12 +282,18 @@ def read_metadata(model: dict[str, Any]) -> QuantizationMetadata:
             architecture=_architecture(model),
             stage=Stage.CONVERTED,
             blocks=tuple(details["blocks"]),
+            coverage=_coverage(details.get("coverage", {})),
         )
+
+
+def _coverage(records: dict[str, Any]) -> Coverage:
+    """Files that were written before there was a coverage have no records."""
+    return Coverage(**{kind: tuple(ProductMetadata(**record) for record in found) for kind, found in records.items()})
 
 
 def _flat_config(details: dict[str, Any]) -> dict[str, Any]:
     """Returns the keys of the config from a record of format version 1 or 2."""
-    others = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks")
+    others = ("quant_method", "format_version", "ptq4vm_version", "torch_version", "linears", "blocks", "coverage")
     return {key: value for key, value in details.items() if key not in others}
 
 

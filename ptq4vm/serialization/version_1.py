@@ -52,7 +52,8 @@ def load(folder: Path, data: bytes, model: nn.Module | None) -> GraphModule:
             raise CheckpointError(f"{error}; load(folder, model=your_model)") from error
     examples = tuple(torch.zeros(2, *shape) for shape in metadata.input_shapes)
     try:
-        quantized = empty_quantized_model(model, examples, metadata.config)
+        linears = [linear.name for linear in metadata.linears]
+        quantized = empty_quantized_model(model, examples, metadata.config, linears)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder / CONFIG} does not fit {type(model).__name__}: {error}") from error
     _fill(quantized, tensors, folder, type(model).__name__)

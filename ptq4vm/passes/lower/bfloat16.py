@@ -8,8 +8,8 @@ from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from ptq4vm import ops
+from ptq4vm.graph.element_numbers import moves_elements
 from ptq4vm.graph.insert import Insertion, aten, replace_node, value_of
-from ptq4vm.graph.token_order import moves_tokens
 from ptq4vm.passes.lower.patterns import args, read_constant
 
 # Where an operator reads activations that may be bfloat16.
@@ -63,7 +63,7 @@ def _halve_convolution(gm: GraphModule, conv: Node) -> None:
 def _read_by(node: Node, slots: Mapping[Any, tuple[int, ...]]) -> bool:
     """Returns whether all readers, also of views of it, are these operators, which read it in these places alone."""
     for user in node.users:
-        if moves_tokens(user) or user.target is aten.unsqueeze.default:
+        if moves_elements(user) or user.target is aten.unsqueeze.default:
             if not _read_by(user, slots):
                 return False
         else:

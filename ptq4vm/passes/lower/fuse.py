@@ -24,6 +24,7 @@ from ptq4vm.graph.pipeline import Pass
 from ptq4vm.metadata import FUSIONS
 from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
 from ptq4vm.passes.lower.fuse_scans import fuse_scans
+from ptq4vm.passes.lower.layout import simplify_layouts
 from ptq4vm.passes.lower.patterns import (
     Fusion,
     NotFused,
@@ -181,11 +182,14 @@ FUSE: tuple[Pass, ...] = (
     follow_device,
     drop_identities,
     FoldConstants(),
+    simplify_layouts,
+    FoldConstants(),
     fuse_scans,
     fuse_gelus,
     fuse_norms,
     fuse_rotations,
     pack_linears,
+    simplify_layouts,
     record_unfused,
     drop_unused_tensors,
 )

@@ -23,8 +23,10 @@ from ptq4vm.passes.lower.patterns import (
     read_quantizer,
     record_fusion,
     recorded_skip,
+    shaped_as,
 )
-from ptq4vm.passes.lower.scan_branches import Branch, find_branch, selection_of
+from ptq4vm.passes.lower.scan_branches import Branch, find_branch, restored_scan, selection_of
+from ptq4vm.passes.lower.scan_merges import find_merge
 from ptq4vm.passes.lower.stacked_constants import StackedConstants
 
 SCAN = "projection + step + scan"
@@ -51,10 +53,11 @@ def _fuse_directions(gm: GraphModule, branches: list[Branch]) -> None:
     producer = _conv2d(gm, branches, tokens) if first.conv is None else None
     if first.conv is not None and (first.x.source.meta["val"].dim() != 3 or len(first.x.tokens) != tokens):
         raise NotFused("its convolution reads padding, or maps")
-    merged, factor = _merged([branch.restored for branch in branches])
+    merge = find_merge([branch.scan for branch in branches], [branch.x.tokens for branch in branches])
+    restored = [] if merge is not None else [restored_scan(branch.scan, branch.x) for branch in branches]
     result = None
     with contextlib.suppress(NotFused):
-        result = None if merged is None else read_quantizer(gm, only_user(merged))
+        result = None if merge is None else read_quantizer(gm, only_user(merge.total))
 
     insert = Insertion(gm, min(branch.scan for branch in branches))
     order = insert.tensor(stack.name("order"), stack.order())
@@ -74,16 +77,17 @@ def _fuse_directions(gm: GraphModule, branches: list[Branch]) -> None:
     z = None if first.z is None else _slice(insert, first.z.source, first.z.first, first.z.last)
     inputs = (u, projected, *stack.steps(insert), z, order)
     name, where = f"{SCAN}, {len(branches)} directions", first.scan
-    if merged is None:
-        scans = insert.call(ops.directional_scan.default, *inputs, False, factor)
-        for k, branch in enumerate(branches):
-            branch.restored.replace_all_uses_with(insert.call(aten.select.int, scans, 0, k))
+    if merge is None:
+        scans = insert.call(ops.directional_scan.default, *inputs, False, 1.0)
+        for k, node in enumerate(restored):
+            node.replace_all_uses_with(insert.call(aten.select.int, scans, 0, k))
     elif result is None:
-        merged.replace_all_uses_with(insert.call(ops.directional_scan.default, *inputs, True, factor))
+        total = insert.call(ops.directional_scan.default, *inputs, True, merge.factor)
+        merge.total.replace_all_uses_with(shaped_as(insert, total, merge.total))
         name += ", summed"
     else:
         insert.move_before(*args(result.node)[1:4])
-        scanned = insert.call(ops.directional_scan_quantize.default, *inputs, factor, *args(result.node)[1:])
+        scanned = insert.call(ops.directional_scan_quantize.default, *inputs, merge.factor, *args(result.node)[1:])
         replace_node(result.node, scanned)
         name += ", summed + quantize"
     gm.graph.eliminate_dead_code()
@@ -103,31 +107,16 @@ def _slice(insert: Insertion, source: Node, first: int, last: int) -> Node:
     return source if whole else insert.call(aten.slice.Tensor, source, source.meta["val"].dim() - 1, first, last)
 
 
-def _merged(restored: list[Node]) -> tuple[Node | None, float]:
-    """The sum of all of them, with a factor that follows it; None where something else reads them."""
-    terms = list(restored)
-    while len(terms) > 1:
-        users = [user for term in terms if (user := only_user(term)) is not None]
-        total = next((user for user in users if is_call(user, aten.add.Tensor) and set(args(user)) <= set(terms)), None)
-        if total is None or len(total.all_input_nodes) != 2 or total.kwargs:
-            return None, 1.0
-        terms = [term for term in terms if term not in args(total)] + [total]
-    user = only_user(terms[0])
-    if user is not None and is_call(user, aten.mul.Tensor, aten.div.Tensor) and isinstance(args(user)[1], (int, float)):
-        value = float(args(user)[1])
-        return user, value if user.target is aten.mul.Tensor else 1.0 / value
-    return terms[0], 1.0
-
-
 def _conv2d(gm: GraphModule, branches: list[Branch], tokens: int) -> Callable[[Insertion, tuple[Any, ...]], Node]:
     """Emits the depth-wise convolution and SiLU of a map that the directions read."""
-    silu = branches[0].x.source
-    conv = args(silu)[0] if is_call(silu, aten.silu.default) else None
-    if not isinstance(conv, Node) or conv.target is not aten.conv2d.default or only_user(conv) is not silu:
+    silu: Any = branches[0].x.source
+    maps: Any = args(silu)[0] if is_call(silu, aten.silu.default) else None
+    conv: Any = args(maps)[0] if is_call(maps, aten.permute.default) and args(maps)[1] == [0, 2, 3, 1] else None
+    if not is_call(conv, aten.conv2d.default) or (only_user(conv), only_user(maps)) != (maps, silu):
         raise NotFused("its input is not a depth-wise convolution and SiLU")
     image, weight, bias, stride, padding, dilation, groups = arguments(conv)
     kernel = read_constant(gm, weight, "the convolution's weight")
-    channels, height, width = silu.meta["val"].shape[1:]
+    channels, height, width = conv.meta["val"].shape[1:]
     sizes = [size // 2 for size in kernel.shape[2:]]
     same = list(padding) == sizes and all(size % 2 for size in kernel.shape[2:])
     if groups != channels or kernel.shape[1] != 1 or not same or {*stride, *dilation} != {1}:

@@ -13,8 +13,9 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
 from ptq4vm.backend import native
+from ptq4vm.graph.element_numbers import moved_value
 from ptq4vm.graph.insert import Insertion, aten, attribute
-from ptq4vm.graph.token_order import channels_first, moves_tokens, token_map
+from ptq4vm.graph.token_order import channels_first, token_map
 from ptq4vm.graph.views import scope
 from ptq4vm.metadata import FUSIONS
 from ptq4vm.ops import layouts
@@ -80,8 +81,7 @@ def only_user(node: Node) -> Node | None:
 
 def same_tokens(node: Node) -> Node:
     """Returns the value before views that keep every token and channel in its place, such as a flatten of (H, W)."""
-    while moves_tokens(node) and len(node.all_input_nodes) == 1:
-        (source,) = node.all_input_nodes
+    while (source := moved_value(node)) is not None:
         found = token_map(node, until=source)
         shape: tuple[Any, ...] = source.meta["val"].shape if isinstance(source.meta.get("val"), Tensor) else ()
         whole = found and found.is_natural(math.prod(shape[1:-1])) and (found.first, found.last) == (0, shape[-1])

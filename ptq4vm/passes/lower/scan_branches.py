@@ -7,7 +7,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ptq4vm import ops
-from ptq4vm.graph.token_order import TokenMap, moves_tokens, token_map
+from ptq4vm.graph.element_numbers import moved_value
+from ptq4vm.graph.token_order import TokenMap, token_map
 from ptq4vm.passes.lower.patterns import (
     NotFused,
     Quantizer,
@@ -22,7 +23,7 @@ from ptq4vm.passes.lower.patterns import (
 
 @dataclass(frozen=True)
 class Branch:
-    """One direction: a scan, what it reads, and where its results are natural again."""
+    """One direction: a scan and what it reads."""
 
     scan: Node
     x: TokenMap  # what the convolution, or the scan without one, reads
@@ -32,7 +33,6 @@ class Branch:
     dt: Quantizer
     dt_linear: Node
     z: TokenMap | None
-    restored: Node
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -79,13 +79,13 @@ def find_branch(gm: GraphModule, scan: Node) -> Branch:
     gate = None if z is None else selection_of(z, "its gate")
     if gate is not None and not torch.equal(gate.tokens, x.tokens):
         raise NotFused("its gate comes in another order than its input")
-    return Branch(scan, x, conv, quantize, projection, step, delta, gate, _restored(scan, x))
+    return Branch(scan, x, conv, quantize, projection, step, delta, gate)
 
 
-def _restored(scan: Node, x: TokenMap) -> Node:
+def restored_scan(scan: Node, x: TokenMap) -> Node:
     """Returns the node where the scan's tokens are back in natural order."""
     node = scan
-    while (user := only_user(node)) is not None and moves_tokens(user) and len(user.all_input_nodes) == 1:
+    while (user := only_user(node)) is not None and moved_value(user) is node:
         node = user
     places = torch.arange(len(x.tokens)) if node is scan else selection_of(node, "its result").tokens
     count = int(x.tokens.max()) + 1

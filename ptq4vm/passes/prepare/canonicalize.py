@@ -1,62 +1,179 @@
 """Every product of a weight with tokens becomes `aten.linear` of a 2-D parameter on (B, L, D): one form for all passes.
 
-Shapes: B images (dynamic), L or H × W tokens, D channels in, N out, K weights or groups. A product with K weights
-becomes K linears.
+What cannot be one has the reason in its metadata, under `ptq4vm.graph.sites.LEFT`. Shapes: B images (dynamic), L or
+H × W tokens, D channels in, N out, K weights or groups. A product with K weights becomes K linears.
 """
 
-import logging
+import dataclasses
 import string
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch.fx import GraphModule, Node
 
+from ptq4vm.graph.batch_axis import BatchAxis, batch_axes, depend_on_images
 from ptq4vm.graph.insert import Insertion, arguments, aten
 from ptq4vm.graph.pipeline import Pipeline
-from ptq4vm.graph.sites import on_tokens
+from ptq4vm.graph.sites import LEFT, POOLED
 from ptq4vm.graph.verify import GraphStage
-from ptq4vm.graph.views import parameter_of, scope
+from ptq4vm.graph.views import parameter_of
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
+from ptq4vm.passes.prepare.products import Operand, Product, arranged
 
-logger = logging.getLogger(__name__)
-
-_NO_TOKENS = "its input has no tokens beside the batch"
-_NO_BATCH = "the first axis of its input is not the batch"
+_MIXED = "the order of images and tokens in its input cannot be derived"
+_COMPUTED = "its weight is computed, and no parameter"
+_NO_BIAS = "it adds something else than a bias (N,) to x · W"
 
 
 def matmul_to_linear(gm: GraphModule) -> GraphModule:
-    """`x @ W`, `W @ x` and `addmm(b, x, W)`."""
-    for node in _calls(gm, aten.matmul.default, aten.mm.default, aten.bmm.default, *_SUMS):
-        bias, left, right = node.args if node.target in _SUMS else (None, *node.args)
-        if _is_weight(left) == _is_weight(right) or 1 in (_rank(left), _rank(right)):
-            continue
-        if bias is not None and (node.kwargs or _is_weight(left) or [*_sizes(bias)] != [*_sizes(right)[1:]]):
-            _leave(node, "it adds something else than a bias (N,) to x · W")
-            continue
-        extra = _rank(left) - _rank(right)
-        batch = string.ascii_lowercase[: max(_rank(left), _rank(right)) - 2]
-        axes = batch[max(-extra, 0) :] + "MD", batch[max(extra, 0) :] + "DN", batch + "MN"
-        _rewrite(gm, node, left, right, axes, bias)
+    """`x @ W`, `W @ x`, `addmm(b, x, W)`, `tensordot` and `inner`."""
+    return _to_linears(gm, _MATMULS)
+
+
+def einsum_to_linear(gm: GraphModule) -> GraphModule:
+    """`b l d, n d -> b l n` and, with K weights, `b k d l, k n d -> b k n l`; an ellipsis may stand for axes."""
+    return _to_linears(gm, {aten.einsum.default: _einsum})
+
+
+def conv_to_linear(gm: GraphModule) -> GraphModule:
+    """1×1 convolutions of (B, D, L) or (B, D, H, W), in one group or in groups of several channels."""
+    return _to_linears(gm, _CONVOLUTIONS)
+
+
+def linears_on_tokens(gm: GraphModule) -> GraphModule:
+    """(B, H, W, D), (L, B, D) or (B · L, D) → (B, L, D) around each linear."""
+    return _to_linears(gm, {target: READERS[target] for target in (aten.linear.default, aten.bilinear.default)})
+
+
+def pooled_to_linear(gm: GraphModule) -> GraphModule:
+    """Products of one value per image, such as those of squeeze-and-excitation → linears on one token."""
+    axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
+    for node in _calls(gm, READERS):
+        product = _placed(node, READERS, axes, reached) if node.meta.get(LEFT) == POOLED else None
+        if isinstance(product, Product):
+            _replace(gm, node, dataclasses.replace(product, lifted=True), axes, reached)
     return gm
+
+
+def canonicalization(pooled: bool) -> Pipeline:
+    """Returns passes in this order: four make linears on tokens, one those of pooled values, two their weights."""
+    products = (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens)
+    weights = (own_weights, unshare_weights)
+    return Pipeline(GraphStage.CAPTURED, (*products, *((pooled_to_linear,) if pooled else ()), *weights))
+
+
+canonicalize = canonicalization(pooled=False)
+
+
+_Reader = Callable[[Any, set[Node]], Product | str | None]
+"""Takes a node, and the values that depend on images; returns the product that it computes, why that is none to be
+replaced, or None where it multiplies no weight with tokens."""
+
+
+def _to_linears(gm: GraphModule, readers: Mapping[Any, _Reader]) -> GraphModule:
+    """Replaces products by linears, or notes why not."""
+    axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
+    for node in _calls(gm, readers):
+        product, linear = _placed(node, readers, axes, reached), node.target is aten.linear.default
+        if product is None or LEFT in node.meta:
+            continue
+        if isinstance(product, str):
+            node.meta[LEFT] = product
+        elif product.pooled and not (product.canonical and (product.tokens or not linear)):
+            node.meta[LEFT] = POOLED
+        elif not (linear and product.canonical):
+            _replace(gm, node, product, axes, reached)
+    return gm
+
+
+def _placed(
+    node: Node, readers: Mapping[Any, _Reader], axes: Mapping[Node, BatchAxis], reached: set[Node]
+) -> Product | str | None:
+    """Returns the product of a node, its images apart from the tokens, or why there is none."""
+    product = readers[node.target](node, reached)
+    if not isinstance(product, Product):
+        return product
+    product = product.shared()
+    if (obstacle := product.obstacle()) is not None:
+        return obstacle
+    return product.on(axes[product.x.node]) if product.x.node in axes else _MIXED
+
+
+def _replace(gm: GraphModule, node: Node, product: Product, axes: dict[Node, BatchAxis], reached: set[Node]) -> None:
+    """Replaces a node by linears, in the strides of the node: views further on rely on them."""
+    insert = Insertion(gm, node)
+    result, wanted = product.as_linears(insert), node.meta["val"]
+    if result.meta["val"].stride() != wanted.stride():
+        places = list(range(wanted.dim()))
+        order = sorted(places, key=wanted.stride, reverse=True)
+        ordered = insert.call(aten.contiguous.default, arranged(insert, result, places, order))
+        result = arranged(insert, ordered, order, places)
+    reached.add(result)
+    if node in axes:
+        axes[result] = axes[node]
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
+def _weight(operands: Sequence[Node], reached: set[Node]) -> int | str | None:
+    """Returns which operand is a weight that images are multiplied with, or why it is none that can be quantized."""
+    fixed = [index for index, operand in enumerate(operands) if operand not in reached]
+    if len(fixed) != 1 or _rank(operands[fixed[0]]) < 2:
+        return None
+    return fixed[0] if parameter_of(operands[fixed[0]]) is not None else _COMPUTED
+
+
+def _product(
+    left: Operand, right: Operand, out: str, reached: set[Node], bias: Operand | None = None
+) -> Product | str | None:
+    side = _weight((left.node, right.node), reached)
+    if not isinstance(side, int):
+        return side
+    x, weight = (left, right) if side == 1 else (right, left)
+    return Product(x, weight, list(out), bias)
+
+
+def _matmul(node: Any, reached: set[Node]) -> Product | str | None:
+    bias, left, right = node.args if node.target in _SUMS else (None, *node.args)
+    if 1 in (_rank(left), _rank(right)):
+        return None
+    extra = _rank(left) - _rank(right)
+    batch = string.ascii_lowercase[: max(_rank(left), _rank(right)) - 2]
+    out = batch + "MN"
+    operands = Operand(left, batch[max(-extra, 0) :] + "MD"), Operand(right, batch[max(extra, 0) :] + "DN")
+    product = _product(*operands, out, reached)
+    if bias is None or not isinstance(product, Product):
+        return product
+    axes = out[len(out) - _rank(bias) :]
+    added = Operand(bias, axes, "".join(a for a, size in zip(axes, _sizes(bias), strict=True) if size == 1))
+    is_bias = {*product.new} <= {*added.letters} <= {*product.weight.letters}
+    if node.kwargs or bias in reached or not is_bias:
+        return _NO_BIAS
+    return dataclasses.replace(product, bias=added)
 
 
 _SUMS = (aten.addmm.default, aten.baddbmm.default)
 
 
-def einsum_to_linear(gm: GraphModule) -> GraphModule:
-    """`b l d, n d -> b l n` and, with K weights, `b k d l, k n d -> b k n l`; an ellipsis may stand for axes."""
-    for node in _calls(gm, aten.einsum.default):
-        equation, operands = node.args[:2]
-        weights = [operand for operand in operands if _is_weight(operand)]
-        if not weights or len(weights) == len(operands):
-            continue
-        if len(operands) != 2 or "->" not in equation:
-            _leave(node, f"the equation {equation!r} is not of the form 'x, w -> y'")
-            continue
-        left, right = operands
-        _rewrite(gm, node, left, right, _einsum_axes(equation, (_rank(left), _rank(right))))
-    return gm
+def _tensordot(node: Any, reached: set[Node]) -> Product | str | None:
+    """Sums over some axes of both operands; what is left of the first one comes first."""
+    left, right = node.args[:2]
+    of_left, of_right = node.args[2:4] or ([-1], [-1])  # `inner` has none
+    axes, others = [*string.ascii_lowercase[: _rank(left)]], [*string.ascii_uppercase[: _rank(right)]]
+    for one, other in zip(of_left, of_right, strict=True):
+        others[other] = axes[one]
+    out = [a for a in axes if a not in others] + [a for a in others if a not in axes]
+    return _product(Operand(left, axes), Operand(right, others), "".join(out), reached)
+
+
+def _einsum(node: Any, reached: set[Node]) -> Product | str | None:
+    equation, operands = node.args[:2]
+    if reached.isdisjoint(operands) or not any(parameter_of(o) and _rank(o) > 1 for o in {*operands} - reached):
+        return None
+    if len(operands) != 2 or "->" not in equation:
+        return f"the equation {equation!r} is not of the form 'x, w -> y'"
+    left, right, out = _einsum_axes(equation, [_rank(operand) for operand in operands])
+    return _product(Operand(operands[0], left), Operand(operands[1], right), out, reached)
 
 
 def _einsum_axes(equation: str, ranks: Sequence[int]) -> tuple[str, str, str]:
@@ -69,175 +186,61 @@ def _einsum_axes(equation: str, ranks: Sequence[int]) -> tuple[str, str, str]:
     return left, right, out.replace("...", free)
 
 
-def conv_to_linear(gm: GraphModule) -> GraphModule:
-    """1×1 convolutions of (B, D, L) or (B, D, H, W), in one group or in groups of several channels."""
-    for node in _calls(gm, aten.conv1d.default, aten.conv2d.default):
-        x, weight, bias, stride, padding, _, groups = arguments(node)
-        if not _is_weight(weight) or parameter_of(x) is not None:
-            continue
-        features, channels, *kernel = _sizes(weight)
-        _, *sizes = _sizes(x)
-        if {*kernel} != {1} or (groups > 1 and channels == 1):
-            continue  # it mixes neighbours, or no channels
-        if {*stride} != {1} or {*padding} != {0}:
-            _leave(node, f"a 1×1 convolution with stride {stride} and padding {padding}")
-            continue
-        if len(sizes) != len(kernel) + 1 or not all(isinstance(size, int) for size in sizes) or {*sizes[1:]} == {1}:
-            _leave(node, _NO_TOKENS)
-            continue
-        insert, tokens = Insertion(gm, node), string.ascii_lowercase[: len(kernel)]
-        if groups == 1:
-            matrix = insert.call(aten.reshape.default, weight, [features, channels])
-            product = _Product(x, f"BD{tokens}", matrix, "ND", f"BN{tokens}", bias)
-            _replace(insert, node, product.as_linears(insert))
-            continue
-        parts = insert.call(aten.unflatten.int, x, 1, [groups, channels])
-        matrices = insert.call(aten.reshape.default, weight, [groups, features // groups, channels])
-        if bias is not None:
-            bias = insert.call(aten.reshape.default, bias, [groups, features // groups])
-        product = _Product(parts, f"BKD{tokens}", matrices, "KND", f"BKN{tokens}", bias)
-        _replace(insert, node, insert.call(aten.flatten.using_ints, product.as_linears(insert), 1, 2))
-    return gm
+def _conv(node: Any, reached: set[Node]) -> Product | str | None:
+    x, weight, bias, stride, padding, _, groups = arguments(node)
+    features, channels, *kernel = _sizes(weight)
+    if {*kernel} != {1} or (groups > 1 and channels == 1) or x not in reached:
+        return None  # it mixes neighbours, or no channels
+    if not isinstance(side := _weight((x, weight), reached), int):
+        return side
+    if {*stride} != {1} or not ({*padding} == {0} or isinstance(padding, str)):
+        return f"a 1×1 convolution with stride {stride} and padding {padding}"
+    images, tokens = ["B"] * (_rank(x) - len(kernel) - 1), [*string.ascii_lowercase[: len(kernel)]]
+    ones = string.ascii_uppercase[-len(kernel) :]
+    inner, new = ("D", "N") if groups == 1 else ("KD", "KN")
+    return Product(
+        Operand(x, [*images, inner, *tokens]),
+        Operand(weight, [new, "D", *ones], ones),
+        [*images, new, *tokens],
+        None if bias is None else Operand(bias, [new]),
+        {} if groups == 1 else {"K": groups, "D": channels, "N": features // groups},
+    )
 
 
-def linears_on_tokens(gm: GraphModule) -> GraphModule:
-    """(B, H, W, D) → (B, H·W, D) around each linear."""
-    for node in _calls(gm, aten.linear.default):
-        batch, *tokens, _ = _sizes(node.args[0])
-        if parameter_of(node.args[1]) is None or on_tokens(node):
-            continue
-        if isinstance(batch, int) or not tokens or not all(isinstance(size, int) for size in tokens):
-            _leave(node, _NO_BATCH if isinstance(batch, int) else _NO_TOKENS)
-            continue
-        insert = Insertion(gm, node)
-        flat = insert.call(aten.flatten.using_ints, node.args[0], 1, -2)
-        product = insert.call(aten.linear.default, flat, *node.args[1:])
-        _replace(insert, node, insert.call(aten.unflatten.int, product, 1, tokens))
-    return gm
+def _linear(node: Any, reached: set[Node]) -> Product | str | None:
+    x, weight, *bias = node.args
+    if x not in reached:
+        return None
+    if not isinstance(side := _weight((x, weight), reached), int):
+        return side
+    axes = string.ascii_lowercase[: _rank(x) - 1]
+    added = Operand(bias[0], "N") if bias and bias[0] is not None else None
+    return Product(Operand(x, axes + "D"), Operand(weight, "ND"), axes + "N", added)
 
 
-canonicalize = Pipeline(
-    GraphStage.CAPTURED,
-    (matmul_to_linear, einsum_to_linear, conv_to_linear, linears_on_tokens, own_weights, unshare_weights),
+def _bilinear(node: Any, reached: set[Node]) -> str | None:
+    return None if reached.isdisjoint(node.args[:2]) else "its weight multiplies two inputs"
+
+
+_MATMULS: Mapping[Any, _Reader] = {
+    **dict.fromkeys((aten.matmul.default, aten.mm.default, aten.bmm.default, *_SUMS), _matmul),
+    **dict.fromkeys((aten.tensordot.default, aten.inner.default), _tensordot),
+}
+_CONVOLUTIONS: Mapping[Any, _Reader] = dict.fromkeys(
+    (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding), _conv
 )
-"""In this order: three passes make linears, on any number of axes, one their tokens, and two their weights."""
+READERS: Mapping[Any, _Reader] = {
+    **_MATMULS,
+    aten.einsum.default: _einsum,
+    **_CONVOLUTIONS,
+    aten.linear.default: _linear,
+    aten.bilinear.default: _bilinear,
+}
+"""Of every operator that can multiply a weight with tokens, but for convolutions of neighbours."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """A product of tokens with a weight, or with one for each index of an axis; one letter names an axis."""
-
-    x: Node
-    x_axes: str
-    weight: Node
-    weight_axes: str
-    out_axes: str
-    bias: Node | None = None
-    """(N,), or (K, N) where there are K weights."""
-
-    @property
-    def inner(self) -> str:
-        """Channels in: the axis that is summed."""
-        return "".join(axis for axis in self.weight_axes if axis in self.x_axes and axis not in self.out_axes)
-
-    @property
-    def group(self) -> str:
-        """The axis of K, if there is one."""
-        return "".join(axis for axis in self.weight_axes if axis in self.x_axes and axis in self.out_axes)
-
-    @property
-    def new(self) -> str:
-        """Channels out."""
-        return "".join(axis for axis in self.weight_axes if axis not in self.x_axes)
-
-    @property
-    def rest(self) -> str:
-        """The batch, then the tokens."""
-        rest = [axis for axis in self.x_axes if axis not in self.weight_axes]
-        return "".join(sorted(rest, key=lambda axis: isinstance(_sizes(self.x)[self.x_axes.index(axis)], int)))
-
-    def obstacle(self) -> str | None:
-        """Why linears cannot compute it."""
-        named = (self.x_axes, self.weight_axes, self.out_axes)
-        if any(len({*axes}) < len(axes) for axes in named) or {*self.out_axes} != {*self.group, *self.new, *self.rest}:
-            return "it is more than a sum over channels"
-        if (len(self.inner), len(self.new)) != (1, 1) or len(self.group) > 1:
-            return "its weight is not a row of matrices (K, N, D)"
-        x, weight = (dict(zip(axes, _sizes(node), strict=True)) for axes, node in self._operands())
-        if any(x[axis] != weight[axis] for axis in self.inner + self.group):
-            return "it expands an axis of size one"
-        if [axis for axis in self.x_axes if not isinstance(x[axis], int)] != [*self.rest[:1]]:
-            return "its input has no axis that is the batch"
-        is_linear = self.x_axes == self.rest + self.inner and self.out_axes == self.rest + self.new
-        return None if len(self.rest) > 1 or is_linear else _NO_TOKENS
-
-    def as_linears(self, insert: Insertion) -> Node:
-        """The result, in the axes of the product."""
-        if not self.group:
-            return self._linear(insert, self.x, self.weight, self.bias)
-        results = []
-        for k in range(_sizes(self.weight)[self.weight_axes.index(self.group)]):
-            x, weight = (
-                insert.call(aten.select.int, node, axes.index(self.group), k) for axes, node in self._operands()
-            )
-            bias = None if self.bias is None else insert.call(aten.select.int, self.bias, 0, k)
-            results.append(self._linear(insert, x, weight, bias))
-        return insert.call(aten.stack.default, results, self.out_axes.index(self.group))
-
-    def _operands(self) -> tuple[tuple[str, Node], tuple[str, Node]]:
-        return (self.x_axes, self.x), (self.weight_axes, self.weight)
-
-    def _linear(self, insert: Insertion, x: Node, weight: Node, bias: Node | None) -> Node:
-        x_axes, weight_axes, out_axes = (
-            axes.replace(self.group, "") for axes in (self.x_axes, self.weight_axes, self.out_axes)
-        )
-        x = _arranged(insert, x, x_axes, self.rest + self.inner)
-        weight = _arranged(insert, weight, weight_axes, self.new + self.inner)
-        product = insert.call(aten.linear.default, x, weight, *([] if bias is None else [bias]))
-        return _arranged(insert, product, self.rest + self.new, out_axes)
-
-
-def _rewrite(
-    gm: GraphModule, node: Node, left: Node, right: Node, axes: tuple[str, str, str], bias: Node | None = None
-) -> None:
-    """Replaces a product by linears, or says why not."""
-    operands = ((left, axes[0]), (right, axes[1]))
-    (x, x_axes), (weight, weight_axes) = reversed(operands) if _is_weight(left) else operands
-    product = _Product(x, x_axes, weight, weight_axes, axes[2], bias)
-    if (why := product.obstacle()) is not None:
-        _leave(node, why)
-    else:
-        insert = Insertion(gm, node)
-        _replace(insert, node, product.as_linears(insert))
-
-
-def _replace(insert: Insertion, node: Node, result: Node) -> None:
-    """Replaces a node by `result` in the strides of the node: views further on rely on them."""
-    wanted = node.meta["val"]
-    if result.meta["val"].stride() != wanted.stride():
-        axes = list(range(wanted.dim()))
-        order = sorted(axes, key=wanted.stride, reverse=True)
-        ordered = insert.call(aten.contiguous.default, _arranged(insert, result, axes, order))
-        result = _arranged(insert, ordered, order, axes)
-    node.replace_all_uses_with(result)
-    node.graph.erase_node(node)
-
-
-def _arranged(insert: Insertion, node: Node, have: Sequence[Any], want: Sequence[Any]) -> Node:
-    order = [have.index(axis) for axis in want]
-    return node if order == sorted(order) else insert.call(aten.permute.default, node, order)
-
-
-def _leave(node: Node, why: str) -> None:
-    logger.info("%s (%s in %s) stays in floating point: %s", node.name, node.target, scope(node) or "the model", why)
-
-
-def _calls(gm: GraphModule, *targets: Any) -> list[Any]:
+def _calls(gm: GraphModule, targets: Iterable[Any]) -> list[Any]:
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target in targets]
-
-
-def _is_weight(node: Node) -> bool:
-    return parameter_of(node) is not None and _rank(node) >= 2
 
 
 def _sizes(node: Node) -> Sequence[Any]:

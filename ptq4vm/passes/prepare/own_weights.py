@@ -11,7 +11,6 @@ transposed stays as it is, under its transposition.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import Insertion, aten, attribute, has_attribute
 from ptq4vm.graph.sites import on_tokens
-from ptq4vm.graph.views import is_view, parameter_of
+from ptq4vm.graph.views import elements_of, parameter_of, root_of, shows_elements
 
 
 def own_weights(gm: GraphModule) -> GraphModule:
@@ -28,7 +27,7 @@ def own_weights(gm: GraphModule) -> GraphModule:
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         for position, view in enumerate(node.args[1:], start=1):
             name = parameter_of(view)
-            if name is not None and is_view(view) and on_tokens(node):
+            if name is not None and shows_elements(view) and on_tokens(node):
                 found.setdefault(name, []).append(_Use(node, position, view))
     for name, uses in found.items():
         _own(gm, name, uses)
@@ -63,7 +62,7 @@ def _own(gm: GraphModule, name: str, uses: Sequence[_Use]) -> None:
     whole = torch.arange(value.numel()).view(value.shape)
     views: list[tuple[Tensor, list[_Use]]] = []
     for use in uses:
-        root, elements = _root(use.view), _through(use.view, whole)
+        root, elements = root_of(use.view), elements_of(use.view, whole)
         if torch.equal(elements, whole):
             use.replace(root)
         elif whole.dim() == 2 and torch.equal(elements, whole.t()):
@@ -96,21 +95,10 @@ def _own(gm: GraphModule, name: str, uses: Sequence[_Use]) -> None:
             use.replace(node)
 
 
-def _root(view: Any) -> Any:
-    return _root(view.args[0]) if is_view(view) else view
-
-
-def _through(view: Any, tensor: Any) -> Any:
-    """Returns the elements of a tensor that a chain of views shows."""
-    if not is_view(view):
-        return tensor
-    return view.target(_through(view.args[0], tensor), *view.args[1:], **view.kwargs)
-
-
 def _readings(node: Node) -> Iterator[tuple[Node, Node]]:
     """The nodes that compute with a parameter, each with the view it reads."""
     for user in node.users:
-        if is_view(user):
+        if shows_elements(user):
             yield from _readings(user)
         else:
             yield user, node

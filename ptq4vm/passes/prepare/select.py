@@ -14,9 +14,13 @@ from torch.fx import GraphModule, Node
 from ptq4vm import ops
 from ptq4vm.config import QuantConfig, matches
 from ptq4vm.graph.class_token import class_tokens
+from ptq4vm.graph.element_numbers import moved_value
 from ptq4vm.graph.insert import aten, attribute
+from ptq4vm.graph.pieces import with_pieces
 from ptq4vm.graph.sites import (
     CONVOLUTIONS,
+    LEFT,
+    POOLED,
     SITE,
     ConvolutionSite,
     LinearSite,
@@ -27,8 +31,10 @@ from ptq4vm.graph.sites import (
     numbered,
     update_site,
 )
-from ptq4vm.graph.token_order import channels_first, moves_tokens
+from ptq4vm.graph.token_order import channels_first
 from ptq4vm.graph.views import parameter_of, scope, writes_stream
+from ptq4vm.metadata import COVERAGE
+from ptq4vm.passes.prepare.coverage import covered, ends
 from ptq4vm.quantization_specs import Granularity
 
 
@@ -41,14 +47,20 @@ class SelectSites:
     """
 
     config: QuantConfig = dataclasses.field(repr=False)
+    only: frozenset[str] | None = dataclasses.field(default=None, repr=False)
+    """Names of the linears to quantize where a saved model has decided; None where the config does."""
 
     def __call__(self, gm: GraphModule) -> GraphModule:
-        config = self.config
-        sites: dict[Node, Site] = dict(selected_linears(gm, config))
+        config, found = self.config, find_linears(gm)
+        left = _left(gm, found, config, self.only)
+        chosen = {node: site for node, site in found.items() if node not in left}
+        _check_chosen(gm, config, found, chosen)
+        sites: dict[Node, Site] = dict(with_pieces(gm, chosen))
         if config.state is not None:
             sites |= _scans(gm)
         if config.outputs is not None:
             sites |= _outputs(gm, sites, config.outputs.k_scaled)
+        gm.meta[COVERAGE] = covered(gm, found, left, set(sites))
         for node, site in sites.items():
             node.meta[SITE] = site
         linears = [node for node, site in sites.items() if isinstance(site, LinearSite)]
@@ -60,31 +72,44 @@ class SelectSites:
         return gm
 
 
-def selected_linears(gm: GraphModule, config: QuantConfig) -> dict[Node, LinearSite]:
-    """Returns the linears that the config quantizes: those in the model's blocks, less its exclusions.
+def _left(
+    gm: GraphModule, found: Mapping[Node, LinearSite], config: QuantConfig, only: frozenset[str] | None
+) -> dict[Node, str]:
+    """Returns why the config leaves products of weights: linears on tokens, and heads that read pooled values.
 
-    Linears between the blocks of a stage, such as a downsampling, are in none, and count with `outputs` alone. In a
-    model without numbered blocks all linears count.
+    Stem and head are apart in a model with numbered blocks, unless `outputs` quantizes everywhere. In any other model
+    all linears count, but for a head that reads one value per image.
     """
-    sites = find_linears(gm)
-    everywhere = config.outputs is not None or all(site.block is None for site in sites.values())
-    in_blocks = {node: site for node, site in sites.items() if everywhere or site.block is not None}
+    if only is not None:
+        return {node: "not in the saved model" for node, site in found.items() if site.name not in only}
+    blocks = any(site.block is not None for site in found.values())
+    left: dict[Node, str] = {}
+    for node, end in ends(gm).items():
+        site = found.get(node)
+        pooled = node.meta.get(LEFT) == POOLED if site is None else config.pooled and site.tokens == 1
+        apart = site is not None and site.block is None and blocks and config.outputs is None
+        if apart or (pooled and end == "head" and (site is None or config.outputs is None)):
+            left[node] = end
+    return left | {node: "excluded" for node, site in found.items() if matches(site.name, config.exclude)}
+
+
+def _check_chosen(
+    gm: GraphModule, config: QuantConfig, found: Mapping[Node, LinearSite], chosen: Mapping[Node, LinearSite]
+) -> None:
     for key in ("exclude", "eight_bit"):
         for pattern in getattr(config, key):
-            if not any(matches(site.name, (pattern,)) for site in sites.values()):
-                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(sites.values())}")
-    chosen = {node: site for node, site in in_blocks.items() if not matches(site.name, config.exclude)}
+            if not any(matches(site.name, (pattern,)) for site in found.values()):
+                raise ValueError(f"{key} pattern {pattern!r} matches no linear; there are {_names(found.values())}")
     if not chosen and config.state is None:
         raise ValueError(
-            "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D); "
-            f"found {len(sites)} of them, {len(in_blocks)} inside blocks, and exclude={list(config.exclude)}"
+            "the model has no linear to quantize: a linear is a parameter (N, D) times tokens (B, L, D), and neither "
+            f"stem nor head; found {len(found)} on tokens, and exclude={list(config.exclude)}"
         )
     only = config.learning.only if config.learning is not None else ()
     if only and not any(matches(site.name, only) for site in chosen.values()):
         raise ValueError(f"learning.only={list(only)} matches no linear; there are {_names(chosen.values())}")
     for site in chosen.values():
         _check_linear(gm, site, config)
-    return chosen
 
 
 def _check_linear(gm: GraphModule, site: LinearSite, config: QuantConfig) -> None:
@@ -174,8 +199,8 @@ def _shared(linear: Node, sites: Mapping[Node, Site]) -> str | None:
     again for the linear.
     """
     node: Any = linear.args[0]
-    while moves_tokens(node) and node.target is not aten.cat.default:
-        node = node.args[0]
+    while (moved := moved_value(node)) is not None:
+        node = moved
     site = sites.get(node)
     single = site is not None and site.output is not None and site.output.granularity is Granularity.PER_TENSOR
     return site.name if site is not None and single else None

@@ -1,0 +1,159 @@
+"""Finds where the elements of a value come from, by running on numbers what only moves elements."""
+
+import bisect
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from ptq4vm.graph.insert import aten, attribute
+from ptq4vm.graph.views import is_view
+
+IMAGES = 2
+"""Batch of the numbers: whatever maps two images apart from each other maps any number of them so."""
+
+_PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_INDEXED = (aten.index.Tensor, aten.index_select.default)
+_ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
+_OTHERS = {
+    *_PADS,
+    *_INDEXED,
+    *_ZEROS,
+    aten._unsafe_view.default,
+    aten.cat.default,
+    aten.copy.default,
+    aten.expand.default,
+    aten.flip.default,
+    aten.repeat.default,
+    aten.roll.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+    aten.stack.default,
+    aten.tensor_split.indices,
+}
+
+
+def moves_elements(node: Any) -> bool:
+    """Returns whether a node selects, arranges, joins or pads with zeros what its arguments hold."""
+    if is_view(node):
+        return node.target is not operator.getitem or moves_elements(node.args[0])
+    if not isinstance(node, Node) or node.target not in _OTHERS:
+        return False
+    if node.target in _PADS:
+        # x, sizes, then the mode (of pad) and the value
+        return all(argument in ("constant", None, 0, 0.0) for argument in node.args[2:])
+    return node.target not in _INDEXED or all(_index(value) is not None for value in _indices(node))
+
+
+def moved_value(node: Any) -> Node | None:
+    """Returns the one tensor whose elements a node arranges; None where it joins several or computes."""
+    tensors = [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor | tuple | list)]
+    data = [value for value in tensors if value not in _indices(node)] if moves_elements(node) else []
+    return data[0] if len(data) == 1 else None
+
+
+def _indices(node: Node) -> list[Any]:
+    if node.target is aten.index.Tensor:
+        found: Any = node.args[1]
+        return [value for value in found if value is not None]
+    return [node.args[2]] if node.target is aten.index_select.default else []
+
+
+def _index(value: Any) -> Tensor | None:
+    """Returns the value of a constant index."""
+    if not isinstance(value, Node) or value.op != "get_attr" or value.graph.owning_module is None:
+        return None
+    return attribute(value.graph.owning_module, str(value.target))
+
+
+class ElementNumbers:
+    """Numbers of the elements of every value of a graph, of `IMAGES` images; 0 for zeros of a padding.
+
+    Sources, which are values that are computed, number their elements on from each other's last in row-major order.
+    """
+
+    def __init__(self, *sources: Node | None) -> None:
+        self._stops = set(sources)
+        self._values: dict[Node, Any] = {}
+        self._sources: list[Node] = []
+        self._starts: list[int] = []
+        self._end = 1
+
+    def stop_at(self, node: Node) -> None:
+        """Makes a value a source that only moves others' elements."""
+        self._stops.add(node)
+
+    def of(self, node: Node) -> Tensor | None:
+        """Returns the numbers of a value, in its shape; None where they depend on more than the batch."""
+        try:
+            value = self._value(node)
+        except (RuntimeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError):
+            value = None
+        return value if isinstance(value, Tensor) else None
+
+    def source(self, numbers: Tensor) -> Node | None:
+        """Returns the source that all numbers but zeros are of; None where there are several, or none."""
+        largest = int(numbers.max()) if numbers.numel() else 0
+        place = bisect.bisect_right(self._starts, largest) - 1
+        if place < 0:
+            return None
+        smallest = int(numbers.min())
+        if smallest == 0:
+            smallest = int(numbers.masked_fill(numbers == 0, largest).min())
+        return self._sources[place] if smallest >= self._starts[place] else None
+
+    def start(self, source: Node) -> int:
+        """Returns the number of a source's first element."""
+        return self._starts[self._sources.index(source)]
+
+    def count(self, source: Node) -> int:
+        """Returns how many elements an image of a source has."""
+        place = self._sources.index(source) + 1
+        end = self._starts[place] if place < len(self._starts) else self._end
+        return (end - self.start(source)) // IMAGES
+
+    def forget(self, node: Node) -> None:
+        """Frees the numbers of a value; they are made again where they are asked for."""
+        if node not in self._sources:
+            self._values.pop(node, None)
+
+    def _value(self, node: Node) -> Any:
+        if node not in self._values:
+            self._values[node] = self._made(node)
+        return self._values[node]
+
+    def _made(self, node: Node) -> Any:
+        recorded = node.meta.get("val")
+        if not isinstance(recorded, Tensor | tuple | list):
+            return _size(recorded)
+        source = node in self._stops or not moves_elements(node)
+        if source or node.target in _ZEROS:
+            if not isinstance(recorded, Tensor):
+                raise TypeError(f"{node.name} is several tensors")
+            sizes = [_size(size) for size in recorded.shape]
+            return self._numbered(node, sizes) if source else torch.zeros(sizes, dtype=torch.int64)
+
+        def read(value: Node) -> Any:
+            return self._value(value) if (index := fixed.get(value)) is None else index
+
+        fixed = {value: _index(value) for value in _indices(node)}
+        arguments, options = fx.map_arg((node.args, node.kwargs), read)
+        return node.target(*arguments, **options)  # type: ignore[operator]
+
+    def _numbered(self, node: Node, sizes: list[int]) -> Tensor:
+        count, start = math.prod(sizes), self._end
+        self._sources.append(node)
+        self._starts.append(start)
+        self._end += count
+        return torch.arange(start, start + count).view(sizes)
+
+
+def _size(value: Any) -> Any:
+    """Returns a size for `IMAGES` images."""
+    if isinstance(value, int | float) or not isinstance(value, torch.SymInt | torch.SymFloat):
+        return value
+    expression = value.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, IMAGES)))

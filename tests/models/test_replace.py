@@ -173,6 +173,7 @@ def test_our_own_model_stays_as_it_is(caplog):
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits[:, :5]), "differ .*: inf"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: 0 * logits), "constant"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits / 0), "not finite"),
+        (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits.argmax(1)), "no numbers"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")).bfloat16()), r"torch\.bfloat16 \(see model\.float\(\)\)"),
     ],
 )

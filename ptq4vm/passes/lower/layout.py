@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from ptq4vm.graph.element_numbers import ElementNumbers, moves_elements
 from ptq4vm.graph.insert import Insertion, aten, attribute
@@ -40,9 +41,36 @@ def simplify_layouts(gm: GraphModule) -> GraphModule:
     if gm.graph.find_nodes(op="call_function", target=aten.as_strided.default):
         return gm  # it reads memory, not elements
     layouts = _Layouts(gm)
+    contiguous = {node: _contiguous_inputs(node) for node in gm.graph.nodes if _reads_memory(node)}
     for node in list(gm.graph.nodes):
         layouts.visit(node)
+    for node, before in contiguous.items():
+        for value, was in zip(_inputs(node), before, strict=True):
+            if was and not _is_contiguous(value):
+                node.replace_input_with(value, Insertion(gm, node).call(aten.contiguous.default, value))
     return gm
+
+
+def _reads_memory(node: Node) -> bool:
+    """Returns whether strides matter to what reads a value: operators of others, the model's caller."""
+    own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "ptq4vm")
+    return node.op == "output" or node.target in _OF_MEMORY or not (own or node.op in ("placeholder", "get_attr"))
+
+
+_OF_MEMORY = {aten.view_as_complex.default, aten.view_as_real.default, aten.view.dtype}
+
+
+def _inputs(node: Node) -> list[Any]:
+    return [value for value in tree_leaves((node.args, node.kwargs)) if isinstance(value, Node)]
+
+
+def _contiguous_inputs(node: Node) -> list[bool]:
+    return [_is_contiguous(value) for value in _inputs(node)]
+
+
+def _is_contiguous(value: Node) -> bool:
+    found = value.meta.get("val")
+    return isinstance(found, Tensor) and found.is_contiguous()
 
 
 class _Layouts:
@@ -90,11 +118,11 @@ class _Layouts:
             return False
         if any(self.numbers.source(found) is None for found in numbers):
             return self._split(node, numbers)
-        axes = {_channel_axis(found) for found in numbers}
-        (axis,) = axes if len(axes) == 1 else (None,)
         last = len(shape) - 1
-        if axis is None or axis == last:
+        axes = {axis for found in numbers if (axis := _channel_axis(found)) not in (None, last)}
+        if len(axes) != 1:
             return False
+        (axis,) = axes
         insert = Insertion(self.gm, node)
         arguments = [self._channels_last(insert, value, axis, len(shape)) for value in args(node)]
         sunk = insert.call(node.target, *arguments)

@@ -42,14 +42,14 @@ def conv_to_linear(gm: GraphModule) -> GraphModule:
 
 def linears_on_tokens(gm: GraphModule) -> GraphModule:
     """(B, H, W, D), (L, B, D) or (B · L, D) → (B, L, D) around each linear."""
-    return _to_linears(gm, {aten.linear.default: _linear, aten.bilinear.default: _bilinear})
+    return _to_linears(gm, {target: READERS[target] for target in (aten.linear.default, aten.bilinear.default)})
 
 
 def pooled_to_linear(gm: GraphModule) -> GraphModule:
     """Products of one value per image, such as those of squeeze-and-excitation → linears on one token."""
     axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
-    for node in _calls(gm, _PRODUCTS):
-        product = _placed(node, _PRODUCTS, axes, reached) if node.meta.get(LEFT) == POOLED else None
+    for node in _calls(gm, READERS):
+        product = _placed(node, READERS, axes, reached) if node.meta.get(LEFT) == POOLED else None
         if isinstance(product, Product):
             _replace(gm, node, dataclasses.replace(product, lifted=True), axes, reached)
     return gm
@@ -229,12 +229,14 @@ _MATMULS: Mapping[Any, _Reader] = {
 _CONVOLUTIONS: Mapping[Any, _Reader] = dict.fromkeys(
     (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding), _conv
 )
-_PRODUCTS: Mapping[Any, _Reader] = {
+READERS: Mapping[Any, _Reader] = {
     **_MATMULS,
     aten.einsum.default: _einsum,
     **_CONVOLUTIONS,
     aten.linear.default: _linear,
+    aten.bilinear.default: _bilinear,
 }
+"""Of every operator that can multiply a weight with tokens, but for convolutions of neighbours."""
 
 
 def _calls(gm: GraphModule, targets: Iterable[Any]) -> list[Any]:

@@ -60,10 +60,11 @@ def start_fusions(gm: GraphModule) -> GraphModule:
 
 
 def drop_identities(gm: GraphModule) -> GraphModule:
-    """Dropout in evaluation mode, casts to the type a value has, and sums with the number 0, with which Python begins."""
+    """Dropout in evaluation mode, casts to the type a value has, and the 0 with which a sum of Python's begins."""
     for node in gm.graph.nodes:
         cast = node.target is aten.to.dtype and args(node)[0].meta["val"].dtype is args(node)[1]
-        zero = is_call(node, aten.add.Tensor) and type(args(node)[1]) is int and args(node)[1] == 0
+        same = is_call(node, aten.add.Tensor) and node.meta["val"].dtype is args(node)[0].meta["val"].dtype
+        zero = same and type(args(node)[1]) is int and args(node)[1] == 0
         if cast or zero or (node.target is aten.dropout.default and not args(node)[2]):
             replace_node(node, args(node)[0])
     return gm

@@ -44,13 +44,15 @@ def fuse_gates(gm: GraphModule) -> GraphModule:
             read_quantizer(gm, node)
             if any(only_user(value) is None for value in (total, *source.between)):
                 raise NotFused("the gated value has other readers")
+            if len({_is_shared(term.gate, term.x) for term in terms}) > 1:
+                raise NotFused("some of its gates are of one token, others of all tokens")
             insert, silu = Insertion(gm, node), _silu(terms)
-            tokens = [as_tokens(insert, term.x) for term in terms]
-            order = _order(tokens)
-            x = _stacked(insert, [tokens[k] for k in order])
-            gates = [as_tokens(insert, args(terms[k].gate)[0] if silu else terms[k].gate) for k in order]
+            values = [as_tokens(insert, same_tokens(term.x)) for term in terms]
+            gates = [as_tokens(insert, same_tokens(args(term.gate)[0] if silu else term.gate)) for term in terms]
+            order = _order(values)
+            x, gate = (_stacked(insert, [each[k] for k in order]) for each in (values, gates))
             qparams = args(node)[1:]
-            codes = insert.call(ops.gate_quantize.default, x, _stacked(insert, gates), silu, *qparams)
+            codes = insert.call(ops.gate_quantize.default, x, gate, silu, *qparams)
             replace_node(node, codes)
             record_fusion(gm, total, f"SiLU of {pattern}" if silu else pattern)
     return gm

@@ -49,7 +49,7 @@ EXPECTED = {
         norm_quantize=12, linear_packed=16, conv2d_quantize=4, directional_scan=4, linear_gelu_quantize=4
     ),
     "local_vmamba_nano_32": dict(
-        norm_quantize=4, linear_packed=12, conv2d_quantize=4, directional_scan=4, gate_quantize=4
+        norm_quantize=6, linear_packed=14, conv2d_quantize=4, directional_scan=4, gate_quantize=4
     ),
 }  # fmt: skip
 

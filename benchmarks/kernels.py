@@ -25,7 +25,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the script runs without an editable install too
 
-from benchmarks.one_by_one import conv1d_one_by_one, conv2d_one_by_one, norm_one_by_one, rotate_one_by_one
+from benchmarks.one_by_one import (
+    conv1d_one_by_one,
+    conv2d_one_by_one,
+    gate_one_by_one,
+    norm_one_by_one,
+    rotate_one_by_one,
+)
 from ptq4vm import ops
 from ptq4vm.backend import native
 from ptq4vm.ops import convolution_1d, directional_scans, layouts
@@ -182,6 +188,7 @@ def producers(rounds: int) -> None:
         x, residual = torch.randn(1, TOKENS, 384, dtype=dtype), torch.randn(1, TOKENS, 384)
         weight, bias = torch.randn(2, 384)
         half = torch.randn(1, TOKENS, 2 * 768, dtype=dtype)[..., :768]  # of what in_proj gives
+        scans, gates = torch.randn(4, 1, TOKENS, 768, dtype=dtype), torch.rand(4, 1, 1, 768, dtype=dtype)
         taps, biases, smooth = torch.randn(2, 768, 4), torch.randn(2, 768), torch.rand(2, 768)
         maps, kernel, shifts = torch.randn(1, 56 * 56, 96, dtype=dtype), torch.randn(96, 3, 3), torch.randn(96)
         of_maps = (20 * torch.rand(4, 56 * 56), torch.zeros(4, 56 * 56, dtype=torch.int32), None, 8)
@@ -204,6 +211,12 @@ def producers(rounds: int) -> None:
             ),
             "rotation, 197×384": (ops.rotate_quantize, rotate_one_by_one, (x, False, *one)),
             "GELU and rotation, 197×384": (ops.rotate_quantize, rotate_one_by_one, (x, True, *one)),
+            "four scans with their gates, summed, 197×768": (
+                ops.gate_quantize,
+                gate_one_by_one,
+                (scans, gates, False, *one),
+            ),
+            "SiLU of a gate, 197×768": (ops.gate_quantize, gate_one_by_one, (scans[:1], half[None], True, *one)),
             "two convolutions and SiLU, 197×768": (
                 ops.conv1d_quantize,
                 conv1d_one_by_one,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ def norm_one_by_one(
 
 def rotate_one_by_one(x: Tensor, gelu: bool, *codes: Any) -> object:
     return codes_one_by_one(F.gelu(x) if gelu else x, True, *codes)
+
+
+def gate_one_by_one(x: Tensor, gate: Tensor, silu: bool, *codes: Any) -> object:
+    products = [value * (F.silu(factor) if silu else factor) for value, factor in zip(x, gate, strict=True)]
+    return codes_one_by_one(functools.reduce(torch.add, products), False, *codes)
 
 
 def codes_one_by_one(

@@ -38,6 +38,16 @@ struct Quantize {
   int64_t rows, channels;
 };
 
+// ops.gate_quantize: x (K, B, L, E) and gate (K, B, L or 1, E) → codes (B, L, E). Rows are those of the first of K terms.
+struct GateQuantize {
+  Rows x, gate;               // gate.row is 0 where the tokens of an image share one
+  int64_t x_term, gate_term;  // elements from one term to the next
+  bool silu;                  // of gate first
+  QParams qparams;            // of every token, or one
+  int8_t* codes;
+  int64_t terms, batch, tokens, channels;
+};
+
 // ops.choose_qparams: x (rows, D) → scale, zero_point (rows,).
 struct ChooseQParams {
   const void* x;

@@ -39,7 +39,7 @@ _NAMES = {
         "select slice split split_with_sizes chunk unbind squeeze unsqueeze to copy alias getitem"
     ),
     Category.QUANTIZE: (
-        "quantize rotate rotate_quantize choose_qparams dequantize fake_quantize quantize_per_tensor "
+        "quantize rotate rotate_quantize gate_quantize choose_qparams dequantize fake_quantize quantize_per_tensor "
         "quantize_per_channel dequantize_per_tensor dequantize_per_channel"
     ),
     Category.OTHER: (

@@ -1,4 +1,4 @@
-// Quantization: ops.quantize, choose_qparams and dequantize.
+// Quantization: ops.quantize, gate_quantize, choose_qparams and dequantize.
 #include "run.h"
 
 namespace ptq4vm {
@@ -16,6 +16,36 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
                   .codes = mutable_ptr<int8_t>(codes),
                   .rows = rows_of(x),
                   .channels = channels_of(x)});
+  return codes;
+}
+
+Tensor gate_quantize(Tensor x, Tensor gate, bool silu, Tensor inv_scale, Tensor zero_point, Optional inv_smooth,
+                     int64_t bits) {
+  check_axes("x", x, 4, "(K, B, L, E)"), check_axes("gate", gate, 4, "(K, B, L, E) or (K, B, 1, E)");
+  const int64_t terms = x.size(0), batch = x.size(1), tokens = x.size(2), channels = x.size(3);
+  const bool shared = gate.size(2) == 1;
+  const int64_t scales = inv_scale.numel();
+  PTQ4VM_CHECK(terms >= 1, "x (K, B, L, E) has no term");
+  check_shape("gate", gate, {terms, batch, shared ? 1 : tokens, channels});
+  check_token_scales(scales, tokens);
+  check_shape("inv_scale", inv_scale, {scales});
+  check_shape("inv_smooth", inv_smooth, {channels});
+  const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales);
+  x = as_rows("x", x), gate = as_rows("gate", gate);
+  Tensor codes = empty_like(x, {batch, tokens, channels}, ScalarType::Char);
+  GateQuantize q{.x = rows(x),
+                 .gate = rows(gate),
+                 .x_term = x.stride(0),
+                 .gate_term = gate.stride(0),
+                 .silu = silu,
+                 .qparams = qparams.view(),
+                 .codes = mutable_ptr<int8_t>(codes),
+                 .terms = terms,
+                 .batch = batch,
+                 .tokens = tokens,
+                 .channels = channels};
+  if (shared) q.gate.row = 0;
+  run(x, q);
   return codes;
 }
 
@@ -60,5 +90,6 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
 }  // namespace ptq4vm
 
 PTQ4VM_IMPL(quantize, "(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor")
+PTQ4VM_IMPL(gate_quantize, "(Tensor x, Tensor gate, bool silu, " PTQ4VM_QPARAMS ") -> Tensor")
 PTQ4VM_IMPL(choose_qparams, "(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)")
 PTQ4VM_IMPL(dequantize, "(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor")

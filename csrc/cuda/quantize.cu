@@ -1,5 +1,6 @@
-// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit. A team of up to a warp reads a
-// row once, 8 channels a thread where rows are aligned to that, one elsewhere.
+// ops.quantize, ops.choose_qparams and ops.dequantize, bit for bit; so is ops.gate_quantize without SiLU, with it codes
+// may differ from the reference's by one at rounding ties. A team of up to a warp reads a row once, 8 channels a thread
+// where rows are aligned to that, one elsewhere.
 #include <cfloat>
 
 #include "device.cuh"
@@ -35,6 +36,36 @@ __global__ void __launch_bounds__(THREADS) quantize_rows(const Quantize q) {
     load<N>(x + d, value);
     write_codes<N>(to + d, value, q.qparams.inv_smooth ? q.qparams.inv_smooth + d : nullptr, qparams);
   }
+}
+
+template <class T, class G, int N>
+__global__ void __launch_bounds__(THREADS) gate_rows(const GateQuantize q) {
+  const int64_t row = own_row();
+  if (row >= q.batch * q.tokens) return;
+  const int64_t token = remainder(row, q.tokens), image = (row - token) / q.tokens;
+  const T* x = static_cast<const T*>(q.x.data) + image * q.x.image + token * q.x.row;
+  const G* gate = static_cast<const G*>(q.gate.data) + image * q.gate.image + token * q.gate.row;
+  int8_t* to = q.codes + row * q.channels;
+  const RowQParams qparams(q.qparams, row);
+  for (int64_t d = threadIdx.x * N; d < q.channels; d += blockDim.x * N) {
+    float total[N] = {};
+    for (int64_t k = 0; k < q.terms; k++) {
+      float value[N], factor[N];
+      load<N>(x + k * q.x_term + d, value);
+      load<N>(gate + k * q.gate_term + d, factor);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        total[i] = __fadd_rn(total[i], __fmul_rn(value[i], q.silu ? silu(factor[i]) : factor[i]));
+      }
+    }
+    write_codes<N>(to + d, total, q.qparams.inv_smooth ? q.qparams.inv_smooth + d : nullptr, qparams);
+  }
+}
+
+// Returns whether all rows of all terms are aligned to vectors.
+template <class T>
+bool aligned_rows(const Rows& rows, int64_t term) {
+  return aligned<VECTOR>(static_cast<const T*>(rows.data)) && (rows.image | rows.row | term) % VECTOR == 0;
 }
 
 // A warp has a row.
@@ -95,6 +126,20 @@ void run(const Quantize& q, Stream stream) {
                          aligned<VECTOR>(q.codes) && aligned<VECTOR>(q.qparams.inv_smooth);
     const Shape shape(q.rows, vectors ? q.channels / VECTOR : q.channels);
     PTQ4VM_LAUNCH(vectors ? quantize_rows<T, VECTOR> : quantize_rows<T, 1>, shape.grid, shape.block, 0, stream, q);
+  });
+}
+
+void run(const GateQuantize& q, Stream stream) {
+  with_type(q.x.type, [&](auto x_type) {
+    with_type(q.gate.type, [&](auto gate_type) {
+      using T = decltype(x_type);
+      using G = decltype(gate_type);
+      const bool vectors = q.channels % VECTOR == 0 && aligned_rows<T>(q.x, q.x_term) &&
+                           aligned_rows<G>(q.gate, q.gate_term) && aligned<VECTOR>(q.codes) &&
+                           aligned<VECTOR>(q.qparams.inv_smooth);
+      const Shape shape(q.channels ? q.batch * q.tokens : 0, vectors ? q.channels / VECTOR : q.channels);
+      PTQ4VM_LAUNCH(vectors ? gate_rows<T, G, VECTOR> : gate_rows<T, G, 1>, shape.grid, shape.block, 0, stream, q);
+    });
   });
 }
 

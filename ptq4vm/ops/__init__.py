@@ -7,7 +7,7 @@
 
 import torch
 
-from ptq4vm.ops import convolution_2d, directional_scans, fake_quantization, norms  # noqa: F401  and what they import
+from ptq4vm.ops import convolution_2d, directional_scans, fake_quantization, gates, norms  # noqa: F401  and what they import
 from ptq4vm.ops._define import REFERENCES as REFERENCES
 from ptq4vm.ops._define import SCHEMAS as SCHEMAS
 from ptq4vm.ops._define import serve_other_gpus_later
@@ -22,6 +22,7 @@ dequantize = torch.ops.ptq4vm.dequantize
 directional_scan = torch.ops.ptq4vm.directional_scan
 directional_scan_quantize = torch.ops.ptq4vm.directional_scan_quantize
 fake_quantize = torch.ops.ptq4vm.fake_quantize
+gate_quantize = torch.ops.ptq4vm.gate_quantize
 linear = torch.ops.ptq4vm.linear
 linear_gelu_quantize = torch.ops.ptq4vm.linear_gelu_quantize
 linear_packed = torch.ops.ptq4vm.linear_packed

@@ -7,6 +7,7 @@ GPU. A law is given the operators by name, which take tensors of the CPU and ret
 import torch
 from hypothesis import strategies as st
 
+from helpers import gate_laws  # noqa: F401  registers its law
 from helpers.draws import (
     assert_same_codes,
     directional_inputs,

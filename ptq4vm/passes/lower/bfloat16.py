@@ -16,6 +16,7 @@ from ptq4vm.passes.lower.patterns import args, read_constant
 _READS = {
     ops.norm_quantize.default: (0,),
     ops.rotate_quantize.default: (0,),
+    ops.gate_quantize.default: (0, 1),
     ops.conv1d_quantize.default: (0,),
     ops.conv2d_quantize.default: (0,),
     ops.directional_scan.default: (13,),

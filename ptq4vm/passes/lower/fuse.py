@@ -5,6 +5,7 @@
     depth-wise 2-D convolution → SiLU → moved → quantize, K times ⇒ conv2d_quantize
     linear → GELU (→ rotate) → quantize                          ⇒ linear_gelu_quantize
     (GELU →) rotate → quantize                                   ⇒ rotate_quantize
+    product with a gate (its SiLU), or a sum of some → quantize  ⇒ gate_quantize
     projection → step → scan, K directions, gate, sum, quantize  ⇒ linear_packed and directional_scan(_quantize)
     linear                                                       ⇒ linear_packed
 
@@ -23,6 +24,7 @@ from ptq4vm.graph.insert import Insertion, arguments, aten, follow_device, repla
 from ptq4vm.graph.pipeline import Pass
 from ptq4vm.metadata import FUSIONS
 from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
+from ptq4vm.passes.lower.fuse_gates import fuse_gates
 from ptq4vm.passes.lower.fuse_scans import fuse_scans
 from ptq4vm.passes.lower.layout import simplify_layouts
 from ptq4vm.passes.lower.patterns import (
@@ -42,6 +44,7 @@ from ptq4vm.passes.lower.patterns import (
     shaped_as,
     source_of,
 )
+from ptq4vm.passes.lower.stacked_sums import add_stacked_sums
 from ptq4vm.serialization.recorded_values import with_values
 
 
@@ -57,10 +60,12 @@ def start_fusions(gm: GraphModule) -> GraphModule:
 
 
 def drop_identities(gm: GraphModule) -> GraphModule:
-    """Dropout in evaluation mode, and casts to the type a value has."""
+    """Dropout in evaluation mode, casts to the type a value has, and the 0 with which a sum of Python's begins."""
     for node in gm.graph.nodes:
         cast = node.target is aten.to.dtype and args(node)[0].meta["val"].dtype is args(node)[1]
-        if cast or (node.target is aten.dropout.default and not args(node)[2]):
+        same = is_call(node, aten.add.Tensor) and node.meta["val"].dtype is args(node)[0].meta["val"].dtype
+        zero = same and type(args(node)[1]) is int and args(node)[1] == 0
+        if cast or zero or (node.target is aten.dropout.default and not args(node)[2]):
             replace_node(node, args(node)[0])
     return gm
 
@@ -182,12 +187,14 @@ FUSE: tuple[Pass, ...] = (
     follow_device,
     drop_identities,
     FoldConstants(),
+    add_stacked_sums,
     simplify_layouts,
     FoldConstants(),
     fuse_scans,
     fuse_gelus,
     fuse_norms,
     fuse_rotations,
+    fuse_gates,
     pack_linears,
     simplify_layouts,
     record_unfused,

@@ -111,15 +111,16 @@ class _Layouts:
         shape = node.meta["val"].shape
         if any(isinstance(value, Node) for value in node.kwargs.values()) or node.meta["val"].dim() < 3:
             return False
-        if not operands or any(value.meta["val"].shape != shape for value in operands):
+        if not operands or any(value.meta["val"].dim() != len(shape) for value in operands):
             return False
         numbers = [found for value in operands if (found := self.numbers.of(value)) is not None]
         if len(numbers) < len(operands):
             return False
+        whole = [found for value, found in zip(operands, numbers, strict=True) if value.meta["val"].shape == shape]
         if any(self.numbers.source(found) is None for found in numbers):
-            return self._split(node, numbers)
-        last = len(shape) - 1
-        axes = {axis for found in numbers if (axis := _channel_axis(found)) not in (None, last)}
+            return len(whole) == len(numbers) and self._split(node, numbers)
+        last = len(shape) - 1  # gates of all tokens, which are broadcast, go where the others do
+        axes = {axis for found in whole if (axis := _channel_axis(found)) not in (None, last)}
         if len(axes) != 1:
             return False
         (axis,) = axes

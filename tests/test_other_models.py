@@ -4,35 +4,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.lowering import check
 from helpers.public_models import slow_but
 from helpers.strategies import normal
-from torch import Tensor, nn
+from helpers.whole_road import travel
+from torch import nn
 
-from ptq4vm import Learning, QuantConfig, calibrate, convert, load, prepare, save
+from ptq4vm import Learning, QuantConfig, prepare
 from ptq4vm.metadata import metadata_of
-
-
-def travel(model: nn.Module, x: Tensor, config: QuantConfig, folder, *, model_for_load: nn.Module | None) -> list:
-    """Prepares, calibrates with two images, converts, saves and loads, and holds every step to its laws.
-
-    x is three images. Returns the records of the linears.
-    """
-    model.eval().requires_grad_(False)
-    prepared = prepare(model, (x[:2],), config)
-    for images in (1, 3):
-        torch.testing.assert_close(prepared(x[:images]), model(x[:images]), rtol=1e-4, atol=1e-5)
-    calibrate(prepared, [x[:2]], progress=False)
-    quantized = convert(prepared)
-    linears = metadata_of(prepared).linears
-    assert check(prepared, x) == len(linears)
-    assert torch.isfinite(quantized(x)).all()
-    assert torch.equal(convert(prepared, lower=False)(x), prepared(x))
-    loaded = load(save(quantized, folder / "model"), model=model_for_load)
-    for images in (1, 3):
-        assert torch.equal(loaded(x[:images]), quantized(x[:images]))
-    return list(linears)
-
 
 # --- the ways to write VMamba's mixer ---
 

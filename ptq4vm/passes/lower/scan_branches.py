@@ -68,7 +68,7 @@ def find_branch(gm: GraphModule, scan: Node) -> Branch:
     if not is_call(projection, ops.linear.default) or projection.meta["val"].shape[-1] != rank + 2 * states:
         raise NotFused("its projection is not an integer linear")
     quantize = read_quantizer(gm, args(projection)[0])
-    if quantize.x is not u:
+    if not _is_same(quantize.x, u):
         raise NotFused("its projection reads something else")
     read_constant(gm, args(projection)[3], "the projection's weight")
     read_constant(gm, args(delta)[3], "the step's weight")
@@ -80,6 +80,15 @@ def find_branch(gm: GraphModule, scan: Node) -> Branch:
     if gate is not None and not torch.equal(gate.tokens, x.tokens):
         raise NotFused("its gate comes in another order than its input")
     return Branch(scan, x, conv, quantize, projection, step, delta, gate)
+
+
+def _is_same(a: Node, b: Node) -> bool:
+    """Returns whether two values are one, or the same selection of one."""
+    ours, theirs = token_map(a), token_map(b)
+    if a is b or ours is None or theirs is None:
+        return a is b
+    places = [(found.source, found.first, found.last) for found in (ours, theirs)]
+    return places[0] == places[1] and torch.equal(ours.tokens, theirs.tokens)
 
 
 def restored_scan(scan: Node, x: TokenMap) -> Node:

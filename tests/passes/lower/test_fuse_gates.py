@@ -9,6 +9,7 @@ from helpers.fusing import copied, counted, fuse_lowered
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, ops, quantize
+from ptq4vm.graph.insert import aten
 from ptq4vm.passes.lower.fuse import fusions
 
 STATIC = QuantConfig(range_search=False, learning=None)
@@ -136,3 +137,26 @@ def test_bfloat16_reaches_both_inputs():
     (node,) = half.graph.find_nodes(op="call_function", target=ops.gate_quantize.default)
     assert {value.meta["val"].dtype for value in node.args[:2]} == {torch.bfloat16}
     torch.testing.assert_close(half(x), plain(x), rtol=0.05, atol=0.05)
+
+
+def parts(places):
+    """Products of parts of one tensor, in an order of their own."""
+
+    def spelling(ys, gates, z):
+        values = torch.stack(ys).softmax(-1)
+        return sum(values[k] * gates[k] for k in places)
+
+    return spelling
+
+
+@pytest.mark.parametrize(
+    ("places", "copied_values"), [((0, 1, 2), False), ((2, 0, 1), False), ((1, 2), True), ((2, 1, 2), True)]
+)
+def test_parts_of_one_tensor_are_read_where_they_are(places, copied_values):
+    """In whatever order they are added, each with its own gate; not of fewer or other parts."""
+    torch.manual_seed(0)
+    plain = quantize(Gated(parts(places)), [torch.randn(4, 8, D)], STATIC, progress=False)
+    gm, x = fuse_lowered(copied(plain)), torch.randn(3, 8, D)
+    (node,) = gm.graph.find_nodes(op="call_function", target=ops.gate_quantize.default)
+    assert node.args[0].target is (aten.stack.default if copied_values else aten.softmax.int)
+    torch.testing.assert_close(gm(x), plain(x), rtol=1e-3, atol=1e-3)

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.authors import extensions_replaced
 from ptq4vm.graph.capture_errors import CaptureError, capture_error, specialized_error
 from ptq4vm.graph.followed_idioms import followed
+from ptq4vm.graph.functional_writes import can_rewrite, is_write, rewrite_writes
 from ptq4vm.graph.insert import arguments, aten
 from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
@@ -22,7 +23,6 @@ from ptq4vm.graph.state_writes import (
     drop_clones_of_inputs,
     drop_state_writes,
     drop_unread_writes,
-    is_write,
 )
 from ptq4vm.graph.user_code import UserCode
 
@@ -106,13 +106,14 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
 def _functional(program: ExportedProgram) -> GraphModule:
     """Returns the graph of a program that changes no tensor in place; what forward wrote is written at the end."""
     changes = any(map(is_write, program.graph.nodes))
-    with torch.no_grad():
-        if changes:
-            clone_inputs(program)
-            program = program.run_decompositions({})  # decomposes nothing
+    if not changes or can_rewrite(program.graph):
         gm: GraphModule = program.module()
-    if changes:
-        drop_clones_of_inputs(gm)
+        rewrite_writes(gm)
+        return gm
+    with torch.no_grad():
+        clone_inputs(program)
+        gm = program.run_decompositions({}).module()  # decomposes nothing
+    drop_clones_of_inputs(gm)
     return gm
 
 

@@ -2,22 +2,17 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.capture_errors import CaptureError
+from ptq4vm.graph.functional_writes import is_write
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.user_code import recorded_line
 from ptq4vm.graph.views import scope
 
 _CASTS = {aten.type_as.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other}
-
-
-def is_write(node: Node) -> bool:
-    """Returns whether a node changes an argument in place."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def drop_unread_writes(gm: GraphModule) -> None:

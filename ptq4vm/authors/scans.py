@@ -4,7 +4,8 @@ Shapes: u, delta, z (B, E, L); A (E, S); B, C (B, S, L) or, for G groups of E/G 
 delta_bias (E,). States are float32 and results have u's dtype, as in the originals.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,29 +105,20 @@ def _groups(
                 f"{name} of shape {tuple(value.shape)}: ptq4vm's selective scan takes a {name} that depends on the "
                 "input, (B, S, L) or (B, G, S, L), and no constant one"
             )
-    B, C = (value.unsqueeze(1) if value.dim() == 3 else value for value in (B, C))
-    count = max(B.shape[1], C.shape[1])
-    if A.shape[0] % count or {B.shape[1], C.shape[1]} - {1, count}:
-        raise ValueError(
-            f"{A.shape[0]} channels cannot be divided among {B.shape[1]} groups of B and {C.shape[1]} of C"
-        )
-    width = A.shape[0] // count
+    counts = [value.shape[1] if value.dim() == 4 else 1 for value in (B, C)]
+    count = max(counts)
+    if A.shape[0] % count or {*counts} - {1, count}:
+        raise ValueError(f"{A.shape[0]} channels cannot be divided among {counts[0]} groups of B and {counts[1]} of C")
 
-    def part(value: Tensor, group: int, axis: int) -> Tensor:
-        return value if count == 1 else value.narrow(axis, group * width, width)
+    def parts(value: Tensor | None, axis: int) -> Sequence[Any]:
+        return [value] * count if value is None or count == 1 else value.chunk(count, axis)
 
-    def tokens(value: Tensor, group: int) -> Tensor:
-        return part(value, group, 1).transpose(1, 2)
+    def tokens(value: Tensor | None) -> Sequence[Any]:
+        return parts(None if value is None else value.transpose(1, 2), -1)
 
-    for g in range(count):
-        b, c = (value[:, min(g, value.shape[1] - 1)].transpose(1, 2) for value in (B, C))
-        yield (
-            tokens(u, g),
-            tokens(delta, g),
-            part(A, g, 0),
-            b,
-            c,
-            None if D is None else part(D, g, 0),
-            None if z is None else tokens(z, g),
-            None if delta_bias is None else part(delta_bias, g, 0),
-        )
+    def mixing(value: Tensor) -> Sequence[Tensor]:
+        groups = value.transpose(-1, -2).unbind(1) if value.dim() == 4 else [value.transpose(-1, -2)]
+        return groups if len(groups) == count else [*groups] * count
+
+    channels = parts(A, 0), mixing(B), mixing(C), parts(D, 0), tokens(z), parts(delta_bias, 0)
+    yield from zip(tokens(u), tokens(delta), *channels, strict=True)

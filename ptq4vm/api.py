@@ -56,7 +56,7 @@ def prepare(
         example_inputs: the first axis of every tensor is the batch, which stays dynamic; all other sizes are fixed.
         config: `QuantConfig.w8a8()` if None.
         replace: for a model of its authors' code: capture the model of `ptq4vm.models` in its place that has the same
-            tensors and the same outputs for the example. It fuses better. A warning in the log says which it is.
+            tensors and the same outputs for the example. A warning in the log says which it is.
 
     Returns:
         A graph that computes what the model does, until it is calibrated. What it quantizes, and what it leaves and

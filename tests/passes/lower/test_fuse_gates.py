@@ -150,7 +150,8 @@ def parts(places):
 
 
 @pytest.mark.parametrize(
-    ("places", "copied_values"), [((0, 1, 2), False), ((2, 0, 1), False), ((1, 2), True), ((2, 1, 2), True)]
+    ("places", "copied_values"),
+    [((0, 1, 2), False), ((2, 0, 1), False), ((0, 1), True), ((1, 2), True), ((2, 1, 2), True)],
 )
 def test_parts_of_one_tensor_are_read_where_they_are(places, copied_values):
     """In whatever order they are added, each with its own gate; not of fewer or other parts."""

@@ -83,11 +83,11 @@ def main() -> None:
     if options.list:
         return print("\n".join(sorted({repository.url for repository in REPOSITORIES.values()})))
     with ThreadPoolExecutor(options.jobs) as pool:
-        rows = list(pool.map(lambda name: run(name, options), options.only))
+        rows = []
+        for row in pool.map(lambda name: run(name, options), options.only):
+            print(f"{row['name']}: {row['error'] or 'done'}", file=sys.stderr, flush=True)
+            rows.append(row)
     print(table([summary(row, LAST[options.compile]) for row in rows]))
-    for row in rows:
-        if row["error"] is not None:
-            print(f"{row['name']}: {row['error']}")
     if options.output is not None:
         write_json(options.output, rows)
 

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ptq4vm import authors as authors
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.config import QuantConfig
     from ptq4vm.finite_checks import check_finite
@@ -44,6 +45,7 @@ _MODULES = {
         "WeightSpec",
     ),
 }
+_PACKAGES = ("authors",)
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
@@ -67,6 +69,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return importlib.import_module(f"ptq4vm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ptq4vm' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"ptq4vm.{_HOMES[name]}"), name)
@@ -75,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES, *_PACKAGES})

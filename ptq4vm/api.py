@@ -63,7 +63,8 @@ def prepare(
         why, is in its metadata (`ptq4vm.metadata.metadata_of(prepared).coverage`), and logged in one line.
 
     Raises:
-        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model; it names the module.
+        ptq4vm.graph.capture.CaptureError: where torch.export cannot follow the model, or a block hands on a tensor that
+            belongs to no image; it names the module, the line of the model's code and what to write instead.
         ValueError: where the config finds nothing to quantize or does not fit the model; where `replace` finds no such
             model, naming the closest.
 

@@ -118,8 +118,8 @@ def _range(name: str, values: Tensor | None) -> dict[str, float | None]:
     return {f"{name}_min": low, f"{name}_max": high}
 
 
-MOST_NAMED = 4
-"""Products that a line names before it counts the others."""
+MOST_NAMED = 3
+"""Products left for one reason that a line names before it counts the others."""
 
 
 def coverage_line(coverage: Coverage) -> str:
@@ -136,15 +136,20 @@ def coverage_line(coverage: Coverage) -> str:
     share = _percent(whole - _work(left), whole)
     parts = [f"quantizes {count - len(left)} of {count} products of weights ({share} of multiply-adds)"]
     if left:
-        named = [f"{product.name} because {product.left}" for product in left[:MOST_NAMED]]
-        more = [f"and {len(left) - MOST_NAMED} more"] if len(left) > MOST_NAMED else []
-        parts += ["left: " + ", ".join(named + more)]
+        reasons = dict.fromkeys(product.left for product in left)
+        names = {reason: [product.name for product in left if product.left == reason] for reason in reasons}
+        parts += ["left: " + ", ".join(f"{_some(found)} because {reason}" for reason, found in names.items())]
     floats = [product for product in coverage.convolutions if product.left is not None]
     if floats:
         share = _percent(_work(floats), whole + _work(coverage.convolutions))
         word, stay = ("convolution", "stays") if len(floats) == 1 else ("convolutions", "stay")
         parts += [f"{len(floats)} {word} of neighbours ({share} of all multiply-adds) {stay} in floating point"]
     return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def _work(products: Sequence[ProductMetadata]) -> int:

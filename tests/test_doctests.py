@@ -8,6 +8,7 @@ import torch
 
 MODULES = [
     "ptq4vm.api",
+    "ptq4vm.authors.context",
     "ptq4vm.saving",
     "ptq4vm.config",
     "ptq4vm.data",

@@ -29,6 +29,11 @@ def test_a_config_needs_no_torch():
     assert fresh(code, "-W", "error") == []
 
 
+def test_packages_are_there_without_an_import_of_their_own():
+    code = "import json, ptq4vm; print(json.dumps([callable(ptq4vm.authors.stand_ins), 'authors' in dir(ptq4vm)]))"
+    assert fresh(code, "-W", "error") == [True, True]
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     code = "import json, ptq4vm\ntry: ptq4vm.quantise\nexcept AttributeError as e: print(json.dumps(str(e)))"
     assert fresh(code) == "module 'ptq4vm' has no attribute 'quantise'"

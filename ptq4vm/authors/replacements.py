@@ -24,7 +24,7 @@ def replacements() -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def replaced() -> Iterator[None]:
+def extensions_replaced() -> Iterator[None]:
     """Puts our functions in the place of installed extensions' wherever an imported module holds one by name.
 
     torch.export cannot look into a compiled function, and a scan that is one of ours is quantized and fused.

@@ -8,6 +8,7 @@ from ptq4vm import __version__
 from ptq4vm.cli import benchmark, doctor, evaluate, export, inspect, quantize
 from ptq4vm.cli.arguments import Help, Parser, word
 from ptq4vm.cli.failures import INTERRUPTED, TERMINATED, Terminated, interrupted_text, message_of, terminable
+from ptq4vm.cli.imports import imported
 from ptq4vm.cli.render import complain, prepare_streams, show
 
 COMMANDS = (quantize, evaluate, benchmark, inspect, export, doctor)
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     args = _parser().parse_args(argv)
     try:
-        with terminable(), contextlib.redirect_stdout(sys.stderr):
+        with terminable(), contextlib.redirect_stdout(sys.stderr), imported(getattr(args, "imports", ())):
             outcome = args.run(args)
     except KeyboardInterrupt as stop:
         complain(interrupted_text(args))

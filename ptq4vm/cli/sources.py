@@ -98,15 +98,16 @@ def _check_name(name: str, pretrained: bool) -> None:
         raise ValueError(
             f"{name} is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {name}"
         )
+    known, cfg = is_model(name), None
     try:
-        cfg = pretrained_cfg(name) if is_model(name) else None
+        cfg = pretrained_cfg(name) if known else None  # a model of --import may have none
     except RuntimeError:  # an unknown tag after the dot
-        cfg = None
-    if cfg is None:
+        known = False
+    if not known:
         family = timm.list_models(f"{name.split('_')[0]}_*", include_tags=True)[:8]
-        known = f"it knows {', '.join(family)}" if family else "timm.list_models() names them"
-        raise ValueError(f"{name} is neither a quantized model's folder nor a name that timm knows; {known}")
-    published = cfg.url or cfg.hf_hub_id or (cfg.file and Path(cfg.file).is_file())
+        names = f"it knows {', '.join(family)}" if family else "timm.list_models() names them"
+        raise ValueError(f"{name} is neither a quantized model's folder nor a name that timm knows; {names}")
+    published = cfg and (cfg.url or cfg.hf_hub_id or (cfg.file and Path(cfg.file).is_file()))
     if pretrained and not published:
         raise ValueError(
             f"timm has no weights for {name}: give --checkpoint FILE, or --checkpoint {RANDOM} to try without"

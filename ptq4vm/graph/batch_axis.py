@@ -97,6 +97,8 @@ def _outer(node: Node, sizes: _Sizes, layouts: dict[Node, _Layout]) -> int | Non
     sources = [layouts[source] for source in node.all_input_nodes if source in layouts]
     if node.target in _RESHAPES and sources:
         return sources[0].outer
+    if node.target is aten.select_scatter.default:
+        sources = sources[:1]  # what is written has an axis less, and takes the order of what it is written into
     folded = [index for index, size in enumerate(sizes) if size <= 0]
     axes = [source.axis for source in sources]
     if len(folded) > 1 or None in axes:
@@ -136,7 +138,8 @@ def _acts_along(node: Node, axis: BatchAxis) -> bool:
 _MOVES = {aten.permute.default, aten.stack.default}
 """Operators whose `dim` is no axis to act along."""
 
-_SLICES = {aten.slice.Tensor, aten.narrow.default}
+_SLICES = {aten.slice.Tensor, aten.narrow.default, aten.slice_scatter.default}
+"""Operators that take or replace a part along an axis, and keep the order of an axis that stays whole."""
 
 _PARTS = {aten.cat.default, aten.chunk.default, aten.split.Tensor}
 """Operators that join values along an axis or divide them into equal parts."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, export
+from torch.export import Dim, ExportedProgram, export
 from torch.fx import GraphModule, Node
 
+from ptq4vm.authors import extensions_replaced
 from ptq4vm.graph.capture_errors import CaptureError, capture_error, specialized_error
 from ptq4vm.graph.followed_idioms import followed
 from ptq4vm.graph.insert import arguments, aten
@@ -16,7 +17,13 @@ from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
 from ptq4vm.graph.regions import inline_regions
 from ptq4vm.graph.specializations import recorded_branches, recorded_specializations
-from ptq4vm.graph.state_writes import drop_state_writes, drop_unread_writes, is_write
+from ptq4vm.graph.state_writes import (
+    clone_inputs,
+    drop_clones_of_inputs,
+    drop_state_writes,
+    drop_unread_writes,
+    is_write,
+)
 from ptq4vm.graph.user_code import UserCode
 
 
@@ -30,7 +37,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...]) -> GraphModule:
     if not any(isinstance(value, Tensor) and value.dim() for value in example_inputs):
         raise ValueError("example_inputs must hold at least one tensor whose first axis is the batch")
     inputs = tuple(_example(value) for value in example_inputs)
-    gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
+    with extensions_replaced():
+        gm = _plain(copied_model(model), inputs) or _follow(model, inputs)
     _clean(gm)
     drop_state_writes(gm)
     _guard_inputs(gm, inputs)
@@ -92,10 +100,19 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
         raise specialized_error(record.found[0])
     inline_regions(program.graph_module)
     drop_unread_writes(program.graph_module)
+    return _functional(program)
+
+
+def _functional(program: ExportedProgram) -> GraphModule:
+    """Returns the graph of a program that changes no tensor in place; what forward wrote is written at the end."""
+    changes = any(map(is_write, program.graph.nodes))
     with torch.no_grad():
-        if any(map(is_write, program.graph.nodes)):
-            program = program.run_decompositions({})  # writes results instead of changing tensors; decomposes nothing
+        if changes:
+            clone_inputs(program)
+            program = program.run_decompositions({})  # decomposes nothing
         gm: GraphModule = program.module()
+    if changes:
+        drop_clones_of_inputs(gm)
     return gm
 
 

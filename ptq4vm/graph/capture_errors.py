@@ -17,11 +17,9 @@ def capture_error(error: Exception, code: UserCode, specializations: Sequence[Sp
     A value that was fixed for the example's batch explains an error that torch raises after tracing, without a place.
     """
     reason = str(error).strip().split("\n", 1)[0].rstrip(".")[:300]
-    if "Constraints violated" in reason or "pecializ" in reason or "ConstraintViolation" in type(error).__name__:
-        if specializations:
-            return specialized_error(specializations[0])
-        reason = "it holds for the example's number of images alone"
     place = code.of_error(error)
+    if specializations and not place.file:
+        return specialized_error(specializations[0])
     return CaptureError(f"torch.export cannot capture {place}: {type(error).__name__}: {reason}. {_advice(reason)}")
 
 
@@ -59,12 +57,12 @@ def _batch_advice(found: Specialization) -> str:
 
 
 _BATCH_ADVICE = (
-    (r"\brange\(|\bfor\b.*\bin\b|\[.*\] *\* ", "Rewrite the loop over images as one operation on the whole batch"),
+    (r"\b(int|round|float)\(", "Leave out int(), float() and round(): `x.shape[0] // k` is a size for every batch"),
     (
         r"\b(np|numpy|math)\.",
         "Compute it with torch or by operators of Python: `x.shape[0] ** 0.5` for a root, `//` for a floor",
     ),
-    (r"\b(int|round|float)\(", "Leave out int(), float() and round(): `x.shape[0] // k` is a size for every batch"),
+    (r"\brange\(|\bfor\b.*\bin\b", "Rewrite the loop over images as one operation on the whole batch"),
 )
 
 

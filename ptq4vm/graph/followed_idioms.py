@@ -86,7 +86,7 @@ class _InexactError(Exception):
 def _exact(expression: Any) -> Any:
     """Returns an expression of floats as a quotient of polynomials of the sizes.
 
-    Every intermediate value must be a multiple of a power of two for all sizes: no float has rounded it then.
+    Every intermediate value must be one that floats hold for all sizes: none has been rounded then.
     """
     if expression.is_Symbol or expression.is_Integer:
         return expression
@@ -108,8 +108,10 @@ def _exact(expression: Any) -> Any:
 
 
 def _representable(value: Any) -> Any:
-    denominator = sympy.cancel(value).as_numer_denom()[1]
-    if not denominator.is_Integer or int(denominator).bit_count() != 1:
+    """Returns a value, if floats hold it for all batches to 2²¹: integers below 2⁵³, over a power of two."""
+    p, q = sympy.cancel(value).as_numer_denom()
+    terms = [term.as_coeff_Mul()[0] for term in sympy.Add.make_args(sympy.expand(p))]
+    if not q.is_Integer or int(q).bit_count() != 1 or any(abs(term) >= 2**32 for term in terms):
         raise _InexactError
     return value
 

@@ -1,16 +1,15 @@
 """Cutting a graph at its blocks, which are calibrated one after another."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.capture import CaptureError
-from ptq4vm.graph.insert import PIECE, aten
+from ptq4vm.graph.borders import Borders, Piece, misfit, name_at_borders, value_reads
+from ptq4vm.graph.insert import PIECE
 from ptq4vm.graph.sites import block_paths
-from ptq4vm.graph.views import module_paths, scope
+from ptq4vm.graph.views import module_paths
 
 NamedTensors = dict[str, Tensor]
 """Values of a graph by the name of their node; their first axis is the batch."""
@@ -24,7 +23,7 @@ class Block:
     module: GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    """Tensors with the batch as their first axis that later pieces or the caller of the whole graph read."""
+    """Tensors that later pieces or the caller of the whole graph read, arranged with the batch as their first axis."""
     scalars: tuple[str, ...] = ()
     """Outputs of the whole graph without such an axis, such as a mean over the images."""
     results: tuple[str, ...] = ()
@@ -42,15 +41,34 @@ def partition_blocks(gm: GraphModule, linears: Sequence[Node]) -> list[Block]:
     `linears` are the nodes to quantize: a block is a numbered module that holds some. What lies between two blocks
     opens the piece of the block that reads it, so that a block's outputs are its own; what only the graph's outputs
     read is in the last piece. Without any numbered module the blocks are those of `ptq4vm.graph.pieces`, or the graph
-    is one piece. Raises CaptureError where a value that crosses a border is no tensor with the batch as its first axis.
+    is one piece. Raises CaptureError where a value that crosses a border has no axis of images.
     """
+    return [
+        Block(name, fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}"), **names)
+        for index, (name, graph, names) in enumerate(_pieces(gm, linears))
+    ]
+
+
+def check_borders(gm: GraphModule, linears: Sequence[Node]) -> None:
+    """Raises what `partition_blocks` would, at less cost."""
+    for _ in _pieces(gm, linears):
+        pass
+
+
+def _pieces(gm: GraphModule, linears: Sequence[Node]) -> Iterator[tuple[str, fx.Graph, dict[str, tuple[str, ...]]]]:
+    """Yields the name, the graph, and the names of inputs and outputs of every piece."""
     order = list(dict.fromkeys(path for path in block_paths(linears) if path is not None))
     rank = {path: i + 1 for i, path in enumerate(order)}
     places = _places(gm, rank)
     count = max(places.values(), default=0) + 1
     names = ["stem", *order, "head"] if order else ["model"]
-    output = gm.graph.output_node()
-    return [_block(gm, places, index, names[index], output) for index in range(count)]
+    borders = Borders(gm)
+    bodies = [[node for node in gm.graph.nodes if places.get(node) == index] for index in range(count)]
+    inputs = [_inputs(body, places, borders) for body in bodies]
+    handed_on = {node for nodes in inputs for node in nodes}
+    results = set(gm.graph.output_node().all_input_nodes)
+    for name, body, read in zip(names, bodies, inputs, strict=False):
+        yield name, *_piece(body, read, handed_on, results, borders)
 
 
 def _places(gm: GraphModule, rank: dict[str, int]) -> dict[Node, int]:
@@ -82,78 +100,60 @@ def _own_rank(node: Node, rank: dict[str, int]) -> int | None:
     return next((rank[name] for name in reversed(names) if name in rank), None)
 
 
-def _block(gm: GraphModule, places: dict[Node, int], index: int, name: str, output: Node) -> Block:
-    body = [node for node in gm.graph.nodes if places.get(node) == index]
-    images = {str(_batch(node)) for node in gm.graph.find_nodes(op="placeholder")}
-    results = set(output.all_input_nodes)
-    inputs = _inputs(body, places, images)
-    graph, copies = _copied(body, places, inputs)
-    outputs, scalars = _outputs(body, places, results, images)
-    graph.output(tuple(copies[node] for node in (*outputs, *scalars)))
-    graph.lint()
-    return Block(
-        name,
-        fx.GraphModule(gm, graph, f"{type(gm).__name__}_{index}"),
-        inputs=tuple(node.name for node in inputs),
-        outputs=tuple(node.name for node in outputs),
-        scalars=tuple(node.name for node in scalars),
-        results=tuple(node.name for node in (*outputs, *scalars) if node in results),
-    )
-
-
-def _inputs(body: Sequence[Node], places: dict[Node, int], images: set[str]) -> list[Node]:
-    """Returns the tensors that a piece reads and that depend on the input; each has the batch as its first axis."""
-    inside = set(body)
-    sources = dict.fromkeys(source for node in body for source in node.all_input_nodes if source not in inside)
-    tensors = [node for node in sources if (node.op == "placeholder" or node in places) and _is_tensor(node)]
-    for node in tensors:
-        if str(_batch(node)) not in images:
-            raise _misfit(node)
-    return tensors
-
-
-def _copied(body: Sequence[Node], places: dict[Node, int], inputs: Sequence[Node]) -> tuple[fx.Graph, dict[Node, Node]]:
+def _piece(
+    body: Sequence[Node], inputs: Sequence[Node], handed_on: set[Node], results: set[Node], borders: Borders
+) -> tuple[fx.Graph, dict[str, tuple[str, ...]]]:
     """Copies a piece into a graph of its own, with all that it reads and that depends on parameters or sizes alone."""
-    graph, inside = fx.Graph(), set(body)
-    copies: dict[Node, Node] = {}
-    for node in inputs:
-        copies[node] = graph.placeholder(node.name)
-        copies[node].meta.update(node.meta)
-
-    def copied(node: Node) -> Node:
-        if node not in copies:
-            source = _sized(node, inputs) if node not in inside and node in places else None
-            if source is None:
-                copies[node] = graph.node_copy(node, copied)
-            else:
-                copies[node] = graph.call_function(aten.sym_size.int, (copies[source], 0))
-        return copies[node]
-
+    outputs, scalars = _outputs(body, handed_on, results, borders)
+    piece, inside = Piece(borders, inputs), set(body)
     for node in body:
-        copied(node)
-    return graph, copies
+        if borders.is_data(node) or node in results:
+            piece.copy(node, inside)
+    axes = [borders.axis(node) for node in outputs]
+    made = [piece.output(node, axis) for node, axis in zip(outputs, axes, strict=True)]
+    piece.graph.output((*made, *(piece.copy(node, inside) for node in scalars)))
+    piece.graph.lint()
+    returned = [node for node in outputs if node in results and node not in scalars]
+    return piece.graph, {
+        "inputs": tuple(piece.names),
+        "outputs": tuple(name_at_borders(node, axis) for node, axis in zip(outputs, axes, strict=True)),
+        "scalars": tuple(node.name for node in scalars),
+        "results": tuple(node.name for node in (*returned, *scalars)),
+    }
+
+
+def _inputs(body: Sequence[Node], places: dict[Node, int], borders: Borders) -> list[Node]:
+    """Returns the tensors that a piece reads and whose numbers depend on the input, or one that tells the batch."""
+    inside = set(body)
+    data = [node for node in body if borders.is_data(node)]
+    sources = dict.fromkeys(source for node in data for source in value_reads(node) if source not in inside)
+    tensors = [node for node in sources if borders.is_data(node)]
+    for node in tensors:
+        if not _is_tensor(node):
+            raise misfit(node)
+    return tensors or [borders.with_batch()]
 
 
 def _outputs(
-    body: Sequence[Node], places: dict[Node, int], results: set[Node], images: set[str]
+    body: Sequence[Node], handed_on: set[Node], results: set[Node], borders: Borders
 ) -> tuple[list[Node], list[Node]]:
     """Returns the tensors of a piece that others read or learning compares, and its results without a batch."""
     inside = set(body)
-    scalars = [node for node in body if node in results and _is_tensor(node) and str(_batch(node)) not in images]
+    scalars = [node for node in body if node in results and _is_tensor(node) and not borders.is_batched(node)]
     # what learning can compare where an output itself has no batch or no gradient
     idle = [node for node in body if node in results and (node in scalars or not _is_float(node))]
-    wanted = results | {source for node in idle for source in _with_batch(node, inside, images)}
-    wanted |= {node for node in body if any(user in places and user not in inside for user in node.users)}
-    return [node for node in body if node in wanted and _is_tensor(node) and node not in scalars], scalars
+    wanted = results | {source for node in idle for source in _with_batch(node, inside, borders)}
+    kept = [node for node in body if node in wanted and _is_tensor(node) and node not in scalars]
+    return [node for node in body if node in handed_on or node in kept], scalars
 
 
-def _with_batch(node: Node, inside: set[Node], images: set[str]) -> set[Node]:
+def _with_batch(node: Node, inside: set[Node], borders: Borders) -> set[Node]:
     """Returns the nearest floating-point values of a piece, the batch first, that one of it is computed from."""
     found: set[Node] = set()
     for source in node.all_input_nodes:
         if source in inside:
-            batched = str(_batch(source)) in images and _is_float(source)
-            found |= {source} if batched else _with_batch(source, inside, images)
+            batched = borders.is_batched(source) and _is_float(source)
+            found |= {source} if batched else _with_batch(source, inside, borders)
     return found
 
 
@@ -163,30 +163,3 @@ def _is_tensor(node: Node) -> bool:
 
 def _is_float(node: Node) -> bool:
     return _is_tensor(node) and node.meta["val"].is_floating_point()
-
-
-def _batch(node: Node) -> Any:
-    """Returns the size of a tensor's first axis."""
-    return node.meta["val"].shape[0] if _is_tensor(node) and node.meta["val"].dim() else None
-
-
-def _sized(size: Node, tensors: Sequence[Node]) -> Node | None:
-    """Returns a tensor whose first axis has the size that a node holds, so that pieces run on any batch.
-
-    None where the size is computed from others.
-    """
-    for node in tensors:
-        if str(_batch(node)) == str(size.meta.get("val")):
-            return node
-    if any(_is_tensor(node) for node in size.all_input_nodes):
-        raise _misfit(size)
-    return None
-
-
-def _misfit(node: Node) -> CaptureError:
-    value = node.meta.get("val")
-    kind = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {value}"
-    return CaptureError(
-        f"{node.name} (in {scope(node) or 'the model'}) crosses the border of a block and is {kind}: blocks hand on "
-        "tensors whose first axis is the batch, and sizes of it; permute or reshape this one inside the block"
-    )

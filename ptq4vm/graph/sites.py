@@ -15,7 +15,7 @@ from ptq4vm import ops
 from ptq4vm.graph.batch_axis import batch_symbol, depend_on_images, per_image
 from ptq4vm.graph.element_numbers import moves_elements
 from ptq4vm.graph.insert import aten
-from ptq4vm.graph.views import module_paths, parameter_of, root_of
+from ptq4vm.graph.views import module_paths, parameter_of, root_of, scope
 from ptq4vm.quantization_specs import Granularity
 
 SITE = "ptq4vm.site"
@@ -143,19 +143,27 @@ def on_tokens(linear: Node) -> bool:
 
 
 def block_paths(nodes: Sequence[Node]) -> list[str | None]:
-    """Returns the block around each node: the innermost numbered module (`layers.3`, `layers.0.blocks.1`) that computes
-    more than one product.
+    """Returns the block around each node: the innermost numbered module (`layers.3`, `layers.0.blocks.1`).
 
-    None where there is none, and in a stage, which is a numbered module around other nodes' blocks (`layers.0` around
-    `layers.0.blocks.1`). A linear that is a site has its own recorded.
+    A module that is a bare linear is none. None where there is none, and in a stage, which is a numbered module around
+    other nodes' blocks (`layers.0` around `layers.0.blocks.1`). A linear that is a site has its own recorded.
     """
     if all(isinstance(node.meta.get(SITE), LinearSite) for node in nodes):
         return [node.meta[SITE].block for node in nodes]
     computing = _computing_modules(nodes[0].graph)
-    paths = [next((path for path in reversed(module_paths(node)) if path in computing), None) for node in nodes]
+    paths = [_numbered_module(node, computing) for node in nodes]
     blocks = {path for path in paths if path is not None}
     stages = {path for path in blocks if any(other.startswith(f"{path}.") for other in blocks)}
     return [None if path in stages else path for path in paths]
+
+
+def _numbered_module(node: Node, computing: set[str]) -> str | None:
+    own, paths = scope(node), [path for path in module_paths(node) if _is_numbered(path)]
+    return next((path for path in reversed(paths) if path != own or path in computing), None)
+
+
+def _is_numbered(path: str) -> bool:
+    return re.search(r"(^|\.)\d+$", path) is not None
 
 
 def _computing_modules(graph: Graph) -> set[str]:
@@ -164,16 +172,16 @@ def _computing_modules(graph: Graph) -> set[str]:
     products: dict[str, set[Node]] = {}
     found: set[str] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or node not in reached or moves_elements(node) or node.target in _ASSEMBLY:
+        if node.op != "call_function" or node not in reached or moves_elements(node):
             continue
-        numbers = [path for path in module_paths(node) if re.search(r"(^|\.)\d+$", path)]
+        numbers = [path for path in module_paths(node) if _is_numbered(path)]
         if node.target is aten.linear.default:
             for path in numbers:
                 products.setdefault(path, set()).add(root_of(node.args[0]))
-        elif node.target is not aten.add.Tensor or reached.issuperset(node.args):  # else it adds a bias
+        elif node.target is not aten.stack.default and not _adds_bias(node, reached):
             found.update(numbers)
     return found | {path for path, inputs in products.items() if len(inputs) > 1}
 
 
-_ASSEMBLY = {aten.stack.default, aten.sym_size.int}
-"""Operators that put the results of K linears together, or read a size."""
+def _adds_bias(node: Node, reached: set[Node]) -> bool:
+    return node.target is aten.add.Tensor and not reached.issuperset(node.args)

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.capture_errors import CaptureError
@@ -24,6 +26,30 @@ def drop_unread_writes(gm: GraphModule) -> None:
         if all(is_write(user) and not user.users for user in tensor.users):
             for user in list(tensor.users):
                 gm.graph.erase_node(user)
+
+
+def clone_inputs(program: ExportedProgram) -> None:
+    """Lets a program read copies of its inputs, in place: torch cannot run one that changes an input itself."""
+    graph, names = program.graph, set(program.graph_signature.user_inputs)
+    inputs = [node for node in graph.find_nodes(op="placeholder") if node.name in names and _is_tensor(node)]
+    for node in inputs:
+        with graph.inserting_before(next(each for each in graph.nodes if each.op != "placeholder")):
+            clone = graph.call_function(aten.clone.default, (node,))
+        clone.meta.update(node.meta)
+        node.replace_all_uses_with(clone, delete_user_cb=lambda user, clone=clone: user is not clone)
+
+
+def drop_clones_of_inputs(gm: GraphModule) -> None:
+    """Erases copies of inputs, which a graph without changes in place has no need of, in place."""
+    for node in gm.graph.find_nodes(op="call_function", target=aten.clone.default):
+        source = node.args[0]
+        if isinstance(source, Node) and source.op == "placeholder" and not node.kwargs:
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
 
 
 def drop_state_writes(gm: GraphModule) -> None:

@@ -55,8 +55,8 @@ def replacement(model: nn.Module, example_inputs: tuple[Any, ...]) -> nn.Module:
     if not fitting:
         raise _refusal(model, f"none of ptq4vm has its tensors{_closest(matches)}")
     wanted = _outputs(model, example_inputs)
-    if not all(isinstance(value, Tensor) and value.std() > 0 for value in wanted[0]):
-        raise _refusal(model, "its outputs for the example are constant, not finite or no tensors, and decide nothing")
+    if not all(isinstance(value, Tensor) and value.is_floating_point() and value.std() > 0 for value in wanted[0]):
+        raise _refusal(model, "its outputs for the example are constant, not finite or no numbers, and decide nothing")
     models = [_filled(match, weights) for match in fitting]
     differences = [_difference(ours, example_inputs, wanted) for ours in models]
     equal = [i for i, difference in enumerate(differences) if difference <= TOLERANCE]
@@ -112,7 +112,8 @@ Outputs = tuple[list[Any], Any]
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> Outputs:
-    with torch.no_grad():
+    """Calls a model, on a GPU without the TF32 of convolutions, which differs by more than `TOLERANCE`."""
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         return tree_flatten(model(*inputs))
 
 

@@ -10,7 +10,7 @@ from helpers.fake_packages import packages
 from helpers.recurrence import drawn, recurrence
 
 from ptq4vm import prepare
-from ptq4vm.authors import replaced, replacements, stand_ins
+from ptq4vm.authors import extensions_replaced, replacements, stand_ins
 from ptq4vm.authors.catalogue import STAND_INS
 from ptq4vm.graph.capture import capture
 
@@ -61,7 +61,7 @@ def installed(tmp_path):
 
 def test_there_is_nothing_to_replace_without_extensions():
     assert replacements() == {}
-    with replaced():
+    with extensions_replaced():
         pass
     with stand_ins():
         import mamba_ssm  # noqa: F401
@@ -84,7 +84,7 @@ def test_functions_are_replaced_by_whatever_name_a_module_holds_them(installed):
     module.found, module.unhashable = theirs, []
     sys.modules["another"] = module
     try:
-        with replaced():
+        with extensions_replaced():
             ours = STAND_INS["mamba_ssm"]["selective_scan_fn"]
             assert installed.scan is module.found is sys.modules["mamba_ssm"].selective_scan_fn is ours
             u, delta, A, B, C, *_ = drawn(1)
@@ -93,7 +93,7 @@ def test_functions_are_replaced_by_whatever_name_a_module_holds_them(installed):
                 recurrence(u, delta, A, B, C),
             )
         assert installed.scan is module.found is sys.modules["mamba_ssm"].selective_scan_fn is theirs
-        with pytest.raises(ZeroDivisionError), replaced():
+        with pytest.raises(ZeroDivisionError), extensions_replaced():
             1 / 0  # noqa: B018
         assert installed.scan is theirs
     finally:
@@ -101,7 +101,7 @@ def test_functions_are_replaced_by_whatever_name_a_module_holds_them(installed):
 
 
 def test_a_captured_model_has_our_operators(installed):
-    with replaced():
+    with extensions_replaced():
         gm = capture(installed.Mixer(), (torch.randn(2, 5, 4),))
     targets = {str(node.target) for node in gm.graph.nodes}
     assert {"ptq4vm.selective_scan.default", "ptq4vm.causal_conv1d.default"} <= targets

@@ -27,6 +27,7 @@ def test_quantize_says_what_it_did_and_only_that(run, tmp_path, photos, config):
     result = json.loads(out)
     assert code == 0 and [line.split()[0] for line in err.splitlines()] == list(result["seconds"])
     assert result["images"] == 4 and result["linears"] == 36 and len(result["blocks"]) == 6
+    assert [product["left"] for product in result["coverage"]["products"]] == [None] * 36 + ["head"]
     assert result["config"] == ptq4vm.QuantConfig(**CONFIG).to_dict()
     assert result["bytes_after"] < result["bytes_before"] < result["peak_memory_bytes"]
     assert len(list(resume.glob("block_*"))) == 6

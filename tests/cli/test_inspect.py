@@ -25,7 +25,13 @@ def test_inspect_shows_what_was_saved(run, saved):
         name for block in result["blocks"] for name in block["linears"]
     ]
     assert result["weight_bytes"] == sum(row["weight_bytes"] for row in result["linears"]) < result["bytes"]
-    assert "layers.5.mixer.out_proj" in run("inspect", saved)[1]
+    left = {product["name"]: product["left"] for product in result["coverage"]["products"] if product["left"]}
+    assert left == {"head": "head"} and len(result["coverage"]["products"]) == 1 + len(result["linears"])
+    shown = run("inspect", saved)[1]
+    assert "layers.5.mixer.out_proj" in shown
+    assert (
+        "\nquantizes 36 of 37 products of weights (99.9 % of multiply-adds); left: head because head; 13 conv" in shown
+    )
 
 
 def test_inspect_measures_every_layer_and_draws(run, saved, tmp_path):

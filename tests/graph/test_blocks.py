@@ -193,22 +193,28 @@ def test_a_block_hands_on_its_own_outputs_alone():
     assert reads(pieces["layers.2"], "pool") and reads(pieces["head"], "outnorm")
 
 
-class Turned(nn.Module):
-    """Between its blocks the tokens come first."""
+class Averaged(nn.Module):
+    """Its second block reads a mean over the images of what its first one returns."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block(6) for _ in range(2))
-        self.turn = nn.Identity()
+        self.layers = nn.ModuleList(Averaging(6) for _ in range(2))
 
     def forward(self, x):
-        turned = self.layers[0](x).transpose(0, 1).relu()
-        return self.layers[1](turned.transpose(0, 1)) + turned.sum()
+        y, mean = self.layers[0](x)
+        return self.layers[1](y - mean)[0]
 
 
-def test_a_border_without_a_batch_is_an_error_that_names_the_node():
-    with pytest.raises(CaptureError, match=r"relu \(in the model\) crosses the border of a block.*\(5, s\d+, 6\)"):
-        pieces_of(Turned())
+class Averaging(Block):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, y.mean(0)
+
+
+def test_a_border_without_images_is_an_error_that_names_the_node_and_the_line():
+    place = r"mean \(in layers\.0, at .*test_blocks\.py:\d+ in `.*`\)"
+    with pytest.raises(CaptureError, match=place + r" crosses the border of a block.*\(5, 6\)"):
+        pieces_of(Averaged())
 
 
 def test_the_pieces_share_their_parameters_with_the_graph(small_vim, images):

@@ -13,7 +13,8 @@ from torch import nn
 import ptq4vm
 from ptq4vm import QuantConfig
 from ptq4vm.metadata import metadata_of
-from ptq4vm.models.mamba_vision import Attention, MambaVision, MambaVisionMixer, from_windows, to_windows
+from ptq4vm.models.mamba_vision import MambaVision
+from ptq4vm.models.mamba_vision_blocks import Attention, MambaVisionMixer, from_windows, to_windows
 from ptq4vm.models.registry import pretrained_cfg
 from ptq4vm.passes.lower.fuse import fusions
 

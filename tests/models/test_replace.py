@@ -72,6 +72,12 @@ def test_our_model_is_prepared_in_the_place_of_theirs(name, caplog):
     assert torch.equal(prepared(IMAGES), model.eval()(IMAGES))
 
 
+def test_a_model_in_training_is_compared_in_evaluation():
+    model = theirs("vmamba_nano_32", drop_path_rate=0.9).train()
+    assert metadata_of(ptq4vm.prepare(model, (IMAGES,), CONFIG, replace=True)).architecture["name"] == "vmamba_nano_32"
+    assert all(module.training for module in model.modules())
+
+
 def test_nothing_is_replaced_unless_asked(caplog):
     assert metadata_of(ptq4vm.prepare(theirs("vim_nano_patch4_32", depth=1), (IMAGES,), CONFIG)).architecture is None
     assert not lines(caplog)
@@ -129,6 +135,19 @@ def test_a_wrapper_of_theirs_is_looked_through():
     assert torch.equal(replacement(model, (IMAGES,))(IMAGES), model(IMAGES))
 
 
+def test_what_stands_beside_a_backbone_is_not_dropped():
+    class Beside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.neck = theirs("vim_nano_patch4_32"), nn.Linear(10, 10)
+
+        def forward(self, x):
+            return self.neck(self.backbone(x))
+
+    with pytest.raises(ValueError, match="Beside: none of ptq4vm has its tensors"):
+        replacement(Beside().eval(), (IMAGES,))
+
+
 @pytest.fixture
 def twin(monkeypatch):
     """Another model whose tensors are those of `local_vim_nano_patch4_32`, and whose scans go other ways."""
@@ -173,6 +192,7 @@ def test_our_own_model_stays_as_it_is(caplog):
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits[:, :5]), "differ .*: inf"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: 0 * logits), "constant"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits / 0), "not finite"),
+        (lambda: Theirs(filled(create("vim_nano_patch4_32")), lambda logits: logits.argmax(1)), "no numbers"),
         (lambda: Theirs(filled(create("vim_nano_patch4_32")).bfloat16()), r"torch\.bfloat16 \(see model\.float\(\)\)"),
     ],
 )

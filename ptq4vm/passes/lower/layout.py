@@ -230,9 +230,9 @@ class _Chain:
 
     @classmethod
     def of(cls, found: TokenMap, numbers: ElementNumbers, shape: Sequence[int]) -> "_Chain | None":
-        """Returns the chain to a value of that shape; None where it pads."""
+        """Returns the chain to a value of that shape."""
         source = numbers.of(found.source)
-        if source is None or bool((found.tokens < 0).any()):
+        if source is None:
             return None
         channels = source.shape[-1]
         return cls(found, channels, numbers.count(found.source) // channels, source.shape, shape)
@@ -280,15 +280,19 @@ class _Chain:
         return x
 
     def _indexed(self, insert: Insertion, x: Node) -> Node:
-        name = f"token_order_{len(self.tokens)}"
+        padding = self.tokens < 0
+        if padding.any():
+            x = insert.call(aten.constant_pad_nd.default, x, [0, 0, 0, 1])
+        order = torch.where(padding, self.count, self.tokens)
+        name = f"token_order_{len(order)}"
         taken, count = name, 0
         while hasattr(insert.gm, taken):
-            if torch.equal(attribute(insert.gm, taken).cpu(), self.tokens):
+            if torch.equal(attribute(insert.gm, taken).cpu(), order):
                 break
             count += 1
             taken = f"{name}_{count}"
         device = x.meta["val"].device
-        return insert.call(aten.index_select.default, x, 1, insert.tensor(taken, self.tokens.to(device)))
+        return insert.call(aten.index_select.default, x, 1, insert.tensor(taken, order.to(device)))
 
 
 def _moved(insert: Insertion, node: Node, axis: int, to: int) -> Node:

@@ -29,7 +29,8 @@ def find_merge(scans: Sequence[Node], orders: Sequence[Tensor]) -> Merge | None:
     reached = dict.fromkeys(scans)
     for node in scans[0].graph.nodes:  # in order, so that a sum comes after its terms
         inputs = [source for source in node.all_input_nodes if source in reached]
-        if not inputs or node in reached or not (moves_elements(node) or is_call(node, aten.add.Tensor)):
+        moved = bool(inputs) and (moves_elements(node) or is_call(node, aten.add.Tensor))
+        if node not in reached and not moved:
             continue
         reached[node] = None
         terms = _terms(node, scans)

@@ -1,6 +1,7 @@
 """Inserts fake-quantizers at the sites of a graph: torchao's annotations for linears, convolutions and outputs."""
 
 import dataclasses
+import unittest.mock
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from ptq4vm.quantizers import (
 with quiet_import():
     import torchao.utils
     from torch.ao.quantization.fx import utils as fx_utils
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e import quantize_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 
@@ -35,7 +36,7 @@ class InsertFakeQuantizers:
     config: QuantConfig = dataclasses.field(repr=False)
 
     def __call__(self, gm: GraphModule) -> GraphModule:
-        gm = _quietly(prepare_pt2e, gm, SiteQuantizer(self.config))
+        gm = _quietly(quantize_pt2e.prepare_pt2e, gm, SiteQuantizer(self.config))
         _insert_inputs(gm, self.config)
         for node in sites_of(gm, ScanSite):
             _insert_state(gm, node, self.config)
@@ -154,8 +155,13 @@ def _inserted(gm: GraphModule, target: str, fake: Any, before: Node, args: Any, 
 
 
 def insert_integers(gm: GraphModule) -> GraphModule:
-    """Runs torchao's `convert_pt2e`: fake-quantizers become quantize and dequantize nodes."""
-    return _quietly(convert_pt2e, gm)
+    """Runs torchao's `convert_pt2e`: fake-quantizers become quantize and dequantize nodes.
+
+    Leaves out its search for the batch norms of quantization-aware training, which takes half a minute to export its
+    patterns where a graph has any batch norm, and finds none in graphs of `prepare_pt2e`.
+    """
+    with unittest.mock.patch.object(quantize_pt2e, "_fold_conv_bn_qat", lambda converted: converted):
+        return _quietly(quantize_pt2e.convert_pt2e, gm)
 
 
 def _quietly(function: Callable[..., GraphModule], *args: Any) -> GraphModule:

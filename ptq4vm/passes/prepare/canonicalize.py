@@ -18,11 +18,10 @@ from ptq4vm.graph.sites import LEFT, POOLED
 from ptq4vm.graph.verify import GraphStage
 from ptq4vm.graph.views import parameter_of
 from ptq4vm.passes.prepare.own_weights import own_weights, unshare_weights
-from ptq4vm.passes.prepare.products import Operand, Product, arranged
+from ptq4vm.passes.prepare.products import NO_BIAS, Operand, Product, arranged
 
 _MIXED = "the order of images and tokens in its input cannot be derived"
 _COMPUTED = "its weight is computed, and no parameter"
-_NO_BIAS = "it adds something else than a bias (N,) to x · W"
 
 
 def matmul_to_linear(gm: GraphModule) -> GraphModule:
@@ -42,14 +41,14 @@ def conv_to_linear(gm: GraphModule) -> GraphModule:
 
 def linears_on_tokens(gm: GraphModule) -> GraphModule:
     """(B, H, W, D), (L, B, D) or (B · L, D) → (B, L, D) around each linear."""
-    return _to_linears(gm, {aten.linear.default: _linear, aten.bilinear.default: _bilinear})
+    return _to_linears(gm, {target: READERS[target] for target in (aten.linear.default, aten.bilinear.default)})
 
 
 def pooled_to_linear(gm: GraphModule) -> GraphModule:
     """Products of one value per image, such as those of squeeze-and-excitation → linears on one token."""
     axes, reached = batch_axes(gm.graph), depend_on_images(gm.graph)
-    for node in _calls(gm, _PRODUCTS):
-        product = _placed(node, _PRODUCTS, axes, reached) if node.meta.get(LEFT) == POOLED else None
+    for node in _calls(gm, READERS):
+        product = _placed(node, READERS, axes, reached) if node.meta.get(LEFT) == POOLED else None
         if isinstance(product, Product):
             _replace(gm, node, dataclasses.replace(product, lifted=True), axes, reached)
     return gm
@@ -144,11 +143,11 @@ def _matmul(node: Any, reached: set[Node]) -> Product | str | None:
     product = _product(*operands, out, reached)
     if bias is None or not isinstance(product, Product):
         return product
-    axes = out[len(out) - _rank(bias) :]
-    added = Operand(bias, axes, "".join(a for a, size in zip(axes, _sizes(bias), strict=True) if size == 1))
-    is_bias = {*product.new} <= {*added.letters} <= {*product.weight.letters}
-    if node.kwargs or bias in reached or not is_bias:
-        return _NO_BIAS
+    if node.kwargs or bias in reached:
+        return NO_BIAS
+    axes, wide = out[len(out) - _rank(bias) :], product.weight.sizes({})
+    one = [axis for axis, size in zip(axes, _sizes(bias), strict=True) if size == 1 != wide.get(axis)]
+    added = Operand(bias, axes, "".join(one))
     return dataclasses.replace(product, bias=added)
 
 
@@ -229,12 +228,14 @@ _MATMULS: Mapping[Any, _Reader] = {
 _CONVOLUTIONS: Mapping[Any, _Reader] = dict.fromkeys(
     (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding, aten.conv2d.padding), _conv
 )
-_PRODUCTS: Mapping[Any, _Reader] = {
+READERS: Mapping[Any, _Reader] = {
     **_MATMULS,
     aten.einsum.default: _einsum,
     **_CONVOLUTIONS,
     aten.linear.default: _linear,
+    aten.bilinear.default: _bilinear,
 }
+"""Of every operator that can multiply a weight with tokens, but for convolutions of neighbours."""
 
 
 def _calls(gm: GraphModule, targets: Iterable[Any]) -> list[Any]:

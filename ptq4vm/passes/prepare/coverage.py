@@ -92,7 +92,11 @@ def _label(node: Node, images: set[Node]) -> str:
 
 
 def _multiply_adds(node: Any) -> int:
-    return _SUMMED[node.target](node) * _elements(node) if node.target in _SUMMED else _transposed(node)
+    """Returns the multiply-adds of a product for one image."""
+    if node.target in _TRANSPOSED:
+        x, weight = node.args[:2]
+        return _elements(x) * math.prod(weight.meta["val"].shape[1:])
+    return _SUMMED[node.target](node) * _elements(node)
 
 
 def _elements(node: Node) -> int:
@@ -108,13 +112,9 @@ def _size(size: Any) -> int:
     return int(expr.subs(dict.fromkeys(expr.free_symbols, 1)))
 
 
-def _transposed(node: Any) -> int:
-    x, weight = node.args[:2]
-    return _elements(x) * math.prod(weight.meta["val"].shape[1:])
-
-
-def _kernel(node: Any) -> int:
-    return math.prod(node.args[1].meta["val"].shape[1:])
+def _kernel(position: int) -> Callable[[Any], int]:
+    """Sums over all axes of a weight but those of channels out."""
+    return lambda node: math.prod(node.args[position].meta["val"].shape[1:])
 
 
 def _einsum(node: Any) -> int:
@@ -143,7 +143,8 @@ _KERNELS = (
 )
 _CONVOLUTIONS = {*_TRANSPOSED, *_KERNELS}
 _SUMMED: Mapping[Any, Callable[[Any], int]] = {
-    **dict.fromkeys((*_KERNELS, aten.bilinear.default), _kernel),
+    **dict.fromkeys(_KERNELS, _kernel(1)),
+    aten.bilinear.default: _kernel(2),
     **dict.fromkeys((aten.linear.default, aten.matmul.default, aten.mm.default, aten.bmm.default), _last(0)),
     **dict.fromkeys((aten.addmm.default, aten.baddbmm.default), _last(1)),
     aten.inner.default: _last(0),

@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 
 from ptq4vm.config import QuantConfig
 from ptq4vm.graph.capture import capture
+from ptq4vm.graph.partition import check_borders
 from ptq4vm.graph.pipeline import Pass, Pipeline
 from ptq4vm.graph.sites import LinearSite, sites_of
 from ptq4vm.graph.verify import GraphStage
@@ -19,6 +20,7 @@ from ptq4vm.passes.prepare.reparameterize import InsertFactors
 from ptq4vm.passes.prepare.rotate import insert_rotation
 from ptq4vm.passes.prepare.select import SelectSites
 from ptq4vm.passes.prepare.smooth import insert_smoothing
+from ptq4vm.passes.quantized_nodes import quantized_linears, quantized_scans
 from ptq4vm.quantization_specs import Granularity
 from ptq4vm.serialization.model_file import portable
 
@@ -70,6 +72,7 @@ def prepare_captured(
     gm = preparation_pipeline(config, only)(captured)
     coverage = gm.meta[COVERAGE]
     gm = portable(gm, type(captured).__name__)
+    check_borders(gm, [site.node for site in quantized_linears(gm) or quantized_scans(gm)])
     linears = tuple(
         LinearMetadata(name=site.name, tokens=site.tokens, in_features=site.in_features, out_features=site.out_features)
         for site in sites_of(gm, LinearSite).values()

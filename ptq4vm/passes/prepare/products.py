@@ -17,6 +17,8 @@ from ptq4vm.graph.batch_axis import BatchAxis
 from ptq4vm.graph.insert import Insertion, aten
 from ptq4vm.graph.views import elements_of, is_repetition, root_of, shows_elements
 
+NO_BIAS = "it adds something else than a bias (N,) to x · W"
+
 _Lettered = tuple[Node, str]
 """A value with a letter for each axis."""
 
@@ -113,6 +115,8 @@ class Product:
             return "it is more than a sum over channels"
         if not self.inner or not self.new:
             return "its weight is not a row of matrices (K, N, D)"
+        if self.bias is not None and not {*self.new} <= {*self.bias.letters} <= {*self.new, *self.group}:
+            return NO_BIAS
         x, weight = self.x.sizes(self.folds), self.weight.sizes(self.folds)
         same = all(x[letter] == weight[letter] for letter in self.inner + self.group)
         return None if same else "it expands an axis of size one"

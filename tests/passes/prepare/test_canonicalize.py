@@ -16,7 +16,7 @@ from ptq4vm.graph.insert import attribute
 from ptq4vm.graph.pipeline import Pipeline
 from ptq4vm.graph.sites import find_linears
 from ptq4vm.graph.verify import GraphStage
-from ptq4vm.passes.prepare.canonicalize import canonicalize
+from ptq4vm.passes.prepare.canonicalize import READERS, canonicalize
 
 # torch 2.11 warns about its own classes when a graph is copied
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -109,6 +109,58 @@ FORMS = {
     ),
     "conv1d in groups": Form(layer(lambda: nn.Conv1d(18, 12, 1, groups=3)), (18, 5), each(3, 5, 6, 4)),
     "conv2d in groups": Form(layer(lambda: nn.Conv2d(18, 12, 1, groups=3)), (18, 5, 2), each(3, 10, 6, 4)),
+    # weights with axes of size one, or repeated
+    "W (1, N, D) @ x": Form(of(lambda x, w: w.view(1, 4, 6) @ x, (4, 6)), (6, 3), one(3, 6, 4)),
+    "x @ W (1, D, N)": Form(of(lambda x, w: x @ w, (1, 6, 4)), (3, 5, 6), one(15, 6, 4)),
+    "bmm, expanded": Form(
+        of(lambda x, w: torch.bmm(x, w.t().unsqueeze(0).expand(x.shape[0], -1, -1)), (4, 6)), (3, 6), one(3, 6, 4)
+    ),
+    "bmm, repeated": Form(of(lambda x, w: torch.bmm(x, w.repeat(x.shape[0], 1, 1)), (6, 4)), (3, 6), one(3, 6, 4)),
+    "baddbmm, expanded": Form(
+        of(lambda x, w, b: torch.baddbmm(b, x, w.expand(x.shape[0], 6, 4)), (6, 4), (4,)), (3, 6), one(3, 6, 4)
+    ),
+    "einsum, expanded": Form(
+        of(lambda x, w: torch.einsum("bnd,bld->bln", w.expand(x.shape[0], 4, 6), x), (4, 6)), (3, 6), one(3, 6, 4)
+    ),
+    "one x for K weights": Form(of(lambda x, p: x.unsqueeze(1) @ p, (2, 6, 4)), (3, 6), one(3, 6, 8)),
+    # several axes of channels
+    "einsum over heads": Form(of(lambda x, w: torch.einsum("blhd,hdn->bln", x, w), (2, 3, 4)), (5, 2, 3), one(5, 6, 4)),
+    "einsum to heads": Form(of(lambda x, w: torch.einsum("bld,hnd->bhln", x, w), (2, 4, 6)), (3, 6), one(3, 6, 8)),
+    "einsum in two groups": Form(
+        of(lambda x, w: torch.einsum("bgkdl,gknd->bgknl", x, w), (2, 2, 4, 6)),
+        (2, 2, 6, 3),
+        {f"op.weight.{g}_{k}": (3, 6, 4) for g in range(2) for k in range(2)},
+    ),
+    "tensordot": Form(of(lambda x, w: torch.tensordot(x, w, ([2], [1])), (4, 6)), (3, 6), one(3, 6, 4)),
+    "tensordot, W first": Form(of(lambda x, w: torch.tensordot(w, x, ([1], [2])), (4, 6)), (3, 6), one(3, 6, 4)),
+    "inner": Form(of(lambda x, w: torch.inner(x, w), (4, 6)), (3, 6), one(3, 6, 4)),
+    # tokens before the batch, or in one axis with it
+    "(L, B, D)": Form(of(lambda x, w: F.linear(x.transpose(0, 1), w), (4, 6)), (3, 6), one(3, 6, 4)),
+    "(B·L, D)": Form(of(lambda x, w, b: F.linear(x.flatten(0, 1), w, b), (4, 6), (4,)), (3, 6), one(3, 6, 4)),
+    "(L·B, D)": Form(of(lambda x, w: F.linear(x.transpose(0, 1).flatten(0, 1), w), (4, 6)), (3, 6), one(3, 6, 4)),
+    "(H·B·W, D)": Form(of(lambda x, w: x.transpose(0, 1).flatten(0, 2) @ w, (6, 4)), (3, 2, 6), one(6, 6, 4)),
+    "W @ (D, B·L)": Form(of(lambda x, w: w @ x.permute(2, 0, 1).reshape(6, -1), (4, 6)), (3, 6), one(3, 6, 4)),
+    "W @ (D, L·B)": Form(of(lambda x, w: w @ x.permute(2, 1, 0).reshape(6, -1), (4, 6)), (3, 6), one(3, 6, 4)),
+    "addmm": Form(of(lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w), (6, 4), (4,)), (3, 6), one(3, 6, 4)),
+    "addmm to one channel": Form(
+        of(lambda x, w, b: torch.addmm(b, x.flatten(0, 1), w), (6, 1), (1,)), (3, 6), one(3, 6, 1)
+    ),
+    "addmm, W first": Form(
+        of(lambda x, w, b: torch.addmm(b, w, x.flatten(0, 1).t()), (4, 6), (4, 1)), (3, 6), one(3, 6, 4)
+    ),
+    "einsum, folded": Form(
+        of(lambda x, w: torch.einsum("nd,md->nm", w, x.flatten(0, 1)), (4, 6)), (3, 6), one(3, 6, 4)
+    ),
+    "windows": Form(
+        of(lambda x, w: F.linear(x.unflatten(1, (2, 2)).transpose(1, 2).flatten(0, 1), w), (4, 6)), (4, 6), one(4, 6, 4)
+    ),
+    "conv2d of windows": Form(of(lambda x, w: F.conv2d(x.flatten(0, 1), w), (4, 6, 1, 1)), (2, 6, 3, 5), one(30, 6, 4)),
+    "conv1d without a batch": Form(
+        of(lambda x, w: F.conv1d(x.permute(2, 0, 1).reshape(6, -1), w), (4, 6, 1)), (3, 6), one(3, 6, 4)
+    ),
+    "directions in the batch": Form(
+        of(lambda x, w: F.linear(torch.cat((x, x.flip(1))), w), (4, 6)), (3, 6), one(6, 6, 4)
+    ),
     # one weight, several uses
     "twice": Form(
         of(lambda x, w: F.linear(F.linear(x, w).relu(), w), (6, 6)),
@@ -162,7 +214,7 @@ def test_the_result_is_the_same(case):
 def test_every_product_becomes_linears_on_tokens(case):
     found = {site.name: (site.tokens, site.in_features, site.out_features) for site in case.sites.values()}
     assert list(found.items()) == list(case.form.linears.items())
-    products = {aten.matmul.default, aten.einsum.default, aten.conv1d.default, aten.conv2d.default}
+    products = {*READERS} - {aten.linear.default}
     called = targets(case.gm)
     assert not products & set(called) and called.count(aten.linear.default) == len(found)
 

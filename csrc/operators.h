@@ -38,9 +38,9 @@ struct Quantize {
   int64_t rows, channels;
 };
 
-// ops.gate_quantize: x (K, B, L, E) and gate (K, B, L or 1, E) → codes (B, L, E). Rows are those of the first of K terms.
+// ops.gate_quantize: codes (B, L, E) of the sum over K terms of x · gate, for x (K, B, L, E) and gate (K, B, L or 1, E).
 struct GateQuantize {
-  Rows x, gate;               // gate.row is 0 where the tokens of an image share one
+  Rows x, gate;               // of the first term; gate.row is 0 where the tokens of an image share one
   int64_t x_term, gate_term;  // elements from one term to the next
   bool silu;                  // of gate first
   QParams qparams;            // of every token, or one

@@ -110,10 +110,10 @@ class ElementNumbers:
         return self._starts[self._sources.index(source)]
 
     def count(self, source: Node) -> int:
-        """Returns how many elements an image of a source has."""
+        """Returns how many elements an image of a source has: of its first axis where that is fixed."""
         place = self._sources.index(source) + 1
         end = self._starts[place] if place < len(self._starts) else self._end
-        return (end - self.start(source)) // IMAGES
+        return (end - self.start(source)) // max(1, images_of(source))
 
     def forget(self, node: Node) -> None:
         """Frees the numbers of a value; they are made again where they are asked for."""
@@ -149,6 +149,12 @@ class ElementNumbers:
         self._starts.append(start)
         self._end += count
         return torch.arange(start, start + count).view(sizes)
+
+
+def images_of(source: Node) -> int:
+    """Returns how many images the numbers of a source are of: a graph for a fixed batch has all of them."""
+    first = source.meta["val"].shape[0]
+    return first if isinstance(first, int) else IMAGES
 
 
 def _size(value: Any) -> Any:

@@ -43,6 +43,7 @@ def test_each_of_our_operators_has_a_category_that_is_not_other():
         "dequantize": Category.QUANTIZE,
         "rotate": Category.QUANTIZE,
         "rotate_quantize": Category.QUANTIZE,
+        "gate_quantize": Category.QUANTIZE,
         "fake_quantize": Category.QUANTIZE,
         "linear": Category.LINEAR,
         "linear_packed": Category.LINEAR,

@@ -77,7 +77,7 @@ def _product(a: Node, b: Node) -> list[_Term]:
     x, gate = (b, a) if is_call(a, aten.silu.default) or _is_shared(a, b) else (a, b)
     fits = x.meta["val"].shape == gate.meta["val"].shape or _is_shared(gate, x)
     floats = all(value.meta["val"].is_floating_point() for value in (x, gate))
-    return [_Term(x, gate)] if fits and floats and not isinstance(x.meta["val"].shape[0], int) else []
+    return [_Term(x, gate)] if fits and floats else []
 
 
 def _is_shared(gate: Node, x: Node) -> bool:

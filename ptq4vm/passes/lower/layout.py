@@ -8,6 +8,7 @@ Element-wise operators move before the permutations of their inputs, which then 
 by numbers of elements, never by the views themselves, so it does not matter how a model spells them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,21 @@ class _Layouts:
     def __init__(self, gm: GraphModule) -> None:
         self.gm, self.numbers = gm, ElementNumbers()
         self.made: dict[tuple[Any, ...], Node] = {}
+        self.data: dict[Node, bool] = {}
+        for node in gm.graph.nodes:
+            self._is_data(node)
+
+    def _has_images(self, value: Any) -> bool:
+        """Returns whether a value is a tensor of images: in a graph for so many, one that depends on its inputs."""
+        found = value.meta.get("val") if isinstance(value, Node) else None
+        return isinstance(found, Tensor) and (not _is_fixed(found) or self._is_data(value))
+
+    def _is_data(self, node: Node) -> bool:
+        if node not in self.data:
+            inputs = node.all_input_nodes
+            fixed = node.op == "placeholder" and isinstance(found := node.meta.get("val"), Tensor) and _is_fixed(found)
+            self.data[node] = fixed or any(map(self._is_data, inputs))
+        return self.data[node]
 
     def visit(self, node: Node) -> None:
         """Rewrites what a node reads; movements that nothing reads any more are dead code."""
@@ -107,7 +123,7 @@ class _Layouts:
 
     def _sink(self, node: Node) -> bool:
         """Computes an element-wise operator before the permutation of its inputs; returns whether it is done."""
-        operands = [value for value in args(node) if _has_batch(value)]
+        operands = [value for value in args(node) if self._has_images(value)]
         shape = node.meta["val"].shape
         if any(isinstance(value, Node) for value in node.kwargs.values()) or node.meta["val"].dim() < 3:
             return False
@@ -133,7 +149,7 @@ class _Layouts:
 
     def _channels_last(self, insert: Insertion, value: Any, axis: int, rank: int) -> Any:
         """An operand of an element-wise operator with its axis `axis` last."""
-        if _has_batch(value):
+        if self._has_images(value):
             moved = _moved(insert, value, axis, rank - 1)
             return self._shortened(insert.before, moved, insert) or moved
         if not isinstance(value, Node) or value.meta["val"].dim() == 0:
@@ -153,7 +169,7 @@ class _Layouts:
             for value in args(node):
                 if isinstance(value, Node) and value.meta["val"].dim():
                     whole = value
-                    if not _has_batch(value):
+                    if not self._has_images(value):
                         whole = insert.call(aten.reshape.default, value, _with_ones(value.meta["val"].shape, rank))
                     single = whole.meta["val"].shape[axis] == 1
                     value = insert.call(aten.select.int, whole, axis, 0 if single else i)
@@ -181,7 +197,7 @@ class _Layouts:
 
     def _shortened(self, reader: Node, value: Node, insert: Insertion | None = None) -> Node | None:
         """Returns a shorter chain that makes the same value for its reader; None where there is none."""
-        if not _has_batch(value) or not moves_elements(value) or value.meta["val"].dim() < 3:
+        if not self._has_images(value) or not moves_elements(value) or value.meta["val"].dim() < 3:
             return None
         numbers = self.numbers.of(value)
         source = None if numbers is None else self.numbers.source(numbers)
@@ -255,7 +271,8 @@ class _Chain:
         """Shape before the value is put in its own."""
         if self.moves_nothing:
             return [*self.sizes[:-1], self.last - self.first]
-        return [self.sizes[0] if len(self.sizes) == 3 else 2, len(self.tokens), self.last - self.first]
+        images = self.sizes[0] if len(self.sizes) == 3 else math.prod(self.sizes[:-1]) // self.count
+        return [images, len(self.tokens), self.last - self.first]
 
     @property
     def steps(self) -> int:
@@ -327,6 +344,5 @@ def _is_size(value: Node) -> bool:
     return not isinstance(value.meta.get("val"), Tensor | tuple | list)
 
 
-def _has_batch(value: Any) -> bool:
-    found = value.meta.get("val") if isinstance(value, Node) else None
-    return isinstance(found, Tensor) and not all(isinstance(size, int) for size in found.shape)
+def _is_fixed(value: Tensor) -> bool:
+    return all(isinstance(size, int) for size in value.shape)

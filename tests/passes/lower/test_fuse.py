@@ -12,9 +12,12 @@ from helpers.public_models import NANO, SAMPLED, slow_but
 import ptq4vm.models  # noqa: F401  (adds our models to timm's registry)
 from ptq4vm import Granularity, QuantConfig, convert, ops, quantize
 from ptq4vm.backend import native
-from ptq4vm.graph.insert import attribute, propagate, set_tensor
+from ptq4vm.graph.insert import Insertion, aten, attribute, follow_device, propagate, set_tensor
 from ptq4vm.passes.lower import patterns
+from ptq4vm.passes.lower.fold import FoldConstants
 from ptq4vm.passes.lower.fuse import fusions
+from ptq4vm.passes.lower.scan_branches import find_branch
+from ptq4vm.serialization.recorded_values import with_values
 
 CONFIGS = {
     "w8a8": QuantConfig(range_search=False),
@@ -257,3 +260,15 @@ def test_dynamic_scales_are_left_and_named(roads):
     assert reasons == {"the scale (per-token dynamic) is computed when the model runs"}
     images = torch.randn(3, 3, 16, 16)
     torch.testing.assert_close(gm(images), plain(images))
+
+
+def test_a_projection_reads_a_scans_input_by_any_views(lowered):
+    gm = FoldConstants()(follow_device(with_values(copied(lowered("vim_nano_patch4_32")))))
+    scan = next(iter(gm.graph.find_nodes(op="call_function", target=ops.selective_scan.default)))
+    quantize_node = find_branch(gm, scan).input.node
+    u = quantize_node.args[0]
+    quantize_node.args = (Insertion(gm, quantize_node).call(aten.clone.default, u), *quantize_node.args[1:])
+    assert find_branch(gm, scan).input.node is quantize_node
+    quantize_node.args = (Insertion(gm, quantize_node).call(aten.flip.default, u, [1]), *quantize_node.args[1:])
+    with pytest.raises(patterns.NotFused, match="its projection reads something else"):
+        find_branch(gm, scan)

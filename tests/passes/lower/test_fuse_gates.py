@@ -9,6 +9,7 @@ from helpers.fusing import copied, counted, fuse_lowered
 from torch import nn
 
 from ptq4vm import Granularity, QuantConfig, ops, quantize
+from ptq4vm.backend import dynamo
 from ptq4vm.graph.insert import aten
 from ptq4vm.passes.lower.fuse import fusions
 
@@ -150,7 +151,8 @@ def parts(places):
 
 
 @pytest.mark.parametrize(
-    ("places", "copied_values"), [((0, 1, 2), False), ((2, 0, 1), False), ((1, 2), True), ((2, 1, 2), True)]
+    ("places", "copied_values"),
+    [((0, 1, 2), False), ((2, 0, 1), False), ((0, 1), True), ((1, 2), True), ((2, 1, 2), True)],
 )
 def test_parts_of_one_tensor_are_read_where_they_are(places, copied_values):
     """In whatever order they are added, each with its own gate; not of fewer or other parts."""
@@ -160,3 +162,18 @@ def test_parts_of_one_tensor_are_read_where_they_are(places, copied_values):
     (node,) = gm.graph.find_nodes(op="call_function", target=ops.gate_quantize.default)
     assert node.args[0].target is (aten.stack.default if copied_values else aten.softmax.int)
     torch.testing.assert_close(gm(x), plain(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_gates_of_a_fixed_batch_are_fused(images, monkeypatch):
+    """As torch.compile traces a model at first."""
+    torch.manual_seed(0)
+    plain = quantize(Gated(SPELLINGS["reduce"]), [torch.randn(4, 8, D)], STATIC, progress=False)
+    seen, share = [], dynamo._share_constants
+    monkeypatch.setattr(dynamo, "_share_constants", lambda gm, origin: seen.append(gm) or share(gm, origin))
+    torch.compiler.reset()
+    x = torch.randn(images, 8, D)
+    with torch.no_grad():
+        compiled = torch.compile(plain, backend="ptq4vm", options={"inductor": False})(x)
+    assert counted(seen[0])["gate_quantize"] == 1
+    torch.testing.assert_close(compiled, plain(x), rtol=1e-3, atol=1e-3)

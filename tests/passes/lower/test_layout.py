@@ -179,3 +179,20 @@ def test_any_chain_computes_the_same_bits(steps):
         fits = False
     if fits:
         simplified(model, x)
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("model", [ChannelsFirst, Stacked])
+def test_a_graph_for_so_many_images_is_simplified_as_much(model, images):
+    """As Dynamo traces a model at first."""
+    torch.manual_seed(0)
+    x = torch.randn(images, *((8, 3, 5) if model is ChannelsFirst else (5, 8)))
+    before = torch.export.export(model().eval(), (x,)).module()
+    after = clean_up(simplify_layouts(copy.deepcopy(before)))
+    with torch.no_grad():
+        assert torch.equal(after(x), before(x))
+    dynamic = simplified(model(), torch.cat((x, x)))
+    joining = ("permute", "stack", "split_with_sizes", "flip")
+    ours, theirs = ([node.target.__name__.partition(".")[0] for node in gm.graph.nodes
+                     if node.op == "call_function" and moves_elements(node)] for gm in (after, dynamic))  # fmt: skip
+    assert [ours.count(name) for name in joining] == [theirs.count(name) for name in joining]

@@ -57,11 +57,6 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="test", help="train, or one of test, val, validation")
 
 
-def add_imports(parser: argparse.ArgumentParser) -> None:
-    text = "run this Python first, which registers models with timm; mamba_ssm and kin that are absent are stood in for"
-    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE|MODULE", help=text)
-
-
 def add_weights(parser: argparse.ArgumentParser, whose: str = "") -> None:
     weights = f"file of weights, or '{RANDOM}'; else the weights timm knows of"
     parser.add_argument("--checkpoint", metavar="FILE", help=whose + weights)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from ptq4vm.cli import sources
-from ptq4vm.cli.arguments import MODEL, add_imports, between, count
+from ptq4vm.cli.arguments import MODEL, between, count
 from ptq4vm.cli.destinations import check_file
 from ptq4vm.cli.render import Outcome
 
@@ -17,7 +17,6 @@ KINDS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, threads = parser.add_argument, between(1, 1024)
     add("model", metavar="MODEL", help=f"{MODEL}, whose model is quantized to W8A8 on noise")
-    add_imports(parser)
     add("--kind", default="quantized", help=f"how MODEL runs: {KINDS}")
     add("--against", nargs="+", default=[], metavar="KIND", help="compare with these, or saved folders")
     add("--batch-size", type=count, nargs="+", default=[8], metavar="N", help="images at once; else 8")

@@ -3,7 +3,7 @@
 import argparse
 
 from ptq4vm.cli import sources
-from ptq4vm.cli.arguments import DATA, MODEL, add_imports, add_split, add_weights, count
+from ptq4vm.cli.arguments import DATA, MODEL, add_split, add_weights, count
 from ptq4vm.cli.render import Outcome
 
 
@@ -12,7 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help=MODEL)
     add("--data-dir", required=True, metavar="DIR", help=DATA)
     add_weights(parser, "for models given by name: ")
-    add_imports(parser)
     add_split(parser)
     add("--batch-size", type=count, default=64, metavar="N", help="images at once")
     add("--limit", type=count, metavar="N", help="take only N images, spread over the split")

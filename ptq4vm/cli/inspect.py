@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptq4vm.cli import sources
-from ptq4vm.cli.arguments import DATA, add_imports, add_split, add_weights, count
+from ptq4vm.cli.arguments import DATA, add_split, add_weights, count
 from ptq4vm.cli.destinations import check_folder
 from ptq4vm.cli.render import Outcome, loss_table, stage
 from ptq4vm.config_fields import refuse
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=count, default=32, metavar="N", help="images to measure with")
     add("--against", metavar="NAME", help="the model before quantization, to compare outputs with")
     add_weights(parser, "for the model given by name: ")
-    add_imports(parser)
     add("--output", metavar="DIR", help="folder for report.html and pictures of the linears' inputs")
     add("--pictures", type=count, default=4, metavar="N", help="linears to draw as PNG, the worst first")
 

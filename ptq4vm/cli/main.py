@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_streams()
     args = _parser().parse_args(argv)
     try:
-        with terminable(), contextlib.redirect_stdout(sys.stderr), imported(getattr(args, "imports", ())):
+        with terminable(), contextlib.redirect_stdout(sys.stderr), imported(args.imports):
             outcome = args.run(args)
     except KeyboardInterrupt as stop:
         complain(interrupted_text(args))
@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ptq4vm", description="Post-training quantization of Visual Mamba.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ptq4vm {__version__}")
+    first = "run this Python first, which registers models with timm; mamba_ssm and kin that are absent are stood in for"
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE|MODULE", help=first)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         name, text = command.__name__.rpartition(".")[2], command.__doc__

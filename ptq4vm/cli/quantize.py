@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptq4vm.cli import sources
-from ptq4vm.cli.arguments import DATA, LARGEST, add_imports, add_weights, between, count
+from ptq4vm.cli.arguments import DATA, LARGEST, add_weights, between, count
 from ptq4vm.cli.destinations import check_apart, check_folder
 from ptq4vm.cli.render import Outcome, loss_table, stage
 from ptq4vm.recipes import PRESETS, RECIPES, parse
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-dir", required=True, metavar="DIR", help=DATA)
     add("--output", required=True, metavar="DIR", help="folder to save the quantized model in")
     add_weights(parser)
-    add_imports(parser)
     add("--config", default="w8a8", help=f"{CONFIGS}, or a .json file")
     add("--images", type=count, default=256, metavar="N", help="images to calibrate with")
     add("--batch-size", type=count, default=32, metavar="N", help="images read at once")

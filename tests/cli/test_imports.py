@@ -47,7 +47,7 @@ def own_file(tmp_path):
 
 
 def test_a_models_file_is_named_and_quantized(run, tmp_path, own_file, photos, config):
-    command = ("quantize", "model_of_my_own", "--import", own_file, "--checkpoint", "random", "--data-dir", photos)
+    command = ("--import", own_file, "quantize", "model_of_my_own", "--checkpoint", "random", "--data-dir", photos)
     options = ("--output", tmp_path / "quantized", "--config", config, "--images", 4, "--batch-size", 2, "--json")
     code, out, err = run(*command, *options)
     assert code == 0, err
@@ -60,7 +60,7 @@ def test_a_models_file_is_named_and_quantized(run, tmp_path, own_file, photos, c
 def test_a_module_of_the_working_folder(run, own_file, photos, monkeypatch, tmp_path):
     monkeypatch.chdir(own_file.parent)
     options = ("--checkpoint", "random", "--data-dir", photos, "--split", "val", "--images", 2)
-    code, _, err = run("inspect", "model_of_my_own", "--import", "own_model", *options)
+    code, _, err = run("--import", "own_model", "inspect", "model_of_my_own", *options)
     assert code == 0, err
 
 
@@ -76,11 +76,11 @@ def test_what_cannot_be_imported_is_said_in_one_line(run, tmp_path, text, messag
     file = tmp_path / "broken_model.py"
     if text is not None:
         file.write_text(text)
-    code, out, err = run("inspect", "vim_nano_patch4_32", "--import", file, "--checkpoint", "random")
+    code, out, err = run("--import", file, "inspect", "vim_nano_patch4_32", "--checkpoint", "random")
     assert (code, out, err) == (1, "", f"ptq4vm: error: {message.format(file=file)}\n")
     assert "broken_model" not in sys.modules
 
 
 def test_weights_are_asked_for_where_a_registered_model_has_none(run, own_file, photos):
-    code, _, err = run("inspect", "model_of_my_own", "--import", own_file, "--data-dir", photos)
+    code, _, err = run("--import", own_file, "inspect", "model_of_my_own", "--data-dir", photos)
     assert code == 1 and "timm has no weights for model_of_my_own: give --checkpoint FILE" in err

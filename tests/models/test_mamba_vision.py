@@ -70,7 +70,7 @@ def test_a_window_sees_itself_alone():
 
 
 def test_the_whole_road_in_several_windows(tmp_path):
-    """Every product of a mixer, of attention and of an MLP is quantized; norms and scans are fused."""
+    """Every product of a mixer, of attention and of an MLP is quantized; norms are fused, and scans of one window."""
     torch.manual_seed(0)
     model = filled(MambaVision(**MAMBA_VISION_NANO))
     images = torch.from_numpy(make_input(3, 96, 72))
@@ -87,8 +87,9 @@ def test_the_whole_road_in_several_windows(tmp_path):
         assert torch.equal(loaded(images[:count]), quantized(images[:count]))
     fused = ptq4vm.fuse(quantized)
     torch.testing.assert_close(fused(images), quantized(images), rtol=1e-4, atol=1e-5)
-    assert sum(fusion.skip_reason is None and "scan" in fusion.pattern for fusion in fusions(fused)) == 3
-    assert not [fusion for fusion in fusions(fused) if fusion.skip_reason and "scan" in fusion.pattern]
+    scans = [fusion.skip_reason for fusion in fusions(fused) if "scan" in fusion.pattern]
+    # a level of one window; in the other the tokens of four windows have scales of their own, and scans see one each
+    assert scans.count(None) == 1 and len(scans) == 3
 
 
 def test_every_parameter_learns():

@@ -66,7 +66,7 @@ def test_every_spelling_is_one_operator_of_the_same_codes(name):
     gm = fuse_lowered(copied(plain))
     assert counted(gm)["gate_quantize"] == 1
     left = {item.skip_reason for item in fusions(gm) if item.skip_reason}
-    assert not {reason for reason in left if "mul" in reason or "add" in reason or "sum" in reason}
+    assert not [reason for reason in left if reason.endswith(("mul.Tensor", "add.Tensor", "sum.dim_IntList"))]
     for images in (1, 3):
         x = torch.randn(images, 8, D)
         torch.testing.assert_close(gm(x), plain(x), rtol=1e-3, atol=1e-3)

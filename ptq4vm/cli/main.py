@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="ptq4vm", description="Post-training quantization of Visual Mamba.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ptq4vm {__version__}")
-    first = "run this Python first, which registers models with timm; mamba_ssm and kin that are absent are stood in for"
+    first = (
+        "run this Python first, which registers models with timm; mamba_ssm and kin that are absent are stood in for"
+    )
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="FILE|MODULE", help=first)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ptq4vm.authors import extensions_replaced
 from ptq4vm.graph.capture_errors import CaptureError, capture_error, specialized_error
 from ptq4vm.graph.followed_idioms import followed
-from ptq4vm.graph.functional_writes import can_rewrite, is_write, rewrite_writes
+from ptq4vm.graph.functional_writes import can_rewrite, drop_detachings, is_write, rewrite_writes
 from ptq4vm.graph.insert import arguments, aten
 from ptq4vm.graph.model_copy import copied_model
 from ptq4vm.graph.pipeline import clean_up
@@ -100,6 +100,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
         raise specialized_error(record.found[0])
     inline_regions(program.graph_module)
     drop_unread_writes(program.graph_module)
+    drop_detachings(program.graph)
     return _functional(program)
 
 

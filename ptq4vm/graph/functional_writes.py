@@ -23,6 +23,13 @@ def is_write(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
+def drop_detachings(graph: Graph) -> None:
+    """Erases `detach_`, which changes no element, in place: torch.export writes it of constants made in forward."""
+    for node in graph.find_nodes(op="call_function", target=aten.detach_.default):
+        node.replace_all_uses_with(_unwritten(node))
+        graph.erase_node(node)
+
+
 def can_rewrite(graph: Graph) -> bool:
     """Returns whether `rewrite_writes` knows what every write of a graph changes."""
     place = {node: index for index, node in enumerate(graph.nodes)}

@@ -38,7 +38,7 @@ _MOST_JOINED = 16
 
 
 def simplify_layouts(gm: GraphModule) -> GraphModule:
-    """Moves element-wise operators before permutations, and shortens movements; values stay equal to the last bit."""
+    """Moves element-wise operators before permutations, and shortens movements; values stay equal."""
     if gm.graph.find_nodes(op="call_function", target=aten.as_strided.default):
         return gm  # it reads memory, not elements
     layouts = _Layouts(gm)

@@ -82,10 +82,14 @@ def _index(value: Any) -> Tensor | None:
     return attribute(value.graph.owning_module, str(value.target))
 
 
+_UNKNOWN = object()
+
+
 class ElementNumbers:
     """Numbers of the elements of every value of a graph, of `IMAGES` images; 0 for zeros of a padding.
 
-    Sources, which are values that are computed, number their elements on from each other's last in row-major order.
+    Sources, which are values that are computed, number their elements on from each other's last in row-major order. A
+    graph that was traced for a fixed batch is read as if it were for `IMAGES` images.
     """
 
     def __init__(self, *sources: Node | None) -> None:
@@ -93,7 +97,10 @@ class ElementNumbers:
         self._values: dict[Node, Any] = {}
         self._sources: list[Node] = []
         self._starts: list[int] = []
+        self._places: dict[Node, int] = {}
         self._end = 1
+        self._batch: Any = _UNKNOWN
+        self._data: dict[Node, bool] = {}
 
     def stop_at(self, node: Node) -> None:
         """Makes a value a source that only moves others' elements."""
@@ -101,11 +108,26 @@ class ElementNumbers:
 
     def of(self, node: Node) -> Tensor | None:
         """Returns the numbers of a value, in its shape; None where they depend on more than the batch."""
+        if self._batch is _UNKNOWN:
+            self._batch = fixed_batch(node.graph)
         try:
             value = self._value(node)
         except (RuntimeError, KeyError, IndexError, TypeError, ValueError, NotImplementedError):
             value = None
         return value if isinstance(value, Tensor) else None
+
+    def is_data(self, node: Node) -> bool:
+        """Returns whether a value is computed from the inputs."""
+        waiting = [node]
+        while waiting:  # no recursion, which deep graphs would exhaust
+            each = waiting[-1]
+            unknown = [source for source in each.all_input_nodes if source not in self._data]
+            if each in self._data or not unknown:
+                waiting.pop()
+                inputs = (self._data[source] for source in each.all_input_nodes)
+                self._data.setdefault(each, each.op == "placeholder" or any(inputs))
+            waiting += unknown if each not in self._data else []
+        return self._data[node]
 
     def source(self, numbers: Tensor) -> Node | None:
         """Returns the source that all numbers but zeros are of; None where there are several, or none."""
@@ -120,18 +142,17 @@ class ElementNumbers:
 
     def start(self, source: Node) -> int:
         """Returns the number of a source's first element."""
-        return self._starts[self._sources.index(source)]
+        return self._starts[self._places[source]]
 
     def count(self, source: Node) -> int:
-        """Returns how many elements an image of a source has: of its first axis where that is fixed."""
-        place = self._sources.index(source) + 1
+        """Returns how many elements an image of a source has."""
+        place = self._places[source] + 1
         end = self._starts[place] if place < len(self._starts) else self._end
-        return (end - self.start(source)) // max(1, images_of(source))
+        return (end - self.start(source)) // IMAGES
 
     def forget(self, node: Node) -> None:
-        """Frees the numbers of a value; they are made again where they are asked for."""
-        if node not in self._sources:
-            self._values.pop(node, None)
+        """Frees the numbers of a value; they are made again, the same, where they are asked for."""
+        self._values.pop(node, None)
 
     def _value(self, node: Node) -> Any:
         if node not in self._values:
@@ -146,28 +167,51 @@ class ElementNumbers:
         if source or node.target in _ZEROS:
             if not isinstance(recorded, Tensor):
                 raise TypeError(f"{node.name} is several tensors")
-            sizes = [_size(size) for size in recorded.shape]
+            sizes = self._sizes(node)
             return self._numbered(node, sizes) if source else torch.zeros(sizes, dtype=torch.int64)
-
-        def read(value: Node) -> Any:
-            return self._value(value) if (index := fixed.get(value)) is None else index
-
+        if self._batch is not None and node.target in _SIZED:  # sizes of the fixed batch are among its arguments
+            read: Any = self._value(node.args[0])  # type: ignore[arg-type]
+            return read.expand(self._sizes(node)) if node.target in _EXPANDS else read.reshape(self._sizes(node))
         fixed = {value: _index(value) for value in _indices(node)}
-        arguments, options = fx.map_arg((node.args, node.kwargs), read)
+        values = {
+            value: self._value(value) if fixed.get(value) is None else fixed[value] for value in node.all_input_nodes
+        }
+        arguments, options = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         return node.target(*arguments, **options)  # type: ignore[operator]
 
+    def _sizes(self, node: Node) -> list[int]:
+        """Returns the shape of a value for `IMAGES` images."""
+        sizes = [_size(size) for size in node.meta["val"].shape]
+        if self._batch is not None and sizes and sizes[0] % self._batch == 0 and self.is_data(node):
+            sizes[0] = sizes[0] // self._batch * IMAGES
+        return sizes
+
     def _numbered(self, node: Node, sizes: list[int]) -> Tensor:
-        count, start = math.prod(sizes), self._end
-        self._sources.append(node)
-        self._starts.append(start)
-        self._end += count
+        count = math.prod(sizes)
+        if node not in self._places:
+            self._places[node] = len(self._sources)
+            self._sources.append(node)
+            self._starts.append(self._end)
+            self._end += count
+        start = self.start(node)
         return torch.arange(start, start + count).view(sizes)
 
 
-def images_of(source: Node) -> int:
-    """Returns how many images the numbers of a source are of: a graph for a fixed batch has all of them."""
-    first = source.meta["val"].shape[0]
-    return first if isinstance(first, int) else IMAGES
+_EXPANDS = {aten.expand.default, aten.expand_as.default}
+_SIZED = _EXPANDS | {
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.unflatten.int,
+    aten.view.default,
+}
+
+
+def fixed_batch(graph: fx.Graph) -> int | None:
+    """Returns the batch of a graph that was traced for a fixed one; None of any other."""
+    values = (node.meta.get("val") for node in graph.find_nodes(op="placeholder"))
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.dim()]
+    return sizes[0] if sizes and all(isinstance(size, int) and size > 0 for size in sizes) else None
 
 
 def _size(value: Any) -> Any:

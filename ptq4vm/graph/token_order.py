@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ptq4vm.graph.element_numbers import ElementNumbers, images_of
+from ptq4vm.graph.element_numbers import IMAGES, ElementNumbers
 from ptq4vm.graph.insert import aten
 
 
@@ -40,7 +40,7 @@ def token_map(node: Node, until: Node | None = None) -> TokenMap | None:
 def decoded(numbers: ElementNumbers, found: Tensor) -> TokenMap | None:
     """Returns the token map of a value whose elements have the numbers `found` (B or its multiple, …, C)."""
     source = numbers.source(found)
-    if source is None or not source.meta["val"].dim() or not (images := images_of(source)) or len(found) % images:
+    if source is None or len(found) % IMAGES:
         return None
     shape = source.meta["val"].shape
     if len(shape) < 3 or not all(isinstance(size, int) for size in shape[1:]):
@@ -48,10 +48,9 @@ def decoded(numbers: ElementNumbers, found: Tensor) -> TokenMap | None:
     axes = (1, math.prod(shape[2:])) if channels_first(source) else (len(shape) - 1, 1)
     size, step = shape[axes[0]], axes[1]
     count = numbers.count(source)
-    each = found.reshape(images, -1, found.shape[-1])
-    one, others = each[0], count * torch.arange(images).view(-1, 1, 1)
+    one, two = found.reshape(IMAGES, -1, found.shape[-1]).unbind(0)
     real = one > 0
-    if not torch.equal(torch.where(real, one + others, 0), each) or not torch.equal(real.all(-1), real.any(-1)):
+    if not torch.equal(torch.where(real, one + count, 0), two) or not torch.equal(real.all(-1), real.any(-1)):
         return None
     real, places = real[:, 0], one - numbers.start(source)
     if not real.any() or int(places[real].min()) < 0 or int(places[real].max()) >= count:

@@ -43,8 +43,15 @@ def simplify_layouts(gm: GraphModule) -> GraphModule:
         return gm  # it reads memory, not elements
     layouts = _Layouts(gm)
     contiguous = {node: _contiguous_inputs(node) for node in gm.graph.nodes if _reads_memory(node)}
-    for node in list(gm.graph.nodes):
+    nodes = list(gm.graph.nodes)
+    ahead = set(nodes)
+    for node in nodes:
+        read = node.all_input_nodes
         layouts.visit(node)
+        ahead.discard(node)
+        for value in read:
+            if ahead.isdisjoint(value.users):
+                layouts.numbers.forget(value)
     for node, before in contiguous.items():
         for value, was in zip(_inputs(node), before, strict=True):
             if was and not _is_contiguous(value):
@@ -78,21 +85,11 @@ class _Layouts:
     def __init__(self, gm: GraphModule) -> None:
         self.gm, self.numbers = gm, ElementNumbers()
         self.made: dict[tuple[Any, ...], Node] = {}
-        self.data: dict[Node, bool] = {}
-        for node in gm.graph.nodes:
-            self._is_data(node)
 
     def _has_images(self, value: Any) -> bool:
         """Returns whether a value is a tensor of images: in a graph for so many, one that depends on its inputs."""
         found = value.meta.get("val") if isinstance(value, Node) else None
-        return isinstance(found, Tensor) and (not _is_fixed(found) or self._is_data(value))
-
-    def _is_data(self, node: Node) -> bool:
-        if node not in self.data:
-            inputs = node.all_input_nodes
-            fixed = node.op == "placeholder" and isinstance(found := node.meta.get("val"), Tensor) and _is_fixed(found)
-            self.data[node] = fixed or any(map(self._is_data, inputs))
-        return self.data[node]
+        return isinstance(found, Tensor) and (not _is_fixed(found) or self.numbers.is_data(value))
 
     def visit(self, node: Node) -> None:
         """Rewrites what a node reads; movements that nothing reads any more are dead code."""
@@ -332,8 +329,9 @@ def _channel_axis(numbers: Tensor) -> int | None:
 
 
 def _follow_each_other(numbers: Tensor, axis: int) -> bool:
-    before, after = numbers.narrow(axis, 0, numbers.shape[axis] - 1), numbers.narrow(axis, 1, numbers.shape[axis] - 1)
-    return bool(((after - before == 1) | (before == 0) & (after == 0)).all())
+    """Returns whether numbers along an axis count up by one, on a line through the middle."""
+    line = numbers.movedim(axis, 0).flatten(1)
+    return bool((line[:, line.shape[1] // 2].diff() == 1).all())
 
 
 def _is_pointwise(node: Node) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.export import ExportedProgram
@@ -117,6 +117,7 @@ CHANGES = [
 lists = st.lists(st.tuples(st.integers(0, len(VIEWS) - 1), st.integers(0, len(CHANGES) - 1)), min_size=1, max_size=4)
 
 
+@settings(max_examples=12)
 @given(lists, st.integers(0, len(VIEWS) - 1))
 def test_any_writes_through_any_views(steps, last):
     def function(x):

@@ -122,7 +122,9 @@ def _clean(gm: GraphModule) -> None:
     """Drops torch.export's guards and device asserts: they pin the device and the dtype."""
     for node in list(gm.graph.nodes):
         guard = node.op == "call_module" and node.target == "_guards_fn"
-        if guard or node.target is aten._assert_tensor_metadata.default:
+        if node.target is aten.lift_fresh_copy.default:  # of a constant that nothing changes any more
+            node.replace_all_uses_with(node.args[0])
+        if guard or node.target in (aten._assert_tensor_metadata.default, aten.lift_fresh_copy.default):
             gm.graph.erase_node(node)
 
 

@@ -9,18 +9,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from ptq4vm.graph.insert import aten, attribute
-from ptq4vm.graph.views import is_view
+from ptq4vm.graph.insert import aten
+from ptq4vm.graph.views import constant_of, indices_of, is_view
 
 IMAGES = 2
 """Batch of the numbers: whatever maps two images apart from each other maps any number of them so."""
 
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
-_INDEXED = (aten.index.Tensor, aten.index_select.default)
 _ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
 _OTHERS = {
     *_PADS,
-    *_INDEXED,
     *_ZEROS,
     aten._unsafe_view.default,
     aten.cat.default,
@@ -58,28 +56,14 @@ def moves_elements(node: Any) -> bool:
     if node.target in _PADS:
         # x, sizes, then the mode (of pad) and the value
         return all(argument in ("constant", None, 0, 0.0) for argument in node.args[2:])
-    return node.target not in _INDEXED or all(_index(value) is not None for value in _indices(node))
+    return True
 
 
 def moved_value(node: Any) -> Node | None:
     """Returns the one tensor whose elements a node arranges; None where it joins several or computes."""
     tensors = [value for value in node.all_input_nodes if isinstance(value.meta.get("val"), Tensor | tuple | list)]
-    data = [value for value in tensors if value not in _indices(node)] if moves_elements(node) else []
+    data = [value for value in tensors if value not in indices_of(node)] if moves_elements(node) else []
     return data[0] if len(data) == 1 else None
-
-
-def _indices(node: Node) -> list[Any]:
-    if node.target is aten.index.Tensor:
-        found: Any = node.args[1]
-        return [value for value in found if value is not None]
-    return [node.args[2]] if node.target is aten.index_select.default else []
-
-
-def _index(value: Any) -> Tensor | None:
-    """Returns the value of a constant index."""
-    if not isinstance(value, Node) or value.op != "get_attr" or value.graph.owning_module is None:
-        return None
-    return attribute(value.graph.owning_module, str(value.target))
 
 
 _UNKNOWN = object()
@@ -172,7 +156,7 @@ class ElementNumbers:
         if self._batch is not None and node.target in _SIZED:  # sizes of the fixed batch are among its arguments
             read: Any = self._value(node.args[0])  # type: ignore[arg-type]
             return read.expand(self._sizes(node)) if node.target in _EXPANDS else read.reshape(self._sizes(node))
-        fixed = {value: _index(value) for value in _indices(node)}
+        fixed = {value: constant_of(value) for value in indices_of(node)}
         values = {
             value: self._value(value) if fixed.get(value) is None else fixed[value] for value in node.all_input_nodes
         }

@@ -3,9 +3,11 @@
 import operator
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.fx import Node, map_arg
 
-from ptq4vm.graph.insert import aten
+from ptq4vm.graph.insert import aten, attribute
 
 
 def scope(node: Node) -> str:
@@ -35,7 +37,8 @@ def elements_of(view: Any, tensor: Any) -> Any:
     """Returns the elements of a tensor that a chain of views and repetitions shows, for two images."""
     if not shows_elements(view):
         return tensor
-    arguments = map_arg(view.args[1:], lambda _: 2)
+    constants = {node: constant_of(node) for node in indices_of(view)}
+    arguments = map_arg(view.args[1:], lambda node: constants.get(node, 2))
     return view.target(elements_of(view.args[0], tensor), *arguments, **view.kwargs)
 
 
@@ -50,7 +53,26 @@ def is_repetition(node: Any) -> bool:
 
 def is_view(node: Any) -> bool:
     """Returns whether a node only selects and arranges elements of its first argument."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in _VIEWS
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    indices = indices_of(node)
+    return node.target in _VIEWS or (bool(indices) and all(constant_of(index) is not None for index in indices))
+
+
+def indices_of(node: Node) -> list[Any]:
+    """Returns the tensors by which a node selects elements of its first argument."""
+    if node.target is aten.index.Tensor:
+        found: Any = node.args[1]
+        return [value for value in found if value is not None]
+    return [node.args[2]] if node.target is aten.index_select.default else []
+
+
+def constant_of(index: Any) -> Tensor | None:
+    """Returns the value of an index that is a constant of the graph; None of any other, and of a mask."""
+    if not isinstance(index, Node) or index.op != "get_attr" or index.graph.owning_module is None:
+        return None
+    value = attribute(index.graph.owning_module, str(index.target))
+    return None if value.dtype is torch.bool else value
 
 
 _VIEWS = {

@@ -47,7 +47,13 @@ FORMS = {
     "x @ W": Form(of(lambda x, w: x @ w, (6, 4)), (3, 6), one(3, 6, 4)),
     "x @ W, rows and columns": Form(of(lambda x, w: x @ w, (6, 4)), (3, 5, 6), one(15, 6, 4)),
     "x @ W.t()": Form(of(lambda x, w: x @ w.t(), (4, 6)), (3, 6), one(3, 6, 4)),
-    "x @ W.mT": Form(of(lambda x, w: x @ w.transpose(-1, -2), (4, 6)), (3, 6), one(3, 6, 4)),
+    "x @ W.transpose": Form(of(lambda x, w: x @ w.transpose(-1, -2), (4, 6)), (3, 6), one(3, 6, 4)),
+    "x @ W.mT": Form(of(lambda x, w: x @ w.mT, (4, 6)), (3, 6), one(3, 6, 4)),
+    "x @ W.swapaxes": Form(of(lambda x, w: x @ w.swapaxes(0, 1), (4, 6)), (3, 6), one(3, 6, 4)),
+    "rows in another order": Form(of(lambda x, w: F.linear(x, w[[2, 0, 3, 1]]), (4, 6)), (3, 6), one(3, 6, 4)),
+    "one of the weights, by a list": Form(
+        of(lambda x, w: torch.einsum("bld,knd->bln", x, w[[1]]), (3, 4, 6)), (3, 6), {"op.weight.1": (3, 6, 4)}
+    ),
     "W @ x": Form(of(lambda x, w: w @ x, (4, 6)), (6, 3), one(3, 6, 4)),
     "einsum": Form(of(lambda x, w: torch.einsum("b l d, n d -> b l n", x, w), (4, 6)), (3, 6), one(3, 6, 4)),
     "einsum, W first": Form(of(lambda x, w: torch.einsum("dn,bld->bln", w, x), (6, 4)), (3, 6), one(3, 6, 4)),

@@ -8,7 +8,6 @@ Element-wise operators move before the permutations of their inputs, which then 
 by numbers of elements, never by the views themselves, so it does not matter how a model spells them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from ptq4vm.graph.element_numbers import ElementNumbers, moves_elements
+from ptq4vm.graph.element_numbers import IMAGES, ElementNumbers, moves_elements
 from ptq4vm.graph.insert import Insertion, aten, attribute
 from ptq4vm.graph.token_order import TokenMap, decoded
 from ptq4vm.passes.lower.patterns import args, only_user
@@ -268,12 +267,16 @@ class _Chain:
         """Shape before the value is put in its own."""
         if self.moves_nothing:
             return [*self.sizes[:-1], self.last - self.first]
-        images = self.sizes[0] if len(self.sizes) == 3 else math.prod(self.sizes[:-1]) // self.count
-        return [images, len(self.tokens), self.last - self.first]
+        return [IMAGES, len(self.tokens), self.last - self.first]
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the source is (B, L, C): its own tokens are on one axis, and no windows beside the images."""
+        return self.sizes[:-1] == [IMAGES, self.count]
 
     @property
     def steps(self) -> int:
-        ordered = 0 if self.moves_nothing else 1 + (len(self.sizes) != 3)
+        ordered = 0 if self.moves_nothing else 1 + (not self.is_flat)
         return self.cuts + ordered + (self.final != self.shape)
 
     @property
@@ -286,7 +289,7 @@ class _Chain:
         if self.cuts:
             x = insert.call(aten.slice.Tensor, x, len(self.sizes) - 1, self.first, self.last)
         if not self.moves_nothing:
-            if len(self.sizes) != 3:
+            if not self.is_flat:
                 x = insert.call(aten.reshape.default, x, [-1, self.count, self.last - self.first])
             x = insert.call(aten.flip.default, x, [1]) if self.is_reversed else self._indexed(insert, x)
         if self.final != self.shape:

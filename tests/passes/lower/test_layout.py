@@ -203,3 +203,18 @@ def test_a_graph_for_so_many_images_is_simplified_as_much(model, images):
     ours, theirs = ([node.target.__name__.partition(".")[0] for node in gm.graph.nodes
                      if node.op == "call_function" and moves_elements(node)] for gm in (after, dynamic))  # fmt: skip
     assert [ours.count(name) for name in joining] == [theirs.count(name) for name in joining]
+
+
+class Windows(nn.Module):
+    """Values of windows in the place of images, stacked with themselves in other orders, and read back."""
+
+    def forward(self, x):
+        y = F.layer_norm(x.unflatten(1, (2, 4)).flatten(0, 1), (8,))
+        back = y.unflatten(0, (-1, 2)).flatten(1, 2).flip(1).unflatten(1, (2, 4)).flatten(0, 1)  # of the whole image
+        both = torch.stack((y, y.flip(1), y[:, [2, 0, 3, 1]], back), 1)
+        return both[:, 1].cos(), both[:, 2].cos(), both[:, 3].cos()
+
+
+def test_orders_in_windows_stay_inside_them():
+    gm = simplified(Windows(), torch.randn(3, 8, 8))
+    assert "stack" not in movements(gm)

@@ -11,4 +11,3 @@ shapes of the originals: B images, E channels, S states, L tokens, G groups of B
 
 from ptq4vm.authors.context import stand_ins as stand_ins
 from ptq4vm.authors.replacements import extensions_replaced as extensions_replaced
-from ptq4vm.authors.replacements import replacements as replacements

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import sys
+import unittest.mock
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -39,14 +40,13 @@ def stand_ins() -> Iterator[None]:
     before = _modules(absent := absent_packages())
     for name in before:
         del sys.modules[name]
-    finder, device = StandInFinder(absent), torch.cuda.device
+    finder = StandInFinder(absent)
     sys.meta_path.insert(0, finder)
-    torch.cuda.device = _DeviceOrCPU  # type: ignore[misc]
     importlib.invalidate_caches()
     try:
-        yield
+        with devices_of_cpus():
+            yield
     finally:
-        torch.cuda.device = device  # type: ignore[misc]
         sys.meta_path.remove(finder)
         for name in _modules(absent):
             del sys.modules[name]
@@ -57,9 +57,16 @@ def _modules(packages: frozenset[str]) -> dict[str, ModuleType]:
     return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
 
 
-class _DeviceOrCPU(torch.cuda.device):
-    """`torch.cuda.device` that takes a CPU's device too: VMamba's code opens the device of its input."""
+_initialize_device = torch.cuda.device.__init__
 
-    def __init__(self, device: Any) -> None:
-        named = isinstance(device, torch.device | str)
-        super().__init__(-1 if named and torch.device(device).type == "cpu" else device)
+
+def _open_device(self: torch.cuda.device, device: Any) -> None:
+    on_cpu = isinstance(device, torch.device | str) and torch.device(device).type == "cpu"
+    _initialize_device(self, -1 if on_cpu else device)
+
+
+@contextlib.contextmanager
+def devices_of_cpus() -> Iterator[None]:
+    """Lets `torch.cuda.device` of a CPU's device do nothing, where torch raises: VMamba opens that of its input."""
+    with unittest.mock.patch.object(torch.cuda.device, "__init__", _open_device):
+        yield

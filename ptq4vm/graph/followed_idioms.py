@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
+from ptq4vm.authors.context import devices_of_cpus
 from ptq4vm.graph.specializations import replaced
 
 Number = int | float | torch.SymInt | torch.SymFloat
@@ -30,7 +31,7 @@ def followed(model: nn.Module, namespaces: Sequence[dict[str, Any]]) -> Iterator
         stack.callback(handle.remove)
         for name, rounding in _ROUNDINGS.items():
             stack.enter_context(replaced(torch.SymFloat, name, _rounded(sizes, name, rounding)))
-        stack.enter_context(replaced(torch.cuda.device, "__init__", _open_device))
+        stack.enter_context(devices_of_cpus())
         stack.enter_context(replaced(Tensor, "data", property(_data, _set_data)))
         for namespace in namespaces:
             stack.enter_context(_shadowed(namespace, _stand_ins(sizes)))
@@ -195,15 +196,6 @@ def _shadowed(namespace: dict[str, Any], stand_ins: Mapping[str, Any]) -> Iterat
         for name, value in added.items():
             if namespace.get(name) is value:
                 del namespace[name]
-
-
-_initialize_device = torch.cuda.device.__init__
-
-
-def _open_device(self: torch.cuda.device, device: Any) -> None:
-    """`with torch.cuda.device(x.device)` does nothing for a tensor on a CPU, where torch raises."""
-    on_cpu = isinstance(device, (str, torch.device)) and torch.device(device).type == "cpu"
-    _initialize_device(self, -1 if on_cpu else device)
 
 
 _plain_data: Any = torch._C.TensorBase.data

@@ -10,8 +10,9 @@ from helpers.fake_packages import packages
 from helpers.recurrence import drawn, recurrence
 
 from ptq4vm import prepare
-from ptq4vm.authors import extensions_replaced, replacements, stand_ins
+from ptq4vm.authors import extensions_replaced, stand_ins
 from ptq4vm.authors.catalogue import STAND_INS
+from ptq4vm.authors.replacements import replacements
 from ptq4vm.graph.capture import capture
 
 COMPILED = """

@@ -4,7 +4,6 @@ Shapes: B images. An axis of a tensor is all images, or holds them with tokens, 
 """
 
 import functools
-import itertools
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx import GraphModule, Node
 
-from ptq4vm.graph.batch_axis import BatchAxis
+from ptq4vm.graph.batch_axis import BatchAxis, batch_axes
 from ptq4vm.graph.capture_errors import CaptureError
 from ptq4vm.graph.insert import aten
 from ptq4vm.graph.user_code import recorded_line
@@ -55,7 +54,7 @@ class Borders:
     """The values of a graph that a block can read from another one."""
 
     def __init__(self, gm: GraphModule) -> None:
-        self._gm = gm
+        self._graph = gm.graph
         self._images = list(gm.graph.find_nodes(op="placeholder"))
         self._batches = {expression(_size(node, 0)) for node in self._images} - {None}
         self._data = set(self._images)
@@ -71,10 +70,6 @@ class Borders:
         """Returns whether a node is a tensor with the batch as its first axis."""
         return expression(_size(node, 0)) in self._batches
 
-    def is_batch(self, size: Any) -> bool:
-        """Returns whether a size is that of the batch."""
-        return expression(size) in self._batches
-
     def with_batch(self) -> Node:
         """Returns an input of the model, for a piece that needs nothing but its batch."""
         return next(node for node in self._images if self.is_batched(node))
@@ -83,68 +78,13 @@ class Borders:
         """Returns where a tensor has its images; raises CaptureError, which names it, where no axis holds them."""
         if self.is_batched(node):
             return FIRST
-        shape = node.meta["val"].shape
-        axes = [axis for axis, size in enumerate(shape) if not isinstance(size, int)]
-        if len(axes) == 1:
-            (axis,) = axes
-            if self.is_batch(shape[axis]):
-                return BatchAxis(axis)
-            for batch in self._batches:
-                factor = expression(shape[axis]) / batch
-                if factor.is_Integer:
-                    return self._unfolded(node, axis, int(factor))
+        if (axis := self._axes.get(node)) is not None:
+            return axis
         raise misfit(node)
 
-    def _unfolded(self, node: Node, axis: int, factor: int) -> BatchAxis:
-        """Finds the order of images in an axis of `factor` · B: entries that change with one image are its own."""
-        with_one, with_another = (values[node] for values in self._examples)
-        other = (with_one != with_another).movedim(axis, 0).flatten(1).any(1)
-        found = []
-        for outer in (outer for outer in range(1, factor + 1) if factor % outer == 0):
-            changed = other.unflatten(0, (outer, _IMAGES, factor // outer)).any(2).any(0)
-            if changed.tolist() == [i == 1 for i in range(_IMAGES)]:
-                found.append(BatchAxis(axis, outer, factor // outer))
-        if len(found) != 1:
-            raise misfit(node)
-        return found[0]
-
     @functools.cached_property
-    def _examples(self) -> tuple[dict[Node, Tensor], dict[Node, Tensor]]:
-        """Returns all values for a few images, and for as many of which one is another."""
-        device = next(itertools.chain(self._gm.parameters(), self._gm.buffers())).device
-        inputs = [_example(node, device) for node in self._images]
-        changed = [value.clone() if isinstance(value, Tensor) else value for value in inputs]
-        for value in changed:
-            if isinstance(value, Tensor) and value.dim():
-                value[1] = 1 - value[1].to(torch.float32)
-        return _values(self._gm, inputs), _values(self._gm, changed)
-
-
-_IMAGES = 3
-
-
-def _example(node: Node, device: torch.device) -> Any:
-    """Returns random images, or zeros where an input holds no floating-point numbers."""
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return value
-    shape = [size if isinstance(size, int) else _IMAGES for size in value.shape]
-    if not value.is_floating_point():
-        return torch.zeros(shape, dtype=value.dtype, device=device)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, value.dtype)
-
-
-@torch.no_grad()
-def _values(gm: GraphModule, inputs: Sequence[Any]) -> dict[Node, Tensor]:
-    found: dict[Node, Tensor] = {}
-
-    class Run(fx.Interpreter):
-        def run_node(self, node: Node) -> Any:
-            found[node] = value = super().run_node(node)
-            return value
-
-    Run(gm).run(*inputs)
-    return found
+    def _axes(self) -> dict[Node, BatchAxis]:
+        return batch_axes(self._graph)
 
 
 def value_reads(node: Node) -> list[Node]:

@@ -15,6 +15,9 @@ from ptq4vm.graph.views import constant_of, indices_of, is_view
 IMAGES = 2
 """Batch of the numbers: whatever maps two images apart from each other maps any number of them so."""
 
+MOST_PARTS = 16
+"""Values in a stack that is worth to be taken apart."""
+
 _PADS = (aten.pad.default, aten.constant_pad_nd.default)
 _ZEROS = (aten.zeros_like.default, aten.new_zeros.default, aten.zeros.default)
 _OTHERS = {
@@ -123,6 +126,12 @@ class ElementNumbers:
         if smallest == 0:
             smallest = int(numbers.masked_fill(numbers == 0, largest).min())
         return self._sources[place] if smallest >= self._starts[place] else None
+
+    def is_stacked(self, numbers: Tensor, axis: int) -> bool:
+        """Returns whether every part of a value along an axis, of which there are a few, has one source."""
+        return 1 < numbers.shape[axis] <= MOST_PARTS and all(
+            self.source(part) is not None for part in numbers.unbind(axis)
+        )
 
     def start(self, source: Node) -> int:
         """Returns the number of a source's first element."""

@@ -32,9 +32,6 @@ _CHANNELS_SECOND = {
 }
 """Operators whose results have their channels on the second axis."""
 
-_MOST_JOINED = 16
-"""Values that are taken apart where they were stacked."""
-
 
 def simplify_layouts(gm: GraphModule) -> GraphModule:
     """Moves element-wise operators before permutations, and shortens movements; values stay equal."""
@@ -156,7 +153,8 @@ class _Layouts:
     def _split(self, node: Node, numbers: Sequence[Tensor]) -> bool:
         """Computes an element-wise operator on each part of a stack; returns whether it is done."""
         rank = node.meta["val"].dim()
-        axis = next((axis for axis in range(1, rank) if self._is_stacked(numbers, axis)), None)
+        stacked = (axis for axis in range(1, rank) if all(self.numbers.is_stacked(found, axis) for found in numbers))
+        axis = next(stacked, None)
         if axis is None:
             return False
         insert, parts = Insertion(self.gm, node), []
@@ -173,17 +171,11 @@ class _Layouts:
             part = insert.call(node.target, *arguments)
             part.kwargs = node.kwargs
             parts.append(part)
-        stacked = insert.call(aten.stack.default, parts, axis)
+        result = insert.call(aten.stack.default, parts, axis)
         for part in parts:
             self.visit(part)
-        self._replace(node, stacked)
+        self._replace(node, result)
         return True
-
-    def _is_stacked(self, numbers: Sequence[Tensor], axis: int) -> bool:
-        count = numbers[0].shape[axis]
-        return 1 < count <= _MOST_JOINED and all(
-            self.numbers.source(part) is not None for found in numbers for part in found.unbind(axis)
-        )
 
     def _replace(self, node: Node, result: Node) -> None:
         node.replace_all_uses_with(result)

@@ -14,8 +14,6 @@ from ptq4vm.graph.element_numbers import ElementNumbers
 from ptq4vm.graph.insert import Insertion, arguments, aten, replace_node
 from ptq4vm.passes.lower.patterns import args, is_call, only_user
 
-_MOST_PARTS = 16
-
 
 def add_stacked_sums(gm: GraphModule) -> GraphModule:
     """Adds the parts of a stack in their order. Of more than four torch takes the sum in another order."""
@@ -27,7 +25,7 @@ def add_stacked_sums(gm: GraphModule) -> GraphModule:
             continue  # halves are summed in float32
         axis = axes[0] % found.dim()
         factors, count = _factors(value), found.shape[axis]
-        if isinstance(count, int) and 1 < count <= _MOST_PARTS and any(_joins(numbers, x, axis) for x in factors):
+        if isinstance(count, int) and any(_joins(numbers, x, axis) for x in factors):
             insert = Insertion(gm, node)
             parts = [_part(insert, factors, axis, k) for k in range(count)]
             replace_node(node, functools.reduce(functools.partial(insert.call, aten.add.Tensor), parts))
@@ -53,6 +51,4 @@ def _part(insert: Insertion, factors: list[Node], axis: int, k: int) -> Node:
 def _joins(numbers: ElementNumbers, value: Node, axis: int) -> bool:
     """Returns whether a value has several sources, and each of its parts along an axis has one."""
     found = numbers.of(value)
-    if found is None or found.shape[axis] < 2 or numbers.source(found) is not None:
-        return False
-    return all(numbers.source(part) is not None for part in found.unbind(axis))
+    return found is not None and numbers.source(found) is None and numbers.is_stacked(found, axis)

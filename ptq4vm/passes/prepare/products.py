@@ -5,6 +5,7 @@ becomes K linears on (B, L, D).
 """
 
 import dataclasses
+import operator
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,16 +163,16 @@ class Product:
         if not group:
             return self._linear(insert, *operands, result)
         axis, (weight, letters) = group[0], operands[1]
+        count = weight.meta["val"].shape[letters.index(axis)]
 
-        def at(operand: _Lettered | None, k: int) -> Any:
+        def parts(operand: _Lettered | None) -> Sequence[Any]:
             if operand is None or axis not in operand[1]:
-                return operand
-            return insert.call(aten.select.int, operand[0], operand[1].index(axis), k), operand[1].replace(axis, "")
+                return [operand] * count
+            whole = insert.call(aten.unbind.int, operand[0], operand[1].index(axis))
+            return [(insert.call(operator.getitem, whole, k), operand[1].replace(axis, "")) for k in range(count)]
 
-        rest, results = result.replace(axis, ""), []
-        for k in range(weight.meta["val"].shape[letters.index(axis)]):
-            x, matrix, bias = (at(operand, k) for operand in operands)
-            results.append(self._grouped(insert, (x, matrix, bias), group[1:], rest))
+        rest, each = result.replace(axis, ""), zip(*map(parts, operands), strict=True)
+        results = [self._grouped(insert, some, group[1:], rest) for some in each]
         return insert.call(aten.stack.default, results, result.index(axis))
 
     def _linear(

@@ -67,6 +67,7 @@ def residual(x):
 def another_type(x):
     x = x.exp()
     x[:, 0] = x[:, 1].double()
+    x += x.double().sin()
     return x
 
 

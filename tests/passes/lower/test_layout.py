@@ -156,6 +156,8 @@ STEPS = {
     "indices": lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
     "twice": lambda x: x.repeat_interleave(2, 1),
     "silu": F.silu,
+    "tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "parts": lambda x: F.gelu(torch.stack((x.exp(), x), 1).transpose(-1, -2), approximate="tanh")[:, 1],
     "scale": lambda x: x * 0.5,
     "self": lambda x: x + x.flip(1),
     "norm": lambda x: F.layer_norm(x, x.shape[-1:]),
@@ -203,6 +205,20 @@ def test_a_graph_for_so_many_images_is_simplified_as_much(model, images):
     ours, theirs = ([node.target.__name__.partition(".")[0] for node in gm.graph.nodes
                      if node.op == "call_function" and moves_elements(node)] for gm in (after, dynamic))  # fmt: skip
     assert [ours.count(name) for name in joining] == [theirs.count(name) for name in joining]
+
+
+class Approximated(nn.Module):
+    """Options of element-wise operators, behind a permutation and on a stack."""
+
+    def forward(self, x):
+        permuted = F.gelu(x.exp().transpose(1, 2), approximate="tanh")
+        stacked = F.gelu(torch.stack((x.sin(), x.cos()), 1), approximate="tanh")
+        return permuted.transpose(1, 2) + stacked[:, 0].exp() + stacked[:, 1].sin()
+
+
+def test_options_of_element_wise_operators_are_kept():
+    gm = simplified(Approximated(), torch.randn(2, 5, 8))
+    assert not {"stack", "transpose", "permute"} & {*movements(gm)}
 
 
 class Windows(nn.Module):

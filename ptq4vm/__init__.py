@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptq4vm import authors as authors
+    from ptq4vm import onnx as onnx
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.config import QuantConfig
     from ptq4vm.finite_checks import check_finite
@@ -45,7 +46,7 @@ _MODULES = {
         "WeightSpec",
     ),
 }
-_PACKAGES = ("authors",)
+_PACKAGES = ("authors", "onnx")
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [

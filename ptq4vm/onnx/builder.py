@@ -1,0 +1,81 @@
+"""A short way to write ONNX nodes: `b.Add(x, 1.0)` appends a node and returns its output."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+Operand = ir.Value | np.ndarray | np.generic | float | int | Sequence[int] | None
+"""A value, or a constant: a float is float32, an int and a list of ints are int64."""
+
+
+class Builder:
+    """Appends nodes and constants to a part of a graph; builders may share their constants.
+
+    >>> b = Builder()
+    >>> y = b.Add(ir.val("x"), 1.0)
+    >>> [node.op_type for node in b.nodes], [constant.dtype.name for constant in b.constants]
+    (['Add'], ['FLOAT'])
+    """
+
+    def __init__(self, known: dict[Any, ir.Value] | None = None) -> None:
+        self._tape = Tape()
+        self._names = itertools.count()
+        self._known = {} if known is None else known
+
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        return self._tape.nodes
+
+    @property
+    def constants(self) -> Sequence[ir.Value]:
+        return list(self._known.values())
+
+    def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
+        if not op_type[0].isupper():
+            raise AttributeError(op_type)
+        return lambda *inputs, **attributes: self.op(op_type, *inputs, **attributes)
+
+    def op(self, op_type: str, *inputs: Operand, **attributes: Any) -> ir.Value:
+        """Appends a node with one output."""
+        return self._tape.op(op_type, [self.value(each) for each in inputs], attributes)
+
+    def several(self, op_type: str, count: int, *inputs: Operand, **attributes: Any) -> Sequence[ir.Value]:
+        """Appends a node with several outputs."""
+        return self._tape.op_multi_out(op_type, [self.value(each) for each in inputs], attributes, num_outputs=count)
+
+    def value(self, operand: Operand) -> ir.Value | None:
+        """Returns the value, or a constant, the same for equal ones."""
+        if operand is None or isinstance(operand, ir.Value):
+            return operand
+        return self.constant(np.asarray(operand, np.float32 if isinstance(operand, float) else None))
+
+    def constant(self, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+        """Returns an initializer; int8 codes may be written as INT4, two a byte."""
+        key = (str(dtype or array.dtype), array.shape, array.tobytes())
+        if key not in self._known:
+            tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
+            if dtype is ir.DataType.INT4:
+                low, high = np.append(array.ravel(), [0] * (array.size % 2)).astype(np.uint8).reshape(-1, 2).T & 15
+                tensor = ir.PackedTensor(low | high << 4, dtype, ir.Shape(array.shape))
+            self._known[key] = ir.val(None, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
+        return self._known[key]
+
+    def scan(
+        self,
+        body: Builder,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        states: Sequence[ir.Value],
+        sequences: Sequence[Operand],
+    ) -> Sequence[ir.Value]:
+        """Appends a Scan: `body` computes outputs from inputs, both states first; sequences are read along axis 0."""
+        for constant in body.constants:
+            constant.name = f"step_{next(self._names)}"
+        graph = ir.Graph(inputs, outputs, nodes=body.nodes, initializers=body.constants, name="step")
+        return self.several("Scan", len(outputs), *states, *sequences, body=graph, num_scan_inputs=len(sequences))

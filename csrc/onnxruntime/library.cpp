@@ -9,12 +9,18 @@ namespace ptq4vm::ort {
 namespace {
 
 constexpr const char* DOMAIN = "ptq4vm";
+constexpr int ANY_TYPE = 0;
+constexpr ScalarType FLOATS[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
 
+// An operator; one whose result is like its first input is several for the runtime, one for each type of that.
 struct CustomOp : OrtCustomOp {
   const Operator* op;
+  ScalarType first;  // if a result is like it
 };
 
 const Operator& op_of(const OrtCustomOp* custom) { return *static_cast<const CustomOp*>(custom)->op; }
+
+int first_type_of(const OrtCustomOp* custom) { return static_cast<int>(static_cast<const CustomOp*>(custom)->first); }
 
 // Calls f; returns null, or what it throws as the runtime's status, which begins with the operator's name.
 template <class F>
@@ -33,20 +39,26 @@ OrtStatus* guarded(std::string_view name, const F& f) noexcept {
   }
 }
 
-CustomOp custom_op(const Operator& op) {
+CustomOp custom_op(const Operator& op, ScalarType first) {
   CustomOp custom{};
-  custom.op = &op, custom.version = OLDEST;
+  custom.op = &op, custom.first = first, custom.version = OLDEST;
   custom.name = [](const OrtCustomOp* c) { return op_of(c).name.c_str(); };
   custom.provider = [](const OrtCustomOp*) -> const char* { return nullptr; };
-  custom.input_type = [](const OrtCustomOp*, size_t) { return 0; };  // any: the binding says what is wrong
+  custom.input_type = [](const OrtCustomOp* c, size_t place) {
+    return op_of(c).results[0] == LIKE_INPUT && place == 0 ? first_type_of(c) : ANY_TYPE;
+  };
   custom.input_count = [](const OrtCustomOp* c) { return op_of(c).inputs.size(); };
   custom.input_optional = [](const OrtCustomOp* c, size_t place) {
     return static_cast<int>(op_of(c).inputs[place]->kind == Argument::OPTIONAL_TENSOR);
   };
   custom.input_memory = [](const OrtCustomOp*, size_t) { return 0; };
-  custom.output_type = [](const OrtCustomOp* c, size_t place) { return std::max<int>(0, op_of(c).results[place]); };
+  custom.output_type = [](const OrtCustomOp* c, size_t place) {
+    const Result result = op_of(c).results[place];
+    return result == LIKE_INPUT ? first_type_of(c) : result == OUT_DTYPE ? ANY_TYPE : static_cast<int>(result);
+  };
   custom.output_count = [](const OrtCustomOp* c) { return op_of(c).results.size(); };
-  custom.output_optional = [](const OrtCustomOp* c, size_t) { return static_cast<int>(op_of(c).results.size() > 1); };
+  // All: a node may leave results out, and not all runtimes take another output whose type `infer` says.
+  custom.output_optional = [](const OrtCustomOp*, size_t) { return 1; };
   custom.create = [](const OrtCustomOp* c, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
     return guarded(op_of(c).name, [&] { *kernel = new Node(op_of(c), info); });
   };
@@ -57,7 +69,7 @@ CustomOp custom_op(const Operator& op) {
   };
   custom.first_version = [](const OrtCustomOp*) { return 1; };
   custom.last_version = [](const OrtCustomOp*) { return 1; };
-  if (op.results[0] > 0) return custom;
+  if (op.results[0] != OUT_DTYPE) return custom;
   custom.infer = [](const OrtCustomOp* c, OrtShapeInferContext* node) {
     return guarded(op_of(c).name, [&] { infer(op_of(c), node); });
   };
@@ -68,7 +80,12 @@ CustomOp custom_op(const Operator& op) {
 const std::deque<CustomOp>& custom_ops() {
   static const std::deque<CustomOp> all = [] {
     std::deque<CustomOp> made;
-    for (const Operator* op : operators()) made.push_back(custom_op(*op));
+    for (const Operator* op : operators()) {
+      const bool is_like_input = op->results[0] == LIKE_INPUT;
+      for (const ScalarType first : FLOATS) {
+        if (is_like_input || first == ScalarType::Float) made.push_back(custom_op(*op, first));
+      }
+    }
     return made;
   }();
   return all;

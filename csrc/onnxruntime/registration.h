@@ -45,7 +45,7 @@ struct Operator {
 // Those that PTQ4VM_IMPL has registered, at addresses that stay.
 std::vector<const Operator*>& operators();
 
-// Tells the runtime type and shape of an operator's first result, whose type is not always the same.
+// Tells the runtime type and shape of a result whose type is OUT_DTYPE.
 void infer(const Operator&, OrtShapeInferContext* node);
 
 // A node of a model: its attributes, and the inputs that are constant.

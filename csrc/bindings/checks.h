@@ -30,7 +30,7 @@ inline void check_float64(ScalarType type) {
 // is.
 inline Tensor as_rows(const char* argument, const Tensor& x) {
   check_floats(argument, x);
-  const Tensor values = has_kernels(x.scalar_type()) ? x : torch::stable::to(x, ScalarType::Float);
+  const Tensor values = has_kernels(x.scalar_type()) ? x : to(x, ScalarType::Float);
   const bool rows = channels_of(values) <= 1 || values.stride(values.dim() - 1) == 1;
   return rows && is_aligned(values) ? values : to_contiguous(values);
 }

@@ -7,7 +7,7 @@ namespace {
 
 Tensor causal_conv1d(Tensor x, Tensor weight, Optional bias, bool silu) {
   ConvInputs c(x, weight, bias, silu);
-  Tensor y = empty_like(x, x.sizes(), c.x.scalar_type());
+  Tensor y = empty_result(0, x, c.x.scalar_type());
   if (c.type == ScalarType::Double) {
     if (y.numel()) float64::conv(float64::Conv(c), mutable_ptr<double>(y));
     return y;
@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> conv1d_quantize(Tensor x, Tensor weight, Optional bia
   order = orders(order, tokens, true);
   weight = floats("weight", weight), bias = floats("bias", bias);
   const Tensor input = as_rows("x", x);
-  Tensor u = empty_like(x, {directions, batch, tokens, channels}, input.scalar_type());
-  Tensor codes = empty_like(x, u.sizes(), ScalarType::Char);
+  Tensor u = empty_result(0, x, {directions, batch, tokens, channels}, input.scalar_type());
+  Tensor codes = empty_result(1, x, u.sizes(), ScalarType::Char);
   run(x, Conv{.x = rows(input),
               .weight = const_ptr<float>(weight),
               .bias = const_ptr<float>(bias),
@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
   const OutputQParams qparams = qparams_of_directions(inv_scale, zero_point, inv_smooth, bits, directions, x);
   weight = floats("weight", weight), bias = floats("bias", bias);
   const Tensor input = as_rows("x", x);
-  Tensor u = empty_like(x, x.sizes(), input.scalar_type());
-  Tensor codes = empty_like(x, {directions, batch, tokens, channels}, ScalarType::Char);
+  Tensor u = empty_result(0, x, input.scalar_type());
+  Tensor codes = empty_result(1, x, {directions, batch, tokens, channels}, ScalarType::Char);
   run(x, Conv2d{.x = rows(input),
                 .weight = const_ptr<float>(weight),
                 .bias = const_ptr<float>(bias),
@@ -96,8 +96,10 @@ std::tuple<Tensor, Tensor> conv2d_quantize(Tensor x, Tensor weight, Optional bia
 }  // namespace
 }  // namespace ptq4vm
 
-PTQ4VM_IMPL(causal_conv1d, "(" PTQ4VM_CONV ") -> Tensor")
+PTQ4VM_IMPL(causal_conv1d, "(" PTQ4VM_CONV ") -> Tensor", LIKE_INPUT)
 PTQ4VM_IMPL(conv1d_quantize,
-            "(Tensor x, Tensor weight, Tensor? bias, Tensor order, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)")
+            "(Tensor x, Tensor weight, Tensor? bias, Tensor order, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)", LIKE_INPUT,
+            INT8)
 PTQ4VM_IMPL(conv2d_quantize,
-            "(Tensor x, Tensor weight, Tensor? bias, int height, int width, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)")
+            "(Tensor x, Tensor weight, Tensor? bias, int height, int width, " PTQ4VM_QPARAMS ") -> (Tensor, Tensor)",
+            LIKE_INPUT, INT8)

@@ -30,7 +30,7 @@ void check_out_dtype(ScalarType type) {
 // Types that kernels do not write go by way of float32.
 Tensor run_as(const LinearInputs& inputs, ScalarType type) {
   const Tensor y = run_linear(inputs, has_kernels(type) ? type : ScalarType::Float);
-  return y.scalar_type() == type ? y : torch::stable::to(y, type);
+  return y.scalar_type() == type ? y : to(y, type);
 }
 
 Tensor linear_packed(Tensor x, Tensor x_scale, Tensor zero_point, Tensor weight, Tensor sum, Tensor scale,
@@ -61,6 +61,7 @@ Tensor linear_gelu_quantize(Tensor x, Tensor x_scale, Tensor zero_point, Tensor 
 
 PTQ4VM_IMPL(linear,
             "(Tensor x, Tensor x_scale, Tensor x_zero_point, Tensor weight, Tensor weight_scale, Tensor? bias, "
-            "ScalarType out_dtype) -> Tensor")
-PTQ4VM_IMPL(linear_packed, "(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor")
-PTQ4VM_IMPL(linear_gelu_quantize, "(" PTQ4VM_LINEAR ", bool rotated, " PTQ4VM_QPARAMS ") -> Tensor")
+            "ScalarType out_dtype) -> Tensor",
+            OUT_DTYPE)
+PTQ4VM_IMPL(linear_packed, "(" PTQ4VM_LINEAR ", ScalarType out_dtype) -> Tensor", OUT_DTYPE)
+PTQ4VM_IMPL(linear_gelu_quantize, "(" PTQ4VM_LINEAR ", bool rotated, " PTQ4VM_QPARAMS ") -> Tensor", INT8)

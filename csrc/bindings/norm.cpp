@@ -8,7 +8,7 @@ Tensor rotate(Tensor x) {
   check_channels("x", x);
   const RotationMatrix rotation(channels_of(x));
   const ContiguousInput input(x);
-  Tensor y = empty_like(input.values, input.values.scalar_type());
+  Tensor y = empty_result(0, input.values, input.values.scalar_type());
   run(x, Rotate{.x = input.data(),
                 .y = y.mutable_data_ptr(),
                 .type = input.type,
@@ -23,7 +23,7 @@ Tensor rotate_quantize(Tensor x, bool gelu, Tensor inv_scale, Tensor zero_point,
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales_of(x, inv_scale));
   const RotationMatrix rotation(channels_of(x));
   const ContiguousInput input(x);
-  Tensor codes = empty_like(x, ScalarType::Char);
+  Tensor codes = empty_result(0, x, ScalarType::Char);
   run(x, RotateQuantize{.x = input.data(),
                         .x_type = input.type,
                         .gelu = gelu,
@@ -49,8 +49,8 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
   const RotationMatrix matrix(channels);
   const Rotation rotation = matrix.view();
   const ContiguousInput input(x);
-  Tensor codes = empty_like(x, ScalarType::Char);
-  Tensor total = residual ? empty_like(x, ScalarType::Float) : empty_like(x, {0}, ScalarType::Float);
+  Tensor total = residual ? empty_result(0, x, ScalarType::Float) : empty_result(0, x, {0}, ScalarType::Float);
+  Tensor codes = empty_result(1, x, ScalarType::Char);
   run(x, NormQuantize{.x = input.data(),
                       .x_type = input.type,
                       .residual = const_ptr<float>(residual),
@@ -70,9 +70,10 @@ std::tuple<Tensor, Tensor> norm_quantize(Tensor x, Optional residual, Optional w
 }  // namespace
 }  // namespace ptq4vm
 
-PTQ4VM_IMPL(rotate, "(Tensor x) -> Tensor")
-PTQ4VM_IMPL(rotate_quantize, "(Tensor x, bool gelu, " PTQ4VM_QPARAMS ") -> Tensor")
+PTQ4VM_IMPL(rotate, "(Tensor x) -> Tensor", LIKE_INPUT)
+PTQ4VM_IMPL(rotate_quantize, "(Tensor x, bool gelu, " PTQ4VM_QPARAMS ") -> Tensor", INT8)
 PTQ4VM_IMPL(
     norm_quantize,
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms, bool rotated, " PTQ4VM_QPARAMS
-    ") -> (Tensor, Tensor)")
+    ") -> (Tensor, Tensor)",
+    FLOAT32, INT8)

@@ -9,7 +9,7 @@ Tensor quantize(Tensor x, Tensor inv_scale, Tensor zero_point, Optional inv_smoo
   check_shape("inv_smooth", inv_smooth, {channels_of(x)});
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales_of(x, inv_scale));
   const ContiguousInput input(x);
-  Tensor codes = empty_like(x, ScalarType::Char);
+  Tensor codes = empty_result(0, x, ScalarType::Char);
   run(x, Quantize{.x = input.data(),
                   .x_type = input.type,
                   .qparams = qparams.view(),
@@ -32,7 +32,7 @@ Tensor gate_quantize(Tensor x, Tensor gate, bool silu, Tensor inv_scale, Tensor 
   check_shape("inv_smooth", inv_smooth, {channels});
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales);
   x = as_rows("x", x), gate = as_rows("gate", gate);
-  Tensor codes = empty_like(x, {batch, tokens, channels}, ScalarType::Char);
+  Tensor codes = empty_result(0, x, {batch, tokens, channels}, ScalarType::Char);
   GateQuantize q{.x = rows(x),
                  .gate = rows(gate),
                  .x_term = x.stride(0),
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> choose_qparams(Tensor x, Optional inv_smooth, int64_t
   inv_smooth = floats("inv_smooth", inv_smooth);
   const ContiguousInput input(x);
   const Shape tokens(x.sizes().data(), x.sizes().size() - 1);
-  Tensor scale = empty_like(x, tokens, ScalarType::Float), zero_point = empty_like(x, tokens, ScalarType::Int);
+  Tensor scale = empty_result(0, x, tokens, ScalarType::Float);
+  Tensor zero_point = empty_result(1, x, tokens, ScalarType::Int);
   run(x, ChooseQParams{.x = input.data(),
                        .x_type = input.type,
                        .inv_smooth = const_ptr<float>(inv_smooth),
@@ -75,7 +76,7 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
   const int64_t scales = scales_of(x_q, scale);
   x_q = to_contiguous(x_q);
   scale = floats("scale", scale), zero_point = zero_points("zero_point", zero_point);
-  Tensor y = empty_like(x_q, ScalarType::Float);
+  Tensor y = empty_result(0, x_q, ScalarType::Float);
   run(x_q, Dequantize{.x = const_ptr<int8_t>(x_q),
                       .scale = const_ptr<float>(scale),
                       .zero_point = const_ptr<int32_t>(zero_point),
@@ -89,7 +90,8 @@ Tensor dequantize(Tensor x_q, Tensor scale, Tensor zero_point) {
 }  // namespace
 }  // namespace ptq4vm
 
-PTQ4VM_IMPL(quantize, "(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor")
-PTQ4VM_IMPL(gate_quantize, "(Tensor x, Tensor gate, bool silu, " PTQ4VM_QPARAMS ") -> Tensor")
-PTQ4VM_IMPL(choose_qparams, "(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)")
-PTQ4VM_IMPL(dequantize, "(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor")
+PTQ4VM_IMPL(quantize, "(Tensor x, Tensor inv_scale, Tensor zero_point, Tensor? inv_smooth, int bits) -> Tensor", INT8)
+PTQ4VM_IMPL(gate_quantize, "(Tensor x, Tensor gate, bool silu, " PTQ4VM_QPARAMS ") -> Tensor", INT8)
+PTQ4VM_IMPL(choose_qparams, "(Tensor x, Tensor? inv_smooth, int bits) -> (Tensor scale, Tensor zero_point)", FLOAT32,
+            INT32)
+PTQ4VM_IMPL(dequantize, "(Tensor x_q, Tensor scale, Tensor zero_point) -> Tensor", FLOAT32)

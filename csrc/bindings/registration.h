@@ -91,14 +91,15 @@ struct Checked<F, Schema> {
 }  // namespace ptq4vm
 
 // Registers ptq4vm::name for this library's device. The schema, "(arguments) -> results", is the one that ptq4vm/ops
-// defines where the libraries are missing; a test holds them equal. The CPU's library defines it.
+// defines where the libraries are missing; a test holds them equal. The CPU's library defines it. What follows, the
+// types of the results, is for ONNX Runtime: see onnxruntime/registration.h.
 #ifdef PTQ4VM_CUDA
 #define PTQ4VM_DEFINE(schema)
 #else
 #define PTQ4VM_DEFINE(schema) \
   STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def(schema); }
 #endif
-#define PTQ4VM_IMPL(name, schema)                                                         \
+#define PTQ4VM_IMPL(name, schema, ...)                                                    \
   struct Schema_##name {                                                                  \
     static const char* text() { return #name schema; }                                    \
   };                                                                                      \

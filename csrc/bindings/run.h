@@ -3,7 +3,11 @@
 #pragma once
 
 #include "qparams.h"
+#ifdef PTQ4VM_ONNXRUNTIME
+#include "../onnxruntime/registration.h"
+#else
 #include "registration.h"
+#endif
 
 namespace ptq4vm {
 

@@ -14,7 +14,7 @@ namespace {
 Tensor selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Optional D, Optional z, Optional bias,
                       bool softplus) {
   ScanInputs s(u, delta, A, B, C, D, z, bias, softplus);
-  Tensor y = empty_like(s.u, s.u.scalar_type());
+  Tensor y = empty_result(0, s.u, s.u.scalar_type());
   if (s.type == ScalarType::Double) {
     if (y.numel()) float64::scan(float64::Scan(s), mutable_ptr<double>(y));
     return y;
@@ -108,7 +108,7 @@ Tensor directional_scan(Tensor u, Tensor projected, Tensor inv_scale, Tensor sca
   DirectionalScan& scan = s.scan;
   std::vector<int64_t> sizes{scan.directions, scan.batch, scan.tokens, scan.channels};
   if (merge) sizes.erase(sizes.begin());
-  Tensor y = empty_like(s.u, sizes, s.u.scalar_type());
+  Tensor y = empty_result(0, s.u, sizes, s.u.scalar_type());
   scan.merge = merge, scan.y = y.mutable_data_ptr(), scan.y_type = float_type(y);
   const Optional memory = workspace(scan, u);
   run(u, scan);
@@ -129,7 +129,7 @@ Tensor directional_scan_quantize(Tensor u, Tensor projected, Tensor dt_inv_scale
   check_shape("zero_point", zero_point, {scales});
   check_shape("inv_smooth", inv_smooth, {scan.channels});
   const OutputQParams qparams(inv_scale, zero_point, inv_smooth, bits, scales);
-  Tensor codes = empty_like(s.u, {scan.batch, scan.tokens, scan.channels}, ScalarType::Char);
+  Tensor codes = empty_result(0, s.u, {scan.batch, scan.tokens, scan.channels}, ScalarType::Char);
   scan.merge = true, scan.codes = mutable_ptr<int8_t>(codes), scan.qparams = qparams.view();
   const Optional memory = workspace(scan, u);
   run(u, scan);
@@ -139,6 +139,6 @@ Tensor directional_scan_quantize(Tensor u, Tensor projected, Tensor dt_inv_scale
 }  // namespace
 }  // namespace ptq4vm
 
-PTQ4VM_IMPL(selective_scan, "(" PTQ4VM_SCAN ") -> Tensor")
-PTQ4VM_IMPL(directional_scan, "(" PTQ4VM_DIRECTIONAL ", bool merge, float factor) -> Tensor")
-PTQ4VM_IMPL(directional_scan_quantize, "(" PTQ4VM_DIRECTIONAL ", float factor, " PTQ4VM_QPARAMS ") -> Tensor")
+PTQ4VM_IMPL(selective_scan, "(" PTQ4VM_SCAN ") -> Tensor", LIKE_INPUT)
+PTQ4VM_IMPL(directional_scan, "(" PTQ4VM_DIRECTIONAL ", bool merge, float factor) -> Tensor", LIKE_INPUT)
+PTQ4VM_IMPL(directional_scan_quantize, "(" PTQ4VM_DIRECTIONAL ", float factor, " PTQ4VM_QPARAMS ") -> Tensor", INT8)

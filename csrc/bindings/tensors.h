@@ -1,11 +1,7 @@
-// Tensors of torch's stable ABI: errors, types, layouts, and memory for results. Bindings are compiled into a library
-// of each device: PTQ4VM_KEY says whose implementations they register, and PTQ4VM_CUDA that the kernels are
-// csrc/cuda's.
+// Tensors: errors, types, layouts, and memory for results. Bindings are compiled into a library of each device for torch:
+// PTQ4VM_KEY says whose implementations they register, and PTQ4VM_CUDA that the kernels are csrc/cuda's. With
+// PTQ4VM_ONNXRUNTIME they are compiled for ONNX Runtime, and the tensors are those of csrc/onnxruntime.
 #pragma once
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <optional>
@@ -15,13 +11,15 @@
 #include <vector>
 
 #include "../operators.h"
+#ifdef PTQ4VM_ONNXRUNTIME
+#include "../onnxruntime/tensor.h"
+#else
+#include "torch_tensor.h"
+#endif
 
 namespace ptq4vm {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
-using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
 
 #ifdef PTQ4VM_CUDA
 constexpr bool ON_GPU = true;
@@ -117,18 +115,16 @@ inline int64_t channels_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
 inline int64_t rows_of(const Tensor& x) { return channels_of(x) ? x.numel() / channels_of(x) : 0; }
 
-inline Tensor empty_like(const Tensor& x, Shape sizes, ScalarType type) {
-  return torch::stable::new_empty(x, sizes, type);
-}
+inline Tensor empty_like(const Tensor& x, Shape sizes, ScalarType type) { return new_empty(x, sizes, type); }
 
 inline Tensor empty_like(const Tensor& x, ScalarType type) { return empty_like(x, x.sizes(), type); }
 
-inline Tensor zeros_like(const Tensor& x, Shape sizes, ScalarType type) {
-  return torch::stable::new_zeros(x, sizes, type);
+inline Tensor empty_result(int place, const Tensor& x, ScalarType type) {
+  return empty_result(place, x, x.sizes(), type);
 }
 
 inline Tensor cast_like(const Tensor& value, const Tensor& original) {
-  return value.scalar_type() == original.scalar_type() ? value : torch::stable::to(value, original.scalar_type());
+  return value.scalar_type() == original.scalar_type() ? value : to(value, original.scalar_type());
 }
 
 // A view of bytes may begin anywhere.
@@ -138,12 +134,12 @@ inline bool is_aligned(const Tensor& x) {
 
 // Calls of torch take longer than small kernels, so those that would do nothing are left out.
 inline Tensor to_contiguous(const Tensor& x) {
-  if (!x.is_contiguous()) return torch::stable::contiguous(x);
-  return is_aligned(x) ? x : torch::stable::clone(x);
+  if (!x.is_contiguous()) return contiguous(x);
+  return is_aligned(x) ? x : clone(x);
 }
 
 inline Tensor to_contiguous(const Tensor& x, ScalarType type) {
-  return to_contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+  return to_contiguous(x.scalar_type() == type ? x : to(x, type));
 }
 
 }  // namespace ptq4vm

@@ -1,12 +1,9 @@
 // The choice of the instruction set that runs: the best that the machine has, or the one that PTQ4VM_ISA names.
 #include "kernels.h"
 
-#include <torch/csrc/stable/library.h>
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <string>
 
 #if defined(PTQ4VM_HAS_vnni) && defined(__linux__)
 #include <sys/syscall.h>
@@ -63,15 +60,14 @@ std::atomic<int>& chosen_isa() {
   return value;
 }
 
-// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
-std::string use_isa(std::string wanted) {
+}  // namespace
+
+const char* use_isa(const char* wanted) {
   for (int i = 0; i <= best_isa(); i++) {
-    if (wanted == NAMES[i]) chosen_isa() = i;
+    if (std::strcmp(wanted, NAMES[i]) == 0) chosen_isa() = i;
   }
   return NAMES[chosen_isa()];
 }
-
-}  // namespace
 
 const Kernels& kernels() {
   switch (chosen_isa().load(std::memory_order_relaxed)) {
@@ -85,7 +81,3 @@ const Kernels& kernels() {
 }
 
 }  // namespace ptq4vm
-
-STABLE_TORCH_LIBRARY_FRAGMENT(ptq4vm, m) { m.def("_use_isa(str name) -> str"); }
-
-STABLE_TORCH_LIBRARY_IMPL(ptq4vm, CompositeExplicitAutograd, m) { m.impl("_use_isa", TORCH_BOX(&ptq4vm::use_isa)); }

@@ -27,4 +27,7 @@ void run_amx(const Linear&, int64_t begin, int64_t end);  // where there is VNNI
 
 const Kernels& kernels();  // of the instruction set in use
 
+// Chooses an instruction set for what follows, at most the best one ("" chooses none); returns the one in use.
+const char* use_isa(const char* wanted);
+
 }  // namespace ptq4vm

@@ -13,7 +13,7 @@ constexpr int64_t BYTES = 768 << 10, MULTIPLE = 32;  // of the second cache for 
 
 // So many rows that their codes stay in the second cache while all weights pass; fewer, where threads would be idle.
 int64_t rows_in_block(const Linear& q) {
-  const int64_t threads = torch::stable::get_num_threads(), others = q.directions * q.feature_blocks();
+  const int64_t threads = get_num_threads(), others = q.directions * q.feature_blocks();
   const int64_t for_threads = threads > 1 ? divided_up(4 * threads, std::max<int64_t>(1, others)) : 1;
   const int64_t blocks = std::max(for_threads, divided_up(q.rows * q.weight.channels, BYTES));
   return std::max<int64_t>(1, divided_up(divided_up(q.rows, blocks), MULTIPLE)) * MULTIPLE;
@@ -22,7 +22,7 @@ int64_t rows_in_block(const Linear& q) {
 // So many that their results stay in the second cache until they are rotated; fewer, where threads would be idle.
 int64_t rows_to_rotate(const Linear& q) {
   const int64_t in_cache = BYTES / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, q.weight.features);
-  const int64_t each = divided_up(q.rows, torch::stable::get_num_threads());
+  const int64_t each = divided_up(q.rows, get_num_threads());
   return std::max<int64_t>(1, std::min(in_cache / MULTIPLE, divided_up(each, MULTIPLE))) * MULTIPLE;
 }
 
@@ -89,7 +89,7 @@ Linear problem(const LinearInputs& i, const Tensor& tiles) {
 }
 
 Tensor empty_results(const LinearInputs& i, ScalarType type) {
-  return empty_like(i.x, with_channels(i.x, i.features), type);
+  return empty_result(0, i.x, with_channels(i.x, i.features), type);
 }
 
 }  // namespace
@@ -140,7 +140,7 @@ Tensor run_linear_gelu_rotated(const LinearInputs& i, const QParams& qparams) {
                                .qparams = qparams,
                                .rows = i.rows};
   const auto multiply = kernels().of(q);
-  torch::stable::parallel_for(0, q.row_blocks(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, q.row_blocks(), 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> y(new float[q.rows_in_block * i.features]);
     Linear part = q;
     part.y = y.get();

@@ -1,36 +1,83 @@
-"""Compile a quantized model into a package that runs without Python code of this package."""
+"""Write a quantized model as a file that runs without this package: ONNX, or a compiled package (.pt2)."""
 
 import argparse
 from pathlib import Path
 
+from torch.fx import GraphModule
+
 from ptq4vm.cli import sources
 from ptq4vm.cli.destinations import check_file
-from ptq4vm.cli.render import Outcome
+from ptq4vm.cli.render import Outcome, stage
+
+RUNTIMES = ("portable", "onnxruntime", "tensorrt", "custom")
+"""Those of `ptq4vm.onnx.export`, which would import PyTorch for a help text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="FOLDER", help="a quantized model")
-    parser.add_argument("output", metavar="FILE.pt2", help="where to write the package")
+    parser.add_argument("output", metavar="FILE", help="where to write: the suffix decides between .onnx and .pt2")
+    parser.add_argument(
+        "--runtime",
+        choices=RUNTIMES,
+        help="what runs an ONNX file: any runtime (portable, the default), the exact integer products of ONNX Runtime, "
+        "TensorRT, or ONNX Runtime with this package's library of operators (custom), as fast as the fused model",
+    )
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    import ptq4vm
-    from ptq4vm.backend import aot, native
-    from ptq4vm.formatting import mebibytes
-
+    write = {".onnx": _onnx, ".pt2": _package}.get(Path(args.output).suffix)
+    if write is None:
+        raise ValueError(f"{args.output}: the name of an ONNX file ends in .onnx, of a compiled package in .pt2")
+    if args.runtime and write is _package:
+        raise ValueError(
+            f"--runtime is of ONNX files: leave it out, or give a name that ends in .onnx, not {args.output}"
+        )
     if not sources.is_model_folder(args.model):
         raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
-    if Path(args.output).suffix != ".pt2":
-        raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")
     check_file(args.output)
+    return write(args)
+
+
+def _loaded(args: argparse.Namespace) -> GraphModule:
+    import ptq4vm
+
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    with stage("load"):
+        return ptq4vm.load(args.model)
+
+
+def _onnx(args: argparse.Namespace) -> Outcome:
+    import ptq4vm.onnx
+
+    runtime = args.runtime or "portable"
+    quantized = _loaded(args)
+    with stage("export"):
+        path = ptq4vm.onnx.export(quantized, args.output, runtime)
+    outcome, lines = _saved(path)
+    outcome["runtime"] = runtime
+    if runtime == "custom":
+        outcome["library"] = str(ptq4vm.onnx.library())
+        lines += ["ONNX Runtime runs it after SessionOptions.register_custom_ops_library of", f"  {outcome['library']}"]
+    return Outcome(outcome, lines)
+
+
+def _package(args: argparse.Namespace) -> Outcome:
+    from ptq4vm.backend import aot, native
+
     if problem := native.unavailable_reason():
         raise ValueError(f"a package runs on the native library alone, and there is none: {problem}")
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    path = aot.package(ptq4vm.load(args.model), args.output)
-    size = path.stat().st_size
-    lines = [
-        f"saved in {path} ({mebibytes(size)}); to run it, without importing ptq4vm:",
+    path = aot.package(_loaded(args), args.output)
+    outcome, lines = _saved(path)
+    lines[0] += "; to run it, without importing ptq4vm:"
+    lines += [
         f"  torch.ops.load_library({str(native.LIBRARY)!r})",
         f"  model = torch._inductor.aoti_load_package({str(path)!r})",
     ]
-    return Outcome({"output": str(path), "bytes": size, "library": str(native.LIBRARY)}, lines)
+    return Outcome(outcome | {"library": str(native.LIBRARY)}, lines)
+
+
+def _saved(path: Path) -> tuple[dict[str, object], list[str]]:
+    from ptq4vm.formatting import mebibytes
+
+    size = path.stat().st_size
+    return {"output": str(path), "bytes": size}, [f"saved in {path} ({mebibytes(size)})"]

@@ -62,8 +62,8 @@ class Builder:
             tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
             if dtype is ir.DataType.INT4:
                 low, high = np.append(array.ravel(), [0] * (array.size % 2)).astype(np.uint8).reshape(-1, 2).T & 15
-                tensor = ir.PackedTensor(low | high << 4, dtype, ir.Shape(array.shape))
-            self._known[key] = ir.val(None, const_value=tensor, dtype=tensor.dtype, shape=tensor.shape)
+                tensor = ir.PackedTensor(low | high << 4, dtype, shape=ir.Shape(array.shape))
+            self._known[key] = ir.val(None, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
         return self._known[key]
 
     def scan(

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from ptq4vm.ops import SCHEMAS
 
 _TENSORS = {
-    schema.partition("(")[0]: re.findall(r"Tensor\??(?:\([^)]*\))? (\w+)", schema.partition(") ->")[0])
-    for schema in SCHEMAS
+    schema.partition("(")[0]: re.findall(r"Tensor\?? (\w+)", schema.partition(") ->")[0])
+    for schema in (*SCHEMAS, "dequantize_per_channel(Tensor input, Tensor scales, Tensor? zero_points) -> Tensor")
 }
 
 

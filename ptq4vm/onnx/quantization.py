@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ptq4vm.onnx.builder import Builder
+from ptq4vm.onnx.builder import Builder, Operand
 from ptq4vm.onnx.calls import Call, constant_of, rank, size
 from ptq4vm.ops.layouts import unpack_int4
 from ptq4vm.ops.quantization import EPSILON, code_range
@@ -101,9 +101,7 @@ def linear(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     """(Σ q · w - z · Σ w) · scale · weight_scale + bias."""
     codes, bits4 = _weight(call)
     scale, zero = call.constant("x_scale"), call.constant("x_zero_point")
-    weight = b.constant(codes.T, ir.DataType.INT4 if bits4 else None)
-    if bits4:  # runtimes multiply no INT4
-        weight = b.Cast(weight, to=ir.DataType.INT8)
+    weight = _stored(b, codes.T, bits4)
     per_tensor = scale is not None and zero is not None and scale.size == zero.size == 1
     multiply = _matmul_integer if form.matmul_integer else _matmul
     y = multiply(b, call, form, weight, codes, per_tensor)
@@ -115,6 +113,27 @@ def linear(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     y = y if bias is None else b.Add(y, as_float(b, bias))
     wanted = ir.DataType(call.number("out_dtype"))
     return [y if wanted is ir.DataType.FLOAT else b.Cast(y, to=wanted)]
+
+
+def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
+    """The weight (N, …) of a product in floating point, of codes that a quantized linear may have as well.
+
+    No DequantizeLinear, of which ONNX Runtime would make a product with inputs of 8 bits.
+    """
+    codes, scale = call.constant("input"), call.constant("scales")
+    assert codes is not None and scale is not None
+    last = codes.ndim - 1
+    bits4 = call.number("quant_max") <= code_range(4)[1]
+    weight = b.Cast(_stored(b, np.moveaxis(codes, call.number("axis"), last), bits4), to=ir.DataType.FLOAT)
+    back = [*range(call.number("axis")), last, *range(call.number("axis"), last)]
+    return [b.Transpose(b.Mul(weight, scale), perm=back)]
+
+
+def _stored(b: Builder, codes: np.ndarray, bits4: bool) -> ir.Value:
+    """Codes of a weight as int8; two of 4 bits share a byte of the file."""
+    if not bits4:
+        return b.constant(codes)
+    return b.Cast(b.constant(codes, ir.DataType.INT4), to=ir.DataType.INT8)
 
 
 def _weight(call: Call) -> tuple[np.ndarray, bool]:
@@ -141,10 +160,11 @@ def _matmul_integer(
         assert zero is not None
         sums = b.MatMulInteger(x, weight, form.stored(zero.reshape(())))
         return b.Mul(b.Cast(sums, to=ir.DataType.FLOAT), _total_scale(call, True))
+    offset: Operand
     if zero is None:
         offset = b.Add(b.Unsqueeze(call["x_zero_point"], [-1]), np.int32(form.zero))
     else:
-        offset = b.value(np.atleast_1d(zero.astype(np.int32) + form.zero)[..., None])
+        offset = np.atleast_1d(zero.astype(np.int32) + form.zero)[..., None]
     # a product of two constants, which would be larger than the weight
     sums = b.Sub(b.MatMulInteger(x, weight), b.Mul(offset, codes.sum(1, dtype=np.int32)))
     return b.Cast(sums, to=ir.DataType.FLOAT)

@@ -1,7 +1,7 @@
 """The selective scan and the causal convolution in stock operators of ONNX.
 
-u, delta, z (B, L, E); A (E, S); B, C (B, L, S). A graph has no recurrence but Scan, whose every step costs microseconds:
-a step takes several tokens at once.
+u, delta, z (B, L, E); A (E, S); B, C (B, L, S). A graph has no recurrence but Scan, whose every step costs
+microseconds: a step takes several tokens at once.
 """
 
 from __future__ import annotations
@@ -22,18 +22,11 @@ BLOCK = 4
 
 def causal_conv1d(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     """Depth-wise y_t = b + Σ_k w_k · x_{t-K+1+k}, then SiLU if asked for."""
-    weight = call.constant("weight")
-    assert weight is not None
-    channels, taps = weight.shape
+    channels, taps = size(call["weight"], 0), size(call["weight"], 1)
+    weight = b.Unsqueeze(as_float(b, call["weight"]), [1])
+    bias = call.get("bias")
     x = b.Transpose(as_float(b, call["x"]), perm=[0, 2, 1])
-    bias = call.constant("bias")
-    y = b.Conv(
-        x,
-        weight.astype(np.float32)[:, None],
-        *(() if bias is None else (bias.astype(np.float32),)),
-        group=channels,
-        pads=[taps - 1, 0],
-    )
+    y = b.Conv(x, weight, bias if bias is None else as_float(b, bias), group=channels, pads=[taps - 1, 0])
     y = b.Transpose(y, perm=[0, 2, 1])
     return [_as(b, silu(b, y) if call.number("silu") else y, call["x"])]
 

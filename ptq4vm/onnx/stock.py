@@ -23,6 +23,7 @@ EXPANSIONS: dict[str, _Expansion] = {
     "causal_conv1d": scans.causal_conv1d,
     "choose_qparams": quantization.choose_qparams,
     "dequantize": quantization.dequantize,
+    "dequantize_per_channel": quantization.dequantize_weight,
     "linear": quantization.linear,
     "quantize": quantization.quantize,
     "rotate": quantization.rotate,
@@ -46,7 +47,7 @@ def expand(model: ir.Model, form: Form) -> ir.Model:
         node, builder = call.node, Builder(shared)
         results = EXPANSIONS[call.operator](builder, call, form)
         for old, new in zip(node.outputs, results, strict=True):
-            new.shape, new.dtype = old.shape, new.dtype or old.dtype
+            new.shape, new.type = old.shape, new.type or old.type
         ir.convenience.replace_nodes_and_values(graph, node, [node], builder.nodes, node.outputs, results)
     for i, constant in enumerate(shared.values()):
         constant.name = f"constant_{i}"

@@ -1,7 +1,7 @@
 """Translates a graph to ONNX in which every operator of ours is one node of the domain `ptq4vm`.
 
-torch.onnx knows the operators of PyTorch. Ours go through it as nodes with the operator's name, its tensors as inputs in
-the schema's order, and its numbers as attributes by the schema's names.
+torch.onnx knows the operators of PyTorch. Ours go through it as nodes with the operator's name, its tensors as inputs
+in the schema's order, and its numbers as attributes by the schema's names.
 """
 
 from __future__ import annotations
@@ -18,12 +18,17 @@ from torch.fx import GraphModule
 
 from ptq4vm.graph.capture import check_input
 from ptq4vm.graph.pipeline import clean_up
+from ptq4vm.passes.lower.fold import FoldConstants, drop_unused_tensors
+from ptq4vm.quantizers import quantized_decomposed
 from ptq4vm.serialization.recorded_values import example_inputs
 
 DOMAIN = "ptq4vm"
 OPSET = 21
 BATCH = "batch"
-_DTYPES = {torch.float32: 1, torch.float16: 10, torch.float64: 11, torch.bfloat16: 16}
+DEQUANTIZE_WEIGHT = quantized_decomposed.dequantize_per_channel.default
+"""What stays of torchao's operators in lowered graphs: weights in floating point that are saved as integers."""
+
+_DTYPES = {torch.int8: 3, torch.float32: 1, torch.float16: 10, torch.float64: 11, torch.bfloat16: 16}
 
 
 def translate(gm: GraphModule) -> ir.Model:
@@ -51,11 +56,12 @@ def translate(gm: GraphModule) -> ir.Model:
 def _symbolic(gm: GraphModule) -> GraphModule:
     """Copies a graph, without checks of inputs, and with operators of ours as nodes that torch.onnx hands on."""
     gm = copy.deepcopy(gm).eval()
+    gm = drop_unused_tensors(FoldConstants(keep=(DEQUANTIZE_WEIGHT,))(gm))
     for node in list(gm.graph.nodes):
         if node.target is check_input:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
-        elif getattr(node.target, "namespace", None) == DOMAIN:
+        elif getattr(node.target, "namespace", None) == DOMAIN or node.target is DEQUANTIZE_WEIGHT:
             node.target = _Symbolic(node.target)
     return clean_up(gm)
 
@@ -68,8 +74,9 @@ class _Symbolic:
         self.__qualname__, self.__module__ = self.__name__, __name__
 
     def __call__(self, *args: Any) -> Any:
-        tensors, numbers = [], {}
-        for argument, value in zip(self.operator._schema.arguments, args, strict=True):
+        tensors: list[Tensor | None] = []
+        numbers: dict[str, Any] = {}
+        for argument, value in zip(self.operator._schema.arguments, args, strict=False):
             if value is None or isinstance(value, Tensor):
                 tensors.append(value)
             else:
@@ -91,12 +98,17 @@ def _number(value: Any) -> int | float:
     return int(value) if isinstance(value, bool) else value
 
 
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    found = re.search(r"No ONNX function found for (?:<OpOverload\(op=')?([\w.:]+)", str(cause))
-    if found:
-        return f"ONNX has no translation of the operator {found[1]}, which the model's graph holds: write the model without it"
-    return f"torch.onnx cannot export the model: {str(cause).strip().splitlines()[0]}"
+def _reason(error: BaseException) -> str:
+    reasons = [error]
+    while cause := reasons[-1].__cause__ or reasons[-1].__context__:
+        reasons.append(cause)
+    for reason in reasons:
+        found = re.search(
+            r"target=torch\.ops\.([\w.]+)|No ONNX function found for <OpOverload\(op='([\w.]+)", str(reason)
+        )
+        if found:
+            return f"ONNX has no translation of {found[1] or found[2]}, an operator of the model: write the model without it"
+    return f"torch.onnx cannot export the model: {str(reasons[-1]).strip().splitlines()[0]}"
 
 
 def _name_values(model: ir.Model, names: list[str]) -> None:
@@ -126,10 +138,3 @@ def _name_batch(value: ir.Value, symbols: set[str]) -> None:
         return
     sizes = [size if isinstance(size, int) else (BATCH if str(size) in symbols else None) for size in value.shape]
     value.shape = ir.Shape(sizes)
-
-
-def constant_of(value: ir.Value | None) -> Any:
-    """Returns the numbers of a constant as an array; None for what is computed."""
-    if value is None or value.const_value is None:
-        return None
-    return value.const_value.numpy()

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ptq4vm.graph.insert import attribute, set_tensor
@@ -14,16 +15,19 @@ from ptq4vm.graph.insert import attribute, set_tensor
 class FoldConstants:
     """Replaces every tensor that is computed from parameters and buffers alone by a buffer with its value.
 
-    `buffers` limits that to tensors that depend on parameters or buffers whose names end so.
+    `buffers` limits that to tensors that depend on parameters or buffers whose names end so; results of the operators
+    `keep`, and what is computed from them, stay as they are.
     """
 
     buffers: tuple[str, ...] = ("",)
+    keep: tuple[OpOverload, ...] = ()
 
     def __call__(self, gm: GraphModule) -> GraphModule:
         constants = dict.fromkeys(gm.graph.find_nodes(op="get_attr"))
         for node in gm.graph.nodes:
             sources = node.all_input_nodes
-            if node.op == "call_function" and sources and all(source in constants for source in sources):
+            computed = node.op == "call_function" and node.target not in self.keep
+            if computed and sources and all(source in constants for source in sources):
                 constants[node] = None
         values: dict[Node, Any] = {}
         names = {name for name, _ in gm.named_buffers()} | {name for name, _ in gm.named_parameters()}

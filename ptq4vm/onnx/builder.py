@@ -41,9 +41,9 @@ class Builder:
             raise AttributeError(op_type)
         return lambda *inputs, **attributes: self.op(op_type, *inputs, **attributes)
 
-    def op(self, op_type: str, *inputs: Operand, **attributes: Any) -> ir.Value:
-        """Appends a node with one output."""
-        return self._tape.op(op_type, [self.value(each) for each in inputs], attributes)
+    def op(self, op_type: str, *inputs: Operand, node: str | None = None, **attributes: Any) -> ir.Value:
+        """Appends a node with one output, named `node`."""
+        return self._tape.op(op_type, [self.value(each) for each in inputs], attributes, name=node)
 
     def several(self, op_type: str, count: int, *inputs: Operand, **attributes: Any) -> Sequence[ir.Value]:
         """Appends a node with several outputs."""

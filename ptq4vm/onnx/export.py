@@ -18,6 +18,8 @@ from ptq4vm.passes.lower.pipeline import converted_graph, fusing_pipeline
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from ptq4vm.onnx.quantization import Form
+
 RUNTIMES = ("portable", "onnxruntime", "tensorrt", "custom")
 
 
@@ -78,14 +80,19 @@ def export(quantized: GraphModule, path: str | Path, runtime: str = "portable") 
 
 def onnx_model(gm: GraphModule, runtime: str) -> ir.Model:
     """Returns any captured graph, lowered or in floating point, as a model for a runtime."""
-    from ptq4vm.onnx.quantization import Form
     from ptq4vm.onnx.stock import expand
+    from ptq4vm.onnx.tidy import tidy
     from ptq4vm.onnx.translate import translate
 
-    forms = {
-        "portable": Form(matmul_integer=False),
+    return tidy(expand(translate(gm), _forms()[runtime]))
+
+
+def _forms() -> dict[str, Form | None]:
+    from ptq4vm.onnx.quantization import Form
+
+    return {
+        "portable": Form(),
         "onnxruntime": Form(matmul_integer=True),
-        "tensorrt": Form(matmul_integer=False, signed=True),
+        "tensorrt": Form(signed=True),
+        "custom": None,
     }
-    model = translate(gm)
-    return model if runtime == "custom" else expand(model, forms[runtime])

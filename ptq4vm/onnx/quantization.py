@@ -23,7 +23,7 @@ from ptq4vm.ops.rotation import LARGEST_HARTLEY, hadamard, hartley
 class Form:
     """How a runtime wants its integers."""
 
-    matmul_integer: bool
+    matmul_integer: bool = False
     """MatMulInteger, exact; without it Q/DQ nodes around a MatMul."""
     signed: bool = False
     """Codes as int8 with zero point 0, as TensorRT wants them: others compute garbage from them."""
@@ -129,6 +129,11 @@ def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     return [b.Transpose(b.Mul(weight, scale), perm=back)]
 
 
+def _name(call: Call) -> str | None:
+    """Returns the linear's name in the model, which its weight tells."""
+    return (call["weight"].name or "").removesuffix(".weight_q") or None
+
+
 def _stored(b: Builder, codes: np.ndarray, bits4: bool) -> ir.Value:
     """Codes of a weight as int8; two of 4 bits share a byte of the file."""
     if not bits4:
@@ -158,7 +163,7 @@ def _matmul_integer(
     x, zero = call["x"], call.constant("x_zero_point")
     if per_tensor:
         assert zero is not None
-        sums = b.MatMulInteger(x, weight, form.stored(zero.reshape(())))
+        sums = b.MatMulInteger(x, weight, form.stored(zero.reshape(())), node=_name(call))
         return b.Mul(b.Cast(sums, to=ir.DataType.FLOAT), _total_scale(call, True))
     offset: Operand
     if zero is None:
@@ -166,7 +171,7 @@ def _matmul_integer(
     else:
         offset = np.atleast_1d(zero.astype(np.int32) + form.zero)[..., None]
     # a product of two constants, which would be larger than the weight
-    sums = b.Sub(b.MatMulInteger(x, weight), b.Mul(offset, codes.sum(1, dtype=np.int32)))
+    sums = b.Sub(b.MatMulInteger(x, weight, node=_name(call)), b.Mul(offset, codes.sum(1, dtype=np.int32)))
     return b.Cast(sums, to=ir.DataType.FLOAT)
 
 
@@ -176,7 +181,7 @@ def _matmul(b: Builder, call: Call, form: Form, weight: ir.Value, codes: np.ndar
     inside = zero if zero is not None and zero.size == 1 else np.array(0)
     values = b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
     weights = b.DequantizeLinear(weight, scale, np.zeros(len(scale), np.int8), axis=1)
-    y = b.MatMul(values, weights)
+    y = b.MatMul(values, weights, node=_name(call))
     if zero is not None and (zero.size == 1 or not zero.any()):
         return y
     sums = codes.sum(1, dtype=np.int32).astype(np.float32) * scale

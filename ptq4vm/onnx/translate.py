@@ -107,30 +107,22 @@ def _reason(error: BaseException) -> str:
             r"target=torch\.ops\.([\w.]+)|No ONNX function found for <OpOverload\(op='([\w.]+)", str(reason)
         )
         if found:
-            return f"ONNX has no translation of {found[1] or found[2]}, an operator of the model: write the model without it"
+            name = found[1] or found[2]
+            return f"ONNX has no translation of {name}, an operator of the model: write the model without it"
     return f"torch.onnx cannot export the model: {str(reasons[-1]).strip().splitlines()[0]}"
 
 
 def _name_values(model: ir.Model, names: list[str]) -> None:
-    """Names inputs, outputs and the batch, and drops what else torch.onnx wrote of its own: lines of code among it."""
+    """Names inputs, outputs and the batch."""
     graph = model.graph
     for value, name in zip(graph.inputs, names, strict=True):
         value.name = name
     for i, value in enumerate(graph.outputs):
         value.name = f"output_{i}" if len(graph.outputs) > 1 else "output"
     symbols = {str(value.shape[0]) for value in graph.inputs if value.shape}
-    for node in graph:
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in (*node.outputs, *(x for x in node.inputs if x is not None)):
-            value.metadata_props.clear()
-            _name_batch(value, symbols)
-    for value in graph.inputs:
-        value.metadata_props.clear()
+    made = (value for node in graph for value in (*node.outputs, *node.inputs) if value is not None)
+    for value in {id(value): value for value in (*graph.inputs, *made)}.values():
         _name_batch(value, symbols)
-    graph.metadata_props.clear()
-    graph.doc_string = model.doc_string = None
-    model.metadata_props.clear()
 
 
 def _name_batch(value: ir.Value, symbols: set[str]) -> None:

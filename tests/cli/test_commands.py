@@ -61,6 +61,23 @@ def test_export_refuses_what_is_not_quantized(run, tmp_path):
     assert code == 1 and "is not the folder of a quantized model" in err
 
 
+def test_export_writes_an_onnx_file(run, saved, tmp_path):
+    pytest.importorskip("onnxscript")
+    path = tmp_path / "new" / "model.onnx"
+    code, out, _ = run("export", saved, path, "--runtime", "onnxruntime", "--json")
+    assert code == 0 and json.loads(out) == {
+        "output": str(path),
+        "bytes": path.stat().st_size,
+        "runtime": "onnxruntime",
+    }
+    assert path.stat().st_size < 1.2 * (Path(saved) / "model.safetensors").stat().st_size
+
+
+def test_a_runtime_is_of_an_onnx_file(run, saved, tmp_path):
+    code, _, err = run("export", saved, tmp_path / "out.pt2", "--runtime", "portable")
+    assert code == 1 and "--runtime is of ONNX files" in err
+
+
 @pytest.mark.slow
 def test_benchmark_compares_kinds_and_saved_models(run, saved, tmp_path):
     copy = str(shutil.copytree(saved, tmp_path / "copy"))

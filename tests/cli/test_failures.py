@@ -31,7 +31,7 @@ WORDS = {
     "evaluate": ("--data-dir", "--checkpoint", "--split", "--against"),
     "benchmark": ("--kind", "--against", "--csv", "--picture"),
     "inspect": ("--data-dir", "--split", "--against", "--checkpoint", "--output"),
-    "export": (),
+    "export": ("--runtime",),
 }
 
 
@@ -117,8 +117,10 @@ def test_a_disk_that_is_full_is_told_before_the_work(run, tmp_path, monkeypatch,
     assert code == 1 and "cannot be written: No space left on device" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("name", "message"), [("out.zip", "ends in .pt2"), ("", "is a folder")])
-def test_a_package_is_refused_before_the_work(run, saved, tmp_path, monkeypatch, name, message):
+@pytest.mark.parametrize(
+    ("name", "message"), [("out.zip", "ends in .onnx, of a compiled package in .pt2"), ("", "is a folder")]
+)
+def test_an_export_is_refused_before_the_work(run, saved, tmp_path, monkeypatch, name, message):
     monkeypatch.setattr(ptq4vm, "load", None)
     (tmp_path / "folder.pt2").mkdir()
     code, _, err = run("export", saved, tmp_path / (name or "folder.pt2"))

@@ -53,7 +53,7 @@ def write(network: Network) -> dict[str, dict[str, float]]:
 
 def measured(network: Network, images: Tensor, repeats: int) -> dict[str, dict[str, float]]:
     calls: dict[str, Call] = {way: build(way, network, images) for way in WAYS}
-    calls[PORTABLE] = onnxruntime_call(exported(network, "portable"), images)
+    calls[PORTABLE] = onnxruntime_call(exported(network, "portable"))
     timings = compare(calls, images, repeats=repeats)
     return {
         "cpu_ms": {timing.name: round(1e3 * timing.cpu, 2) for timing in timings},

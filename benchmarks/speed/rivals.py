@@ -77,17 +77,17 @@ def _torchao(network: Network, images: Tensor) -> Call:
 
 def _onnxruntime_int8(network: Network, images: Tensor) -> Call:
     """ONNX Runtime with our file for it: exact integer products, the scan in stock operators."""
-    return onnxruntime_call(exported(network, "onnxruntime"), images)
+    return onnxruntime_call(exported(network, "onnxruntime"))
 
 
 def _onnxruntime_custom(network: Network, images: Tensor) -> Call:
     """ONNX Runtime with our fused operators, from the library that `ptq4vm.onnx.library()` names."""
-    return onnxruntime_call(exported(network, "custom"), images, library())
+    return onnxruntime_call(exported(network, "custom"), library())
 
 
 def _onnxruntime_fp32(network: Network, images: Tensor) -> Call:
     """ONNX Runtime with the network in floating point, the scan in the same stock operators."""
-    return onnxruntime_call(_float_file(network, images), images)
+    return onnxruntime_call(_float_file(network, images))
 
 
 def _openvino_int8(network: Network, images: Tensor) -> Call:
@@ -106,14 +106,13 @@ def exported(network: Network, runtime: str) -> Path:
     return path if path.exists() else ptq4vm.onnx.export(network.quantized, path, runtime)
 
 
-def onnxruntime_call(path: Path, images: Tensor, library: Path | None = None) -> Call:
-    """Runs a file in ONNX Runtime, for this batch size and torch's number of threads."""
+def onnxruntime_call(path: Path, library: Path | None = None) -> Call:
+    """Runs a file in ONNX Runtime on torch's number of threads; to fix the batch made nothing faster there."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
-    options.add_free_dimension_override_by_name("batch", len(images))
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

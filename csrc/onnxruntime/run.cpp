@@ -1,8 +1,6 @@
 // Operators, nodes and their runs: arguments from the runtime, and results in its memory.
 #include "../bindings/tensors.h"
 
-#include <cstring>
-
 #include "registration.h"
 
 namespace ptq4vm {
@@ -102,7 +100,8 @@ void Run::finish(int place, const Tensor& result) const {
   PTQ4VM_CHECK(wanted->scalar_type() == result.scalar_type(), "the model says that result ", place, " is ",
                name(wanted->scalar_type()), ", but it is ", name(result.scalar_type()),
                ": name types and shapes in its value_info");
-  std::memcpy(wanted->mutable_data_ptr(), result.const_data_ptr(), result.numel() * result.element_size());
+  std::copy_n(const_ptr<char>(result), result.numel() * result.element_size(),
+              static_cast<char*>(wanted->mutable_data_ptr()));
 }
 
 }  // namespace ort

@@ -29,6 +29,7 @@ MODULES = [
     "ptq4vm.models.scan_order",
     "ptq4vm.models.vim",
     "ptq4vm.models.vmamba",
+    "ptq4vm.onnx.library",
     "ptq4vm.passes.calibrate.callbacks",
     "ptq4vm.passes.lower.pipeline",
     "ptq4vm.passes.prepare.pipeline",

@@ -9,7 +9,7 @@ from ptq4vm.cli.render import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FOLDER", help="a quantized model")
+    parser.add_argument("model", metavar="FOLDER", help="a quantized model, or its hf-hub:ORG/NAME")
     parser.add_argument("output", metavar="FILE.pt2", help="where to write the package")
 
 
@@ -18,8 +18,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptq4vm.backend import aot, native
     from ptq4vm.formatting import mebibytes
 
-    if not sources.is_model_folder(args.model):
-        raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
+    sources.check_model_folder(args.model)
     if Path(args.output).suffix != ".pt2":
         raise ValueError(f"{args.output}: the name of an AOTInductor package ends in .pt2")
     check_file(args.output)

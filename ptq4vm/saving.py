@@ -18,7 +18,7 @@ from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph.verify import is_lowered
 from ptq4vm.hub.download import download
 from ptq4vm.hub.failures import HubError
-from ptq4vm.hub.names import hint, is_hub_name, parse_name
+from ptq4vm.hub.names import HubName, hint, is_hub_name, parse_name
 from ptq4vm.metadata import FUSIONS, Stage, metadata_of
 from ptq4vm.serialization import version_1
 from ptq4vm.serialization.model_file import (
@@ -138,24 +138,30 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
         >>> torch.equal(loaded(images), quantized(images))
         True
     """
-    path = _downloaded(str(folder)) if is_hub_name(folder) else Path(folder)
+    if is_hub_name(folder):
+        name = parse_name(str(folder))
+        path = _downloaded(name)
+        try:
+            return _load(path, model, operators)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
     try:
-        return _load(path, model, operators)
+        return _load(Path(folder), model, operators)
     except version_1.OtherVersionError:  # a model of version 2 was written between the reads of the two files
-        return _load(path, model, operators)
+        return _load(Path(folder), model, operators)
 
 
-def _downloaded(text: str) -> Path:
+def _downloaded(name: HubName) -> Path:
     """Returns the cached folder of a repository; the weights of a model that is not ours are not fetched."""
-    name = parse_name(text)
+    another = HubError(f"{name} holds no model that ptq4vm quantized; load it as its card says, and quantize that")
     folder = download(name, CONFIG)
     if (folder / CONFIG).exists() and not is_saved(folder):
-        raise HubError(
-            f"{name} holds no model that ptq4vm quantized: its {CONFIG} is another's; quantize the floating-point model"
-        )
+        raise another
     folder = download(name._replace(revision=folder.name), WEIGHTS)  # of the same commit
     if not (folder / WEIGHTS).exists():
         raise HubError(f"{name} holds no model: it has no {WEIGHTS}; ptq4vm.push_to_hub uploads one")
+    if not is_saved(folder):
+        raise another
     return folder
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ptq4vm import ops
 from ptq4vm.formatting import coverage_line, mebibytes, model_bytes
-from ptq4vm.hub.metrics import Figure, Metrics
+from ptq4vm.hub.metrics import RELATIVE, Figure, Metrics
 from ptq4vm.hub.names import PREFIX, HubName, is_repo
 from ptq4vm.hub.recipe_words import in_words, recipe_name
 from ptq4vm.metadata import QuantizationMetadata, metadata_of
@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 _DATASET_ID = r"(?:[\w-]+/)?[\w.-]+"
-_SCANS = (ops.selective_scan, ops.selective_scan_quantized)
+_SCANS = (ops.selective_scan.default, ops.selective_scan_quantized.default)
+_COMMANDS = (
+    ("ptq4vm inspect {}", "what is quantized, and how"),
+    ("ptq4vm benchmark {} --kind fused", "the time on this machine"),
+    ("ptq4vm export {} model.onnx", "to serve it without PyTorch, in ONNX Runtime or OpenVINO"),
+    ("ptq4vm export {} model.pt2", "to run it in PyTorch, from C++ too, without Python code of ptq4vm"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +49,7 @@ class Card:
         """Returns the card: metadata in YAML, which huggingface_hub has checked, and Markdown."""
         from huggingface_hub import ModelCard, ModelCardData
 
+        results = self._results()
         base = self.base_model if self.base_model and is_repo(self.base_model) else None
         data = ModelCardData(
             library_name="ptq4vm",
@@ -52,8 +59,8 @@ class Card:
             datasets=[self.dataset] if self.dataset and re.fullmatch(_DATASET_ID, self.dataset, re.ASCII) else None,
             pipeline_tag="image-classification" if self._classifies else None,
             tags=self._tags(),
-            model_name=self.name.repo.partition("/")[2],
-            eval_results=self._results() or None,
+            model_name=self.name.repo.partition("/")[2] if results else None,
+            eval_results=results or None,
         )
         return ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(self._lines()), ignore_metadata_errors=False
@@ -74,7 +81,7 @@ class Card:
         return bool(architecture.get("arguments", {}).get("num_classes")) or self.metrics.task == "image-classification"
 
     def _tags(self) -> list[str]:
-        scans = any(node.target in _scan_operators() for node in self.quantized.graph.nodes)
+        scans = any(node.target in _SCANS for node in self.quantized.graph.nodes)
         return ["ptq4vm", "quantized", "post-training-quantization", self._bits.lower(), *(["mamba"] if scans else [])]
 
     def _results(self) -> list[EvalResult]:
@@ -95,7 +102,7 @@ class Card:
                 metric_value=figure.quantized,
             )
             for figure in self.metrics.figures
-            if figure.quantized is not None
+            if figure.quantized is not None and figure.key not in RELATIVE
         ]
 
     def _lines(self) -> Iterator[str]:
@@ -115,9 +122,7 @@ class Card:
             f'`import ptq4vm.models`, `timm.create_model("{self.name}")` returns the same model.'
         )
         yield "\n```sh"
-        yield f"ptq4vm inspect {self.name}                    # what is quantized, and how"
-        yield f"ptq4vm export {self.name} model.pt2           # runs without Python code of ptq4vm"
-        yield f"ptq4vm benchmark {self.name} --kind fused     # the time on your machine"
+        yield from (f"{command.format(self.name):{30 + len(str(self.name))}}  # {what}" for command, what in _COMMANDS)
         yield "```\n\n## What was done\n"
         yield from _table(("", ""), list(self._facts().items()))
         yield from self._accuracy()
@@ -138,12 +143,12 @@ class Card:
         )
         yield 'images = transform(Image.open("picture.jpg").convert("RGB")).unsqueeze(0)\noutputs = model(images)'
         if self._classifies:
-            yield "classes = outputs.topk(5).indices"
+            yield "classes = outputs.argmax(dim=1)"
 
     def _facts(self) -> dict[str, str]:
         metadata = self._metadata
         architecture = (metadata.architecture or {}).get("name")
-        covered = coverage_line(metadata.coverage) if metadata.coverage.products else None
+        covered = coverage_line(metadata.coverage).removeprefix("quantizes ") if metadata.coverage.products else None
         float_bytes = _float_bytes(metadata.architecture)
         size = mebibytes(self.file_bytes) + (f", in FP32 {mebibytes(float_bytes)}" if float_bytes else "")
         base = self.base_model and (_link(self.base_model) if is_repo(self.base_model) else self.base_model)
@@ -152,7 +157,7 @@ class Card:
             "Architecture": architecture and f"`{architecture}`, as timm names it",
             "Inputs": ", ".join("×".join(map(str, ("batch", *shape))) for shape in metadata.input_shapes),
             **in_words(metadata.config),
-            "Quantized": f"{len(metadata.linears)} linears" + (f": {covered}" if covered else ""),
+            "Quantized": covered or f"{len(metadata.linears)} linears",
             "Calibrated with images of": self.dataset,
             "Size": size,
             "Licence": self.licence,
@@ -174,17 +179,13 @@ class Card:
         yield from _table(("", "quantized", "floating point"), [_row(figure) for figure in metrics.figures])
 
 
-def _scan_operators() -> set[Any]:
-    return {operator.default for operator in _SCANS}
-
-
-def _row(figure: Figure) -> tuple[str, str, str]:
+def _row(figure: Figure) -> tuple[str, ...]:
     return (figure.name, *("" if value is None else f"{value:.6g}" for value in (figure.quantized, figure.floating)))
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in (heading, ["---"] * len(heading), *rows):
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+        yield "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
 
 
 def _link(repo: str) -> str:

@@ -77,7 +77,7 @@ def push_to_hub(
             licence=licence,
         )
         (path / README).write_text(card.text(), encoding="utf-8")
-        with explained(name, f"pushing to {name.repo}"):
+        with explained(name, f"pushing to {name.repo}", writes=True):
             return _upload(path, name, private, commit_message, token)
 
 

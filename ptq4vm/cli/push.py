@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ptq4vm.cli import sources
-from ptq4vm.cli.render import Outcome, stage
+from ptq4vm.cli.render import Outcome, say, stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> Outcome:
     repo = parse_name(args.repo).repo
     sources.check_model_folder(args.model)
     metrics = None if args.metrics is None else _metrics(args.metrics)
+    if (Path(args.model) / "README.md").exists():
+        say(f"{args.model}/README.md is not uploaded: the card is made of what is known of the model …")
     with stage("load"):
         quantized = ptq4vm.load(args.model)
     with stage("push"):

@@ -23,7 +23,6 @@ from ptq4vm.serialization.version_1 import build_model
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-_DATASET_ID = r"(?:[\w-]+/)?[\w.-]+"
 _SCANS = (ops.selective_scan.default, ops.selective_scan_quantized.default)
 _COMMANDS = (
     ("ptq4vm inspect {}", "what is quantized, and how"),
@@ -56,7 +55,7 @@ class Card:
             license=self.licence and self.licence.lower(),
             base_model=base,
             base_model_relation="quantized" if base else None,
-            datasets=[self.dataset] if self.dataset and re.fullmatch(_DATASET_ID, self.dataset, re.ASCII) else None,
+            datasets=[self.dataset] if self.dataset and _is_dataset(self.dataset) else None,
             pipeline_tag="image-classification" if self._classifies else None,
             tags=self._tags(),
             model_name=self.name.repo.partition("/")[2] if results else None,
@@ -94,7 +93,7 @@ class Card:
         return [
             EvalResult(
                 task_type=task,
-                dataset_type=re.sub(r"[^\w./-]+", "-", dataset, flags=re.ASCII),
+                dataset_type=dataset if _is_dataset(dataset) else _slug(dataset),
                 dataset_name=dataset,
                 dataset_split=self.metrics.split,
                 metric_type="accuracy" if figure.key == "top1" else figure.key,
@@ -114,7 +113,7 @@ class Card:
             f" with its recipe `{recipe}`." if recipe else "."
         )
         yield "\n## How to use it\n"
-        yield "`pip install ptq4vm`, then:\n\n```python"
+        yield "With ptq4vm installed:\n\n```python"
         yield from self._usage()
         yield "```\n"
         yield (
@@ -134,7 +133,8 @@ class Card:
             inputs = ", ".join(map(_zeros, example_inputs(self.quantized, 1)))
             yield f"import ptq4vm, torch\n\n{load}\noutputs = model({inputs})"
             return
-        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in preprocessing.items()}
+        known = {key: value for key, value in preprocessing.items() if key.isidentifier()}  # they become code
+        arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
         yield "import ptq4vm\nfrom PIL import Image\nfrom timm.data import create_transform\n"
         yield (
             f"{load}\ntransform = create_transform(\n    "
@@ -177,6 +177,15 @@ class Card:
         yield "\n## Accuracy\n"
         yield f"Measured on {said}.\n" if said else ""
         yield from _table(("", "quantized", "floating point"), [_row(figure) for figure in metrics.figures])
+
+
+def _is_dataset(name: str) -> bool:
+    """Whether a name may be the id of a dataset of the Hub."""
+    return re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", name, re.ASCII) is not None
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-") or "unknown"
 
 
 def _row(figure: Figure) -> tuple[str, ...]:

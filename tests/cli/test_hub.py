@@ -1,6 +1,7 @@
 """Commands on a model of the Hub, on the loopback address: as on its folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,14 @@ def test_push_says_where_it_is_and_how_to_load_it(server, run, saved):
     code, out, err = run("push", saved, "org/vim")
     assert code == 0 and out.splitlines()[-1] == f'ptq4vm.load("{NAME}") loads it'
     assert out.startswith(f"pushed to {server.url}/org/vim/commit/") and {"load …", "push …"} <= set(err.splitlines())
+
+
+def test_a_card_of_my_own_in_the_folder_stays_and_that_is_said(server, run, saved, tmp_path):
+    folder = Path(shutil.copytree(saved, tmp_path / "mine"))
+    (folder / "README.md").write_text("mine")
+    code, _, err = run("push", folder, "org/vim")
+    assert code == 0 and f"{folder}/README.md is not uploaded" in err and (folder / "README.md").read_text() == "mine"
+    assert server.repos["org/vim"].files()["README.md"] != b"mine"
 
 
 @pytest.mark.parametrize(
@@ -121,7 +130,9 @@ def test_quantize_wants_a_floating_point_model_and_a_folder(server, run, tmp_pat
     code, _, err = run("quantize", NAME, "--output", "out", *rest)
     assert code == 1 and "names a quantized model, and a floating-point one is wanted: give timm's name" in err
     code, _, err = run("quantize", MODEL, "--output", NAME, *rest)
-    assert code == 1 and f"{NAME} is no folder" in err and not [path for path in Path().iterdir() if path.name != "home"]
+    assert (
+        code == 1 and f"{NAME} is no folder" in err and not [path for path in Path().iterdir() if path.name != "home"]
+    )
     assert server.requests == []
 
 

@@ -88,6 +88,15 @@ def test_names_that_are_no_repositories_are_text_alone(plain):
     assert found.data.base_model is None and found.data.datasets is None
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("org/set.v1", "org/set.v1"), ("/data/my set", "data-my-set"), ("a/b/c", "a-b-c"), ("数", "unknown")],
+)
+def test_results_have_a_dataset_that_the_hub_takes(vim, name, kind):
+    (result,) = card(vim, {"top1": 75.5, "dataset": name}).data.eval_results
+    assert (result.dataset_type, result.dataset_name) == (kind, name)
+
+
 def test_text_stays_in_its_cell(plain):
     found = card(plain, base_model="a|b\n# c", dataset="d")
     assert "a\\|b # c" in found.text

@@ -133,6 +133,8 @@ def test_an_edit_of_the_config_is_refused_as_in_a_folder(server, vim, tmp_path):
 
 def test_a_repository_of_another_is_refused_and_not_said_to_be_missing(server, plain, monkeypatch):
     ptq4vm.push_to_hub(plain, "org/secret", private=True)
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **options: None)  # it is there already
-    with pytest.raises(HubError, match=r"refuses it \(401\): log in with .* as an account with the right to org/secret"):
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *args, **options: None)  # it exists
+    with pytest.raises(
+        HubError, match=r"refuses it \(401\): log in with .* as an account with the right to org/secret"
+    ):
         ptq4vm.push_to_hub(plain, "org/secret", token="hf_another")

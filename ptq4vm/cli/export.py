@@ -58,8 +58,8 @@ def _onnx(args: argparse.Namespace) -> Outcome:
     with stage("export"):
         path = ptq4vm.onnx.export(quantized, args.output, runtime)
     outcome, lines = _saved(path)
-    for path in library.values():
-        lines += ["to run it, in ONNX Runtime:", f"  options.register_custom_ops_library({path!r})"]
+    if library:
+        lines += ["to run it, in ONNX Runtime:", f"  options.register_custom_ops_library({library['library']!r})"]
     return Outcome(outcome | {"runtime": runtime} | library, lines)
 
 

@@ -1,7 +1,7 @@
 """The selective scan and the causal convolution in stock operators of ONNX.
 
-u, delta, z (B, L, E); A (E, S); B, C (B, L, S). A graph has no recurrence but Scan, whose every step costs microseconds:
-a step takes several tokens at once.
+u, delta, z (B, L, E); A (E, S); B, C (B, L, S). A graph has no recurrence but Scan, whose every step costs
+microseconds: a step takes several tokens at once.
 """
 
 from __future__ import annotations
@@ -91,24 +91,25 @@ def _runs(b: Builder, x: ir.Value, tokens: int, length: int, perm: list[int]) ->
 def _blocks(b: Builder, inputs: _Inputs) -> ir.Value:
     """A Scan over blocks of tokens, with the tokens of a block one after the other in its body.
 
-    A body takes apart what is small, Δ and not exp(Δ · A): no state is copied, and a token stays in the cache at any batch.
+    A body takes apart what is small, Δ and not exp(Δ · A): no state is copied, and
+    a token stays in the cache at any batch.
     """
-    sequences = (inputs.dt, inputs.dt_u, inputs.b, inputs.c)
-    dt, dt_u, b_t, c_t = (_runs(b, x, inputs.tokens, BLOCK, [1, 2, 0, 3]) for x in sequences)
+    length, sequences = min(BLOCK, inputs.tokens), (inputs.dt, inputs.dt_u, inputs.b, inputs.c)
+    dt, dt_u, b_t, c_t = (_runs(b, x, inputs.tokens, length, [1, 2, 0, 3]) for x in sequences)
     blocks = [b.Unsqueeze(x, [axis]) for x, axis in ((dt, 3), (dt_u, 3), (b_t, 4), (c_t, 3))]
     body = Builder()
     state, *values = [ir.val(name, ir.DataType.FLOAT) for name in ("h", "dt", "dt_u", "b", "c")]
     inner, results = [state, *values], []
     for step, step_u, taken, read in zip(
-        *(body.several("Split", BLOCK, x, axis=0, num_outputs=BLOCK) for x in values), strict=True
+        *(body.several("Split", length, x, axis=0, num_outputs=length) for x in values), strict=True
     ):  # (1, B, S, E)
         decay = body.Exp(body.Mul(step, inputs.a))
         state = body.Add(body.Mul(decay, state), body.Mul(step_u, taken))
         results.append(body.MatMul(read, state))
-    start = b.Mul(b.Slice(b.Gather(blocks[1], 0, axis=0), [0], [1], [0]), np.zeros((inputs.states, 1), np.float32))
+    start = b.Mul(b.Slice(b.Gather(blocks[0], 0, axis=0), [0], [1], [0]), np.zeros((inputs.states, 1), np.float32))
     _, y = b.scan(body, inner, [state, body.Concat(*results, axis=0)], [start], blocks)
     y = b.Reshape(b.Transpose(b.Squeeze(y, [3]), perm=[2, 0, 1, 3]), [0, -1, inputs.channels])
-    return b.Slice(y, [0], [inputs.tokens], [1]) if inputs.tokens % BLOCK else y
+    return b.Slice(y, [0], [inputs.tokens], [1]) if inputs.tokens % length else y
 
 
 def _chunks(b: Builder, inputs: _Inputs) -> ir.Value:

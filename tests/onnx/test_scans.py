@@ -58,7 +58,7 @@ def in_openvino(model):
     openvino = pytest.importorskip("openvino")
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    compiled = core.compile_model(io.BytesIO(model), "CPU", settings)
+    compiled = core.compile_model(core.read_model(io.BytesIO(model)), "CPU", settings)
     names = [each.any_name for each in compiled.inputs]
     return lambda tensors: compiled([tensors[name].numpy() for name in names])[0]
 

@@ -3,7 +3,7 @@ JOBS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin
-SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.h csrc/*.def csrc/bindings/* csrc/cpu/* build_tools/*.py)
+SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.h csrc/*.def csrc/bindings/* csrc/cpu/* csrc/onnxruntime/* build_tools/*.py)
 CUDA_SOURCES := $(SOURCES) $(wildcard csrc/cuda/CMakeLists.txt csrc/cuda/*.cpp csrc/cuda/*.h csrc/cuda/*.cu*)
 MINUTES ?= 6
 # Rows of constraints/
@@ -93,7 +93,7 @@ endef
 	$(call install,.venv-$(OLDEST),$(OLDEST))
 
 clean:  ## remove the environments, caches and built files
-	rm -rf .venv .venv-* mutants build dist *.egg-info ptq4vm/_C_cpu.so ptq4vm/_C_cuda.so
+	rm -rf .venv .venv-* mutants build dist *.egg-info ptq4vm/_C_cpu.so ptq4vm/_C_cuda.so ptq4vm/_onnxruntime.so
 	cd csrc && rm -rf .cmake .ninja_* .skbuild-info.json CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake cuda/CMakeFiles cuda/cmake_install.cmake
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ptq4vm.api import calibrate, convert, fuse, prepare, quantize
     from ptq4vm.config import QuantConfig
     from ptq4vm.finite_checks import check_finite
+    from ptq4vm.hub.push import push_to_hub
     from ptq4vm.passes.calibrate.callbacks import CalibrationCallback
     from ptq4vm.quantization_specs import (
         ActivationSpec,
@@ -36,6 +37,7 @@ _MODULES = {
     "saving": ("save", "load"),
     "config": ("QuantConfig",),
     "finite_checks": ("check_finite",),
+    "hub.push": ("push_to_hub",),
     "passes.calibrate.callbacks": ("CalibrationCallback",),
     "quantization_specs": (
         "ActivationSpec",
@@ -64,6 +66,7 @@ __all__ = [
     "fuse",
     "load",
     "prepare",
+    "push_to_hub",
     "quantize",
     "save",
 ]

@@ -33,6 +33,8 @@ class Evaluation:
     nonfinite: int = 0
     """Images whose pixels, logits or reference logits hold NaN or infinity. They count as wrong and as not agreeing.
     If there are any, `divergence` and `loss` are None, since a mean of the others would hide them."""
+    reference_top1: float | None = None
+    """None without a reference."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,7 +74,7 @@ def evaluate(
         >>> evaluate(model, batches, progress=False).top1
         50.0
     """
-    images = correct = among_five = agreeing = nonfinite = 0
+    images = correct = among_five = agreeing = reference_correct = nonfinite = 0
     loss = divergence = 0.0
     start = time.perf_counter()
     for pixels, logits, target in _run(model, loader, progress, description):
@@ -90,7 +92,9 @@ def evaluate(
         if classes > 5:
             among_five += int(((logits.topk(5, dim=1).indices == target[:, None]) & valid[:, None]).sum())
         if expected is not None:
-            agreeing += int(((first == expected.argmax(dim=1)) & valid).sum())
+            expected_first = expected.argmax(dim=1)
+            agreeing += int(((first == expected_first) & valid).sum())
+            reference_correct += int(((expected_first == target) & sound["reference logits"]).sum())
             divergence += _divergence(expected[valid], logits[valid])
         loss += float(nn.functional.cross_entropy(logits[valid].double(), target[valid], reduction="sum"))
         images += count
@@ -111,6 +115,7 @@ def evaluate(
         loss=None if nonfinite else loss / images,
         seconds=seconds,
         nonfinite=nonfinite,
+        reference_top1=None if reference_predictions is None else 100 * reference_correct / images,
     )
 
 

@@ -16,6 +16,9 @@ from torch.fx import GraphModule
 
 from ptq4vm.files import leftovers, replace_file
 from ptq4vm.graph.verify import is_lowered
+from ptq4vm.hub.download import download
+from ptq4vm.hub.failures import HubError
+from ptq4vm.hub.names import HubName, hint, is_hub_name, parse_name
 from ptq4vm.metadata import FUSIONS, Stage, metadata_of
 from ptq4vm.serialization import version_1
 from ptq4vm.serialization.model_file import (
@@ -29,6 +32,10 @@ from ptq4vm.serialization.model_file import (
 )
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+TIMM_NAME = "quantized_by_ptq4vm. Run 'import ptq4vm.models' before timm.create_model, or use ptq4vm.load"
+"""Architecture in the config.json of a repository. timm looks for what is before the first dot, which `ptq4vm.models`
+registers, and repeats the whole where nobody did."""
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +80,8 @@ def save(quantized: GraphModule, folder: str | Path) -> Path:
 
 def free_folder(folder: str | Path) -> Path:
     """Returns the folder's real path if it has no model, or one of ptq4vm's; else raises FileExistsError."""
+    if is_hub_name(folder):
+        raise ValueError(f"{folder} is no folder: save the model in one, or upload it with ptq4vm.push_to_hub")
     path = Path(folder).resolve()
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{folder} is a file; choose another folder")
@@ -100,10 +109,12 @@ def is_saved(folder: str | Path) -> bool:
 def load(folder: str | Path, *, model: nn.Module | None = None, operators: Sequence[str] = ()) -> GraphModule:
     """Loads a saved model; its outputs equal those of the saved one bit for bit on the same machine and threads.
 
-    The model's code is not needed, nor timm, nor a network, and nothing is unpickled.
+    The model's code is not needed, nor timm, nor a network, and nothing is unpickled. Only a name that begins with
+    `hf-hub:` opens the network, and then two files are fetched, neither of which is code.
 
     Args:
-        folder: a folder that `save` wrote; `model.safetensors` alone is enough.
+        folder: a folder that `save` wrote; `model.safetensors` alone is enough. Or a repository of the Hub,
+            "hf-hub:org/name" or "hf-hub:org/name@revision"; what was downloaded once is found without a network.
         model: the floating-point model, of any weights, for a folder of format version 1, which has no graph, if timm
             cannot build the model. Later folders need none.
         operators: names of operators that your code registers and the graph may call, such as "mylib::filter.default".
@@ -114,7 +125,9 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
 
     Raises:
         CheckpointError: the model is missing, truncated, edited or newer, or calls an operator that is not allowed; the
-            message names the file and the way out.
+            message names the file and the way out. For a repository of the Hub that cannot be read it is a `HubError`,
+            which is an OSError too.
+        ValueError: what follows `hf-hub:` is no name of a repository.
 
     Example:
         >>> import tempfile, torch, ptq4vm
@@ -125,10 +138,39 @@ def load(folder: str | Path, *, model: nn.Module | None = None, operators: Seque
         >>> torch.equal(loaded(images), quantized(images))
         True
     """
+    if is_hub_name(folder):
+        name = parse_name(str(folder))
+        path = _downloaded(name)
+        try:
+            return _load(path, model, operators)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
     try:
         return _load(Path(folder), model, operators)
     except version_1.OtherVersionError:  # a model of version 2 was written between the reads of the two files
         return _load(Path(folder), model, operators)
+
+
+def _downloaded(name: HubName) -> Path:
+    """Returns the cached folder of a repository; the weights of a model that is not ours are not fetched."""
+    another = HubError(f"{name} holds no model that ptq4vm quantized; load it as its card says, and quantize that")
+    folder = download(name, CONFIG)
+    if (folder / CONFIG).exists() and not is_saved(folder):
+        raise another
+    folder = download(name._replace(revision=folder.name), WEIGHTS)  # of the same commit
+    if not (folder / WEIGHTS).exists():
+        raise HubError(f"{name} holds no model: it has no {WEIGHTS}; ptq4vm.push_to_hub uploads one")
+    if not is_saved(folder):
+        raise another
+    return folder
+
+
+def for_timm(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a config.json with which timm loads the quantized model, or says how, and makes no other one.
+
+    By the architecture's own name timm would make the floating-point model, of random weights.
+    """
+    return config | {"architecture": TIMM_NAME, "model_args": {}}
 
 
 def _load(folder: Path, model: nn.Module | None, operators: Sequence[str]) -> GraphModule:
@@ -158,7 +200,8 @@ def _compare_config(path: Path, content: dict[str, Any]) -> None:
     if not same:
         _log.warning("%s describes another model than %s beside it; it is not read", path, WEIGHTS)
         return
-    changed = [key for key, value in content["model"].items() if config.get(key) != value]
+    wanted = for_timm(content["model"]) if config.get("architecture") == TIMM_NAME else content["model"]
+    changed = [key for key, value in wanted.items() if config.get(key) != value]
     if changed:
         raise CheckpointError(
             f"{path} beside it was edited ({', '.join(changed)}); it only repeats {WEIGHTS}, so that an edit changes "
@@ -171,7 +214,9 @@ def _read(folder: Path) -> bytes:
         return (folder / WEIGHTS).read_bytes()
     except FileNotFoundError as error:
         found = ", ".join(str(path) for path in leftovers(folder))
-        hint = f"; a process that was killed while it saved a model left {found}" if found else ""
-        raise CheckpointError(f"{folder} is not a saved model: it has no {WEIGHTS}{hint}") from error
+        left = f"; a process that was killed while it saved a model left {found}" if found else ""
+        raise CheckpointError(
+            f"{folder} is not a saved model: it has no {WEIGHTS}{left}{'' if folder.exists() else hint(folder)}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error

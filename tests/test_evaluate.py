@@ -199,3 +199,11 @@ def test_an_evaluation_is_ready_for_json():
     target = torch.tensor([0, 1, 1])
     result = json.loads(json.dumps(quiet(one_hot(target, 2), target).to_dict()))
     assert result["top1"] == 100 and result["top5"] is None and result["images"] == 3
+
+
+@given(tasks())
+def test_the_references_accuracy_is_what_it_has_alone(task):
+    logits, target = task
+    alone = quiet(logits.flip(1), target)
+    found = quiet(logits, target, reference_predictions=logits.flip(1))
+    assert found.reference_top1 == alone.top1 and alone.reference_top1 is None

@@ -60,7 +60,7 @@ constexpr uint32_t OLDEST = 17;  // ONNX Runtime 1.17
 // The calls, by their places in the table. A status other than null is thrown.
 class Api {
  public:
-  explicit Api(const OrtApi* api = nullptr) : table_(api) {}
+  explicit Api(const OrtApi* table) : table_(table) {}
 
   OrtStatus* status(const char* message) const { return call<OrtStatus*>(0, 1, message); }
 

@@ -13,7 +13,8 @@ struct Size {
   std::string name;
 };
 
-std::vector<Size> sizes_of(const Operator& op, const OrtShapeInferContext* node, std::string_view argument) {
+std::vector<Size> sizes_of(const Api& api, const Operator& op, const OrtShapeInferContext* node,
+                           std::string_view argument) {
   const OrtTensorTypeAndShapeInfo* info = api.input(node, op.arguments[op.place_of(argument)].input);
   const size_t axes = api.axes(info);
   std::vector<int64_t> values(axes);
@@ -26,11 +27,11 @@ std::vector<Size> sizes_of(const Operator& op, const OrtShapeInferContext* node,
 
 }  // namespace
 
-void infer(const Operator& op, OrtShapeInferContext* node) {
+void infer(const Api& api, const Operator& op, OrtShapeInferContext* node) {
   static std::atomic<int64_t> unknown{0};
-  std::vector<Size> sizes = sizes_of(op, node, "x");
-  const std::vector<Size> features = sizes_of(op, node, "weight_scale");
-  if (sizes.empty() || features.empty()) return;  // unknown
+  std::vector<Size> sizes = sizes_of(api, op, node, "x");
+  const std::vector<Size> features = sizes_of(api, op, node, "weight_scale");
+  if (sizes.empty() || features.empty()) return;  // the runtime then takes the type of scales, float32
   sizes.back() = features.back();
   std::vector<int64_t> values;
   std::vector<const char*> names;
@@ -39,8 +40,8 @@ void infer(const Operator& op, OrtShapeInferContext* node) {
     if (size.value < 0 && size.name.empty()) size.name = "ptq4vm_" + std::to_string(unknown++);
     values.push_back(size.value), names.push_back(size.name.c_str());
   }
-  const std::unique_ptr<OrtTensorTypeAndShapeInfo, void (*)(OrtTensorTypeAndShapeInfo*)> result(
-      api.new_info(), [](OrtTensorTypeAndShapeInfo* info) { api.release(info); });
+  const auto release = [&](OrtTensorTypeAndShapeInfo* info) { api.release(info); };
+  const std::unique_ptr<OrtTensorTypeAndShapeInfo, decltype(release)> result(api.new_info(), release);
   api.set_type(result.get(), static_cast<int>(api.int_value(api.attribute(node, "out_dtype"))));
   api.set_sizes(result.get(), values.data(), values.size());
   api.set_names(result.get(), names.data(), names.size());

@@ -1,5 +1,5 @@
 // The library that ONNX Runtime loads: the domain "ptq4vm", and in it an operator for each that bindings register.
-#include <algorithm>
+#include <atomic>
 #include <deque>
 #include <string_view>
 
@@ -11,6 +11,8 @@ namespace {
 constexpr const char* DOMAIN = "ptq4vm";
 constexpr int ANY_TYPE = 0;
 constexpr ScalarType FLOATS[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
+
+std::atomic<const OrtApi*> registered{nullptr};  // of the runtime, which only `infer` is not told
 
 // An operator; one whose result is like its first input is several for the runtime, one for each type of that.
 struct CustomOp : OrtCustomOp {
@@ -24,7 +26,7 @@ int first_type_of(const OrtCustomOp* custom) { return static_cast<int>(static_ca
 
 // Calls f; returns null, or what it throws as the runtime's status, which begins with the operator's name.
 template <class F>
-OrtStatus* guarded(std::string_view name, const F& f) noexcept {
+OrtStatus* guarded(const Api& api, std::string_view name, const F& f) noexcept {
   try {
     try {
       f();
@@ -59,19 +61,21 @@ CustomOp custom_op(const Operator& op, ScalarType first) {
   custom.output_count = [](const OrtCustomOp* c) { return op_of(c).results.size(); };
   // All: a node may leave results out, and not all runtimes take another output whose type `infer` says.
   custom.output_optional = [](const OrtCustomOp*, size_t) { return 1; };
-  custom.create = [](const OrtCustomOp* c, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-    return guarded(op_of(c).name, [&] { *kernel = new Node(op_of(c), info); });
+  custom.create = [](const OrtCustomOp* c, const OrtApi* table, const OrtKernelInfo* info, void** kernel) {
+    const Api api(table);
+    return guarded(api, op_of(c).name, [&] { *kernel = new Node(op_of(c), api, info); });
   };
   custom.destroy = [](void* kernel) { delete static_cast<Node*>(kernel); };
   custom.compute = [](void* kernel, OrtKernelContext* context) {
     const Node& node = *static_cast<Node*>(kernel);
-    return guarded(node.op.name, [&] { node.op.call(Run(node, context)); });
+    return guarded(node.api, node.op.name, [&] { node.op.call(Run(node, context)); });
   };
   custom.first_version = [](const OrtCustomOp*) { return 1; };
   custom.last_version = [](const OrtCustomOp*) { return 1; };
   if (op.results[0] != OUT_DTYPE) return custom;
   custom.infer = [](const OrtCustomOp* c, OrtShapeInferContext* node) {
-    return guarded(op_of(c).name, [&] { infer(op_of(c), node); });
+    const Api api(registered);
+    return guarded(api, op_of(c).name, [&] { infer(api, op_of(c), node); });
   };
   return custom;
 }
@@ -98,12 +102,13 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
                                                                                const OrtApiBase* base) {
   using namespace ptq4vm::ort;
   const OrtApi* table = base->get_api(OLDEST);
-  api = Api(table ? table : base->get_api(1));
-  return guarded("RegisterCustomOps", [&] {
+  const Api api(table ? table : base->get_api(1));
+  return guarded(api, "RegisterCustomOps", [&] {
     if (!table) {
       throw std::runtime_error(" needs ONNX Runtime 1." + std::to_string(OLDEST) + " or newer, this is " +
                                base->version() + ": pip install --upgrade onnxruntime");
     }
+    registered = table;
     OrtCustomOpDomain* domain = api.domain(DOMAIN);
     for (const CustomOp& op : custom_ops()) api.add_operator(domain, &op);
     api.add_domain(options, domain);

@@ -18,8 +18,6 @@ enum Result : int { LIKE_INPUT = 0, OUT_DTYPE = -1, FLOAT32 = 1, INT8 = 3, INT32
 
 namespace ort {
 
-inline Api api;  // once RegisterCustomOps has been called
-
 class Run;
 
 // An argument of a schema: an input of nodes, or an attribute.
@@ -46,17 +44,18 @@ struct Operator {
 std::vector<const Operator*>& operators();
 
 // Tells the runtime type and shape of a result whose type is OUT_DTYPE.
-void infer(const Operator&, OrtShapeInferContext* node);
+void infer(const Api&, const Operator&, OrtShapeInferContext* node);
 
 // A node of a model: its attributes, and the inputs that are constant.
 struct Node {
   const Operator& op;
+  Api api;
   size_t inputs;
   std::vector<int64_t> integers;  // by the place of the argument, as the next ones
   std::vector<double> floats;
   std::vector<std::optional<Tensor>> constants;
 
-  Node(const Operator&, const OrtKernelInfo*);
+  Node(const Operator&, const Api&, const OrtKernelInfo*);
 };
 
 // A run of a node: its arguments by their places in the schema, and its results.
@@ -82,7 +81,11 @@ class Run {
   Tensor empty(int place, Shape sizes, ScalarType type) const;  // see empty_result
   void finish(int place, const Tensor& result) const;
 
-  OrtKernelContext* context() const { return context_; }
+  // Calls part(data, index) for every index below `parts`, by threads of the runtime.
+  void parallel_for(int64_t parts, void (*part)(void* data, size_t index), void* data) const {
+    node_.api.parallel_for(context_, part, parts, data);
+  }
+
   static const Run* current();  // of this thread
 
  private:
@@ -92,6 +95,7 @@ class Run {
 
   const Node& node_;
   OrtKernelContext* context_;
+  const Run* outer_ = current();
 };
 
 template <auto F>

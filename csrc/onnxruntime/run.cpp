@@ -1,8 +1,6 @@
 // Operators, nodes and their runs: arguments from the runtime, and results in its memory.
 #include "../bindings/tensors.h"
 
-#include <cstring>
-
 #include "registration.h"
 
 namespace ptq4vm {
@@ -11,7 +9,7 @@ namespace {
 
 thread_local const Run* current_run = nullptr;
 
-Tensor view(const OrtValue* value) {
+Tensor view(const Api& api, const OrtValue* value) {
   OrtTensorTypeAndShapeInfo* info = api.info(value);
   const size_t axes = api.axes(info);
   std::array<int64_t, Tensor::MAX_AXES> sizes;
@@ -55,29 +53,29 @@ int Operator::place_of(std::string_view argument) const {
   return static_cast<int>(std::find_if(arguments.begin(), arguments.end(), named) - arguments.begin());
 }
 
-Node::Node(const Operator& op_, const OrtKernelInfo* info)
-    : op(op_), inputs(api.input_count(info)), integers(op.arguments.size()), floats(op.arguments.size()),
+Node::Node(const Operator& op_, const Api& api_, const OrtKernelInfo* info)
+    : op(op_), api(api_), inputs(api.input_count(info)), integers(op.arguments.size()), floats(op.arguments.size()),
       constants(op.arguments.size()) {
   for (size_t i = 0; i < op.arguments.size(); i++) {
     const Argument& argument = op.arguments[i];
     if (argument.kind == Argument::INTEGER) integers[i] = api.int_attribute(info, argument.name.c_str());
     if (argument.kind == Argument::FLOAT) floats[i] = api.float_attribute(info, argument.name.c_str());
     if (argument.input < 0 || static_cast<size_t>(argument.input) >= inputs) continue;
-    if (const OrtValue* value = api.constant(info, argument.input)) constants[i] = view(value);
+    if (const OrtValue* value = api.constant(info, argument.input)) constants[i] = view(api, value);
   }
 }
 
 Run::Run(const Node& node, OrtKernelContext* context) : node_(node), context_(context) { current_run = this; }
 
-Run::~Run() { current_run = nullptr; }
+Run::~Run() { current_run = outer_; }
 
 const Run* Run::current() { return current_run; }
 
 std::optional<Tensor> Run::optional_tensor(int place) const {
   if (node_.constants[place]) return node_.constants[place];
   const size_t index = node_.op.arguments[place].input;
-  const OrtValue* value = index < node_.inputs ? api.input(context_, index) : nullptr;
-  return value ? std::optional(view(value)) : std::nullopt;
+  const OrtValue* value = index < node_.inputs ? node_.api.input(context_, index) : nullptr;
+  return value ? std::optional(view(node_.api, value)) : std::nullopt;
 }
 
 Tensor Run::tensor(int place) const {
@@ -87,8 +85,8 @@ Tensor Run::tensor(int place) const {
 }
 
 std::optional<Tensor> Run::output(int place, Shape sizes) const {
-  OrtValue* value = api.output(context_, place, sizes.data(), sizes.size());
-  return value ? std::optional(view(value)) : std::nullopt;
+  OrtValue* value = node_.api.output(context_, place, sizes.data(), sizes.size());
+  return value ? std::optional(view(node_.api, value)) : std::nullopt;
 }
 
 Tensor Run::empty(int place, Shape sizes, ScalarType type) const {
@@ -100,8 +98,10 @@ void Run::finish(int place, const Tensor& result) const {
   const std::optional<Tensor> wanted = output(place, result.sizes());
   if (!wanted || wanted->const_data_ptr() == result.const_data_ptr()) return;
   PTQ4VM_CHECK(wanted->scalar_type() == result.scalar_type(), "the model says that result ", place, " is ",
-               name(wanted->scalar_type()), ", but it is ", name(result.scalar_type()));
-  std::memcpy(wanted->mutable_data_ptr(), result.const_data_ptr(), result.numel() * result.element_size());
+               name(wanted->scalar_type()), ", but it is ", name(result.scalar_type()),
+               ": name types and shapes in its value_info");
+  std::copy_n(const_ptr<char>(result), result.numel() * result.element_size(),
+              static_cast<char*>(wanted->mutable_data_ptr()));
 }
 
 }  // namespace ort

@@ -3,7 +3,6 @@
 
 #include <bit>
 #include <cmath>
-#include <cstring>
 
 namespace ptq4vm {
 namespace {
@@ -97,7 +96,7 @@ Tensor::Tensor(Shape sizes, ScalarType type) : Tensor(nullptr, sizes, type) {
 
 Tensor clone(const Tensor& x) {
   Tensor copy(x.sizes(), x.scalar_type());
-  std::memcpy(copy.mutable_data_ptr(), x.const_data_ptr(), x.numel() * x.element_size());
+  std::copy_n(const_ptr<char>(x), x.numel() * x.element_size(), mutable_ptr<char>(copy));
   return copy;
 }
 

@@ -1,4 +1,4 @@
-// Loops over the runtime's own threads, whose number it does not tell.
+// Loops over the runtime's own threads. It does not tell how many there are, so that those which have worked are counted.
 #include <atomic>
 #include <exception>
 #include <thread>
@@ -42,12 +42,12 @@ int64_t get_num_threads() { return std::min(cores(), 1 + helpers.load(std::memor
 
 void run_parallel(int64_t count, int64_t grain, void (*part)(const void*, int64_t, int64_t), const void* data) {
   if (count <= 0) return;
-  const int64_t parts = std::min(PARTS_OF_A_THREAD * cores(), (count + grain - 1) / grain);
+  const int64_t threads = std::min(cores(), 2 * get_num_threads());  // a loop may find as many again
+  const int64_t parts = std::min(PARTS_OF_A_THREAD * threads, (count + grain - 1) / grain);
   if (parts == 1) return part(data, 0, count);
   Loop loop{.part = part, .data = data, .count = count, .parts = parts};
-  ort::api.parallel_for(
-      ort::Run::current()->context(),
-      [](void* of, size_t index) { static_cast<Loop*>(of)->run(static_cast<int64_t>(index)); }, parts, &loop);
+  ort::Run::current()->parallel_for(
+      parts, [](void* of, size_t index) { static_cast<Loop*>(of)->run(static_cast<int64_t>(index)); }, &loop);
   if (loop.error) std::rethrow_exception(loop.error);
 }
 

@@ -7,7 +7,7 @@ from typing import NoReturn
 from ptq4vm.cli.sources import RANDOM
 from ptq4vm.terminal_text import escaped
 
-MODEL = "folder of a quantized model, or a timm name"
+MODEL = "folder or hf-hub:ORG/NAME of a quantized model, or a timm name"
 DATA = "digits (part of scikit-learn), or a folder DIR/<split>/<class>/*"
 LARGEST = 2**31 - 1
 """The largest count on the command line."""

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> Outcome:
     columns = {"model": "model", "images": "images", "top1": "top-1 %", "top5": "top-5 %"}
     if args.against is not None:
         columns |= {"agreement": f"% as {args.against}", "divergence": "KL"}
+        columns |= {"reference_top1": f"top-1 % of {args.against}"}
     lines = [table([result], columns | {"loss": "loss", "nonfinite": "not finite", "seconds": "seconds"})]
     if found.nonfinite:
         lines += [

@@ -1,20 +1,24 @@
 """Write a quantized model as a file that runs without this package: ONNX, or a compiled package (.pt2)."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
-
-from torch.fx import GraphModule
+from typing import TYPE_CHECKING
 
 from ptq4vm.cli import sources
 from ptq4vm.cli.destinations import check_file
 from ptq4vm.cli.render import Outcome, stage
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
 
 RUNTIMES = ("portable", "onnxruntime", "tensorrt", "custom")
 """Those of `ptq4vm.onnx.export`, which would import PyTorch for a help text."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="FOLDER", help="a quantized model")
+    parser.add_argument("model", metavar="FOLDER", help="a quantized model, or its hf-hub:ORG/NAME")
     parser.add_argument("output", metavar="FILE", help="where to write: the suffix decides between .onnx and .pt2")
     parser.add_argument(
         "--runtime",
@@ -32,8 +36,7 @@ def run(args: argparse.Namespace) -> Outcome:
         raise ValueError(
             f"--runtime is of ONNX files: leave it out, or give a name that ends in .onnx, not {args.output}"
         )
-    if not sources.is_model_folder(args.model):
-        raise ValueError(f"{args.model} is not the folder of a quantized model; 'ptq4vm quantize' makes one")
+    sources.check_model_folder(args.model)
     check_file(args.output)
     return write(args)
 
@@ -50,15 +53,14 @@ def _onnx(args: argparse.Namespace) -> Outcome:
     import ptq4vm.onnx
 
     runtime = args.runtime or "portable"
+    library = {"library": str(ptq4vm.onnx.library())} if runtime == "custom" else {}
     quantized = _loaded(args)
     with stage("export"):
         path = ptq4vm.onnx.export(quantized, args.output, runtime)
     outcome, lines = _saved(path)
-    outcome["runtime"] = runtime
-    if runtime == "custom":
-        outcome["library"] = str(ptq4vm.onnx.library())
-        lines += ["ONNX Runtime runs it after SessionOptions.register_custom_ops_library of", f"  {outcome['library']}"]
-    return Outcome(outcome, lines)
+    if library:
+        lines += ["to run it, in ONNX Runtime:", f"  options.register_custom_ops_library({library['library']!r})"]
+    return Outcome(outcome | {"runtime": runtime} | library, lines)
 
 
 def _package(args: argparse.Namespace) -> Outcome:

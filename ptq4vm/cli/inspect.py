@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("path", metavar="PATH", help="folder of a quantized model, a file of weights, or a timm name")
+    add(
+        "path", metavar="PATH", help="folder or hf-hub:ORG/NAME of a quantized model, a file of weights, or a timm name"
+    )
     add("--graph", action="store_true", help="what torch.compile(…, backend='ptq4vm') fuses, and leaves")
     add("--data-dir", metavar="DIR", help=f"measure each linear on images: {DATA}")
     add_split(parser)
@@ -44,12 +46,14 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.data_dir is not None:
         return _inspect_layers(args) if saved else _inspect_activations(args)
     if not saved:
+        from ptq4vm.hub.names import hint
+
         raise ValueError(
             f"{path} is neither the folder of a quantized model (with config.json and model.safetensors) "
             "nor a file of weights (.pth, .ckpt, .safetensors); if it is a name that timm knows, give --data-dir DIR "
-            "with images to run it on"
+            f"with images to run it on{hint(args.path)}"
         )
-    return _inspect_folder(path, args.graph)
+    return _inspect_folder(args.path, args.graph)
 
 
 def _check_options(args: argparse.Namespace, saved: bool) -> None:
@@ -89,7 +93,7 @@ def _inspect_file(path: Path, args: argparse.Namespace) -> Outcome:
     return Outcome(*weights_report(path, args.ema))
 
 
-def _inspect_folder(path: Path, graph: bool) -> Outcome:
+def _inspect_folder(path: str, graph: bool) -> Outcome:
     import ptq4vm
     from ptq4vm.formatting import coverage_line, linear_rows, table
     from ptq4vm.inspection.contents import graph_report

@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 
 from ptq4vm import __version__
-from ptq4vm.cli import benchmark, doctor, evaluate, export, inspect, quantize
+from ptq4vm.cli import benchmark, doctor, evaluate, export, inspect, push, quantize
 from ptq4vm.cli.arguments import Help, Parser, word
 from ptq4vm.cli.failures import INTERRUPTED, TERMINATED, Terminated, interrupted_text, message_of, terminable
 from ptq4vm.cli.imports import imported
 from ptq4vm.cli.render import complain, prepare_streams, show
 
-COMMANDS = (quantize, evaluate, benchmark, inspect, export, doctor)
+COMMANDS = (quantize, evaluate, benchmark, inspect, export, push, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,10 +20,21 @@ RANDOM = "random"
 
 
 def is_model_folder(name: str) -> bool:
-    """Returns whether a name is that of a folder with files of a model; loading tells what is wrong with them."""
+    """Returns whether a name is a repository's, or that of a folder with files of a model; loading tells what is wrong.
+
+    No file of a repository is looked at: only loading opens the network.
+    """
+    from ptq4vm.hub.names import is_hub_name
     from ptq4vm.saving import CONFIG, WEIGHTS
 
-    return any((Path(name) / file).exists() for file in (CONFIG, WEIGHTS))
+    return is_hub_name(name) or any((Path(name) / file).exists() for file in (CONFIG, WEIGHTS))
+
+
+def check_model_folder(name: str) -> None:
+    from ptq4vm.hub.names import hint
+
+    if not is_model_folder(name):
+        raise ValueError(f"{name} is not the folder of a quantized model; 'ptq4vm quantize' makes one{hint(name)}")
 
 
 def check_ema(args: argparse.Namespace) -> None:
@@ -92,8 +103,13 @@ def _check_name(name: str, pretrained: bool) -> None:
     """Raises ValueError for a name that timm does not know, or has no weights for where they are wanted."""
     import timm
 
+    from ptq4vm.hub.names import PREFIX, hint
     from ptq4vm.models.registry import is_model, pretrained_cfg
 
+    if name.startswith(PREFIX):
+        raise ValueError(
+            f"{name}: {PREFIX} names a quantized model, and a floating-point one is wanted: give timm's name"
+        )
     if Path(name).is_file():
         raise ValueError(
             f"{name} is a file: give its model's name, which 'ptq4vm inspect' tells, and --checkpoint {name}"
@@ -106,7 +122,9 @@ def _check_name(name: str, pretrained: bool) -> None:
     if not known:
         family = timm.list_models(f"{name.split('_')[0]}_*", include_tags=True)[:8]
         names = f"it knows {', '.join(family)}" if family else "timm.list_models() names them"
-        raise ValueError(f"{name} is neither a quantized model's folder nor a name that timm knows; {names}")
+        raise ValueError(
+            f"{name} is neither a quantized model's folder nor a name that timm knows; {names}{hint(name)}"
+        )
     published = cfg and (cfg.url or cfg.hf_hub_id or (cfg.file and Path(cfg.file).is_file()))
     if pretrained and not published:
         raise ValueError(

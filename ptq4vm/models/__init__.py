@@ -14,6 +14,7 @@ whichever is imported first; `create_model` of this package knows its own models
 from ptq4vm.models.local_vim import LocalVim
 from ptq4vm.models.local_vmamba import LocalVMamba
 from ptq4vm.models.mamba_vision import MambaVision
+from ptq4vm.models.quantized import quantized_by_ptq4vm as quantized_by_ptq4vm  # timm finds it
 from ptq4vm.models.registry import create_model
 from ptq4vm.models.vim import Vim
 from ptq4vm.models.vmamba import VMamba

@@ -16,8 +16,8 @@ from ptq4vm.onnx.calls import Call, size
 from ptq4vm.onnx.quantization import Form, as_float
 from ptq4vm.ops.quantization import code_range
 
-BLOCK = 4
-"""Tokens of a step of a scan with several states: all that it holds stays in the second cache."""
+BLOCK = 8
+"""Tokens of a step of a scan with several states."""
 
 
 def causal_conv1d(b: Builder, call: Call, form: Form) -> list[ir.Value]:
@@ -82,30 +82,27 @@ def _runs(b: Builder, x: ir.Value, tokens: int, length: int, perm: list[int]) ->
 
 
 def _blocks(b: Builder, inputs: _Inputs) -> ir.Value:
-    """A Scan over blocks of tokens, with the tokens of a block one after the other in its body."""
-    tokens, states = inputs.tokens, inputs.states
-    blocks = [_runs(b, x, tokens, BLOCK, [1, 2, 0, 3]) for x in (inputs.dt, inputs.dt_u, inputs.b, inputs.c)]
+    """A Scan over blocks of tokens, with the tokens of a block one after the other in its body.
+
+    A body takes apart what is small, Δ and not exp(Δ · A): no state is copied, and
+    a token stays in the cache at any batch.
+    """
+    length, sequences = min(BLOCK, inputs.tokens), (inputs.dt, inputs.dt_u, inputs.b, inputs.c)
+    dt, dt_u, b_t, c_t = (_runs(b, x, inputs.tokens, length, [1, 2, 0, 3]) for x in sequences)
+    blocks = [b.Unsqueeze(x, [axis]) for x, axis in ((dt, 3), (dt_u, 3), (b_t, 4), (c_t, 3))]
     body = Builder()
-    h, dt, dt_u, b_t, c_t = values = [ir.val(name, ir.DataType.FLOAT) for name in ("h", "dt", "dt_u", "b", "c")]
-    decay = body.Exp(body.Mul(body.Unsqueeze(dt, [2]), inputs.a))  # (T, B, S, E)
-    added = body.Mul(body.Unsqueeze(dt_u, [2]), body.Unsqueeze(b_t, [3]))
-    steps = zip(*(body.several("Split", BLOCK, x, axis=0, num_outputs=BLOCK) for x in (decay, added)), strict=True)
-    state, held = h, []
-    for factor, term in steps:
-        state = body.Add(body.Mul(factor, state), term)
-        held.append(state)
-    y = body.Squeeze(body.MatMul(body.Unsqueeze(c_t, [2]), body.Concat(*held, axis=0)), [2])
-    start = _zeros(b, blocks[0], [states, 1])
-    _, y = b.scan(body, values, [state, y], [start], blocks)
-    y = b.Reshape(b.Transpose(y, perm=[2, 0, 1, 3]), [0, -1, inputs.channels])
-    return b.Slice(y, [0], [tokens], [1]) if tokens % BLOCK else y
-
-
-def _zeros(b: Builder, blocks: ir.Value, shape: list[int]) -> ir.Value:
-    """Zeros (1, B, *shape[:-1], E) for blocks (n, T, B, E): the batch is known when the graph runs."""
-    first = b.Slice(b.Gather(blocks, 0, axis=0), [0], [1], [0])
-    zero = b.Mul(first, 0.0)
-    return b.Mul(b.Unsqueeze(zero, [2]), np.zeros(shape, np.float32))
+    state, *values = [ir.val(name, ir.DataType.FLOAT) for name in ("h", "dt", "dt_u", "b", "c")]
+    inner, results = [state, *values], []
+    for step, step_u, taken, read in zip(
+        *(body.several("Split", length, x, axis=0, num_outputs=length) for x in values), strict=True
+    ):  # (1, B, S, E)
+        decay = body.Exp(body.Mul(step, inputs.a))
+        state = body.Add(body.Mul(decay, state), body.Mul(step_u, taken))
+        results.append(body.MatMul(read, state))
+    start = b.Mul(b.Slice(b.Gather(blocks[0], 0, axis=0), [0], [1], [0]), np.zeros((inputs.states, 1), np.float32))
+    _, y = b.scan(body, inner, [state, body.Concat(*results, axis=0)], [start], blocks)
+    y = b.Reshape(b.Transpose(b.Squeeze(y, [3]), perm=[2, 0, 1, 3]), [0, -1, inputs.channels])
+    return b.Slice(y, [0], [inputs.tokens], [1]) if inputs.tokens % length else y
 
 
 def _chunks(b: Builder, inputs: _Inputs) -> ir.Value:

@@ -17,7 +17,7 @@ from ptq4vm import doctor
 from ptq4vm.backend import native
 from ptq4vm.cli.main import main
 
-COMMANDS = ("quantize", "evaluate", "benchmark", "inspect", "export", "doctor")
+COMMANDS = ("quantize", "evaluate", "benchmark", "inspect", "export", "push", "doctor")
 
 
 def test_quantize_says_what_it_did_and_only_that(run, tmp_path, photos, config):

@@ -1,5 +1,6 @@
 """Libraries that are stale, broken, or built with sanitizers."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -34,7 +35,8 @@ def test_a_library_that_does_not_load_is_said(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("gcc"), reason="needs cmake and gcc")
 def test_the_kernels_are_clean_under_sanitizers(tmp_path):
-    """All tests of native kernels again, on those built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    """The tests of native kernels again, for torch and ONNX Runtime, on those built with AddressSanitizer and
+    UndefinedBehaviorSanitizer."""
     root = Path(__file__).parents[2]
     ignored = shutil.ignore_patterns("*.so", "pretrained", "golden", "CMakeCache.txt", "CMakeFiles", "*.ninja")
     for folder in ("ptq4vm", "tests", "csrc"):
@@ -55,6 +57,8 @@ def test_the_kernels_are_clean_under_sanitizers(tmp_path):
     ]
     environment = {"LD_PRELOAD": ":".join(libraries), "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(tmp_path)}
     tests = sorted(str(path) for path in (tmp_path / "tests" / "native").glob("test_*.py"))
+    if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        tests.append(str(tmp_path / "tests" / "onnx" / "test_library.py"))
     run_here = (  # an editable install's finder would import the library that is not sanitized
         "import sys\n"
         "sys.meta_path[:] = [finder for finder in sys.meta_path if '_editable' not in type(finder).__module__]\n"

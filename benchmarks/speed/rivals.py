@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.speed.torch_ops import EXPORTED, LOOP, replace_ops
+import ptq4vm.onnx
+from benchmarks.speed.torch_ops import LOOP, replace_ops
 from ptq4vm.benchmark.kinds import KINDS, Builder, Call, Network, called
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
+from ptq4vm.onnx.export import onnx_model
+from ptq4vm.onnx.library import library
 from ptq4vm.optional_packages import require
 
 CALIBRATION = 4
-"""Batches of noise that others calibrate on: their scales decide nothing about time."""
+"""Batches of noise that torchao calibrates on: its scales decide nothing about time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Rival:
     extra: str = ""
     """The extra of ptq4vm that installs `packages`."""
     packages: tuple[str, ...] = ()
+    check: Callable[[], object] | None = None
+    """Raises ImportError where something else is missing."""
 
 
 def builder(name: str) -> Builder:
@@ -35,6 +39,8 @@ def builder(name: str) -> Builder:
         raise ValueError(f"{name!r} is no way to run a model; there are {', '.join((*KINDS, *RIVALS))}")
     rival = RIVALS[name]
     require(name, rival.extra, *rival.packages)
+    if rival.check is not None:
+        rival.check()
     return rival.build
 
 
@@ -69,50 +75,65 @@ def _torchao(network: Network, images: Tensor) -> Call:
     return _compiled(convert_pt2e(prepared), images)
 
 
-def _onnxruntime(network: Network, images: Tensor) -> Call:
-    """Static QDQ int8 of every MatMul, Gemm and Conv outside the scan, which is an ONNX Scan in float32."""
-    import onnxruntime
-    from onnxruntime import quantization
+def _onnxruntime_int8(network: Network, images: Tensor) -> Call:
+    """ONNX Runtime with our file for it: exact integer products, the scan in stock operators."""
+    return onnxruntime_call(exported(network, "onnxruntime"))
 
-    source = _onnx_file(network, images)
-    path = source.with_name(f"int8-{len(images)}.onnx")
-    if not path.exists():
-        quantization.quantize_static(
-            source,
-            path,
-            _reader(quantization, images),
-            quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )
+
+def _onnxruntime_custom(network: Network, images: Tensor) -> Call:
+    """ONNX Runtime with our fused operators, from the library that `ptq4vm.onnx.library()` names."""
+    return onnxruntime_call(exported(network, "custom"), library())
+
+
+def _onnxruntime_fp32(network: Network, images: Tensor) -> Call:
+    """ONNX Runtime with the network in floating point, the scan in the same stock operators."""
+    return onnxruntime_call(_float_file(network, images))
+
+
+def _openvino_int8(network: Network, images: Tensor) -> Call:
+    """OpenVINO with our portable file: its int8 for every quantized linear, the scan in stock operators."""
+    return openvino_call(exported(network, "portable"), images)
+
+
+def _openvino_fp32(network: Network, images: Tensor) -> Call:
+    """OpenVINO with the network in floating point, the scan in the same stock operators."""
+    return openvino_call(_float_file(network, images), images)
+
+
+def exported(network: Network, runtime: str) -> Path:
+    """Returns the quantized model's file for a runtime, which is written once for all batch sizes."""
+    path = network.folder / f"{runtime}.onnx"
+    return path if path.exists() else ptq4vm.onnx.export(network.quantized, path, runtime)
+
+
+def onnxruntime_call(path: Path, library: Path | None = None) -> Call:
+    """Runs a file in ONNX Runtime on torch's number of threads; to fix the batch made nothing faster there."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    options.log_severity_level = 3
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    (name,) = (each.name for each in session.get_inputs())
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
 
-def _openvino(network: Network, images: Tensor) -> Call:
-    """NNCF's static int8 of the same ONNX file, where the scan is a TensorIterator in float32."""
-    import nncf
+def openvino_call(path: Path, images: Tensor) -> Call:
+    """Runs a file in OpenVINO, for this batch size and torch's number of threads."""
     import openvino
 
-    path = network.folder / f"openvino-{len(images)}.xml"
-    if not path.exists():
-        # written and read again, each loop has constants of its own, which NNCF's graph needs
-        openvino.save_model(openvino.convert_model(_onnx_file(network, images)), path, compress_to_fp16=False)
-        batches = nncf.Dataset([batch.numpy() for batch in _noise(images)])
-        quantized = nncf.quantize(openvino.Core().read_model(path), batches, subset_size=CALIBRATION)
-        openvino.save_model(quantized, path.with_name(f"openvino-int8-{len(images)}.xml"), compress_to_fp16=False)
+    model = openvino.Core().read_model(path)
+    model.reshape(list(images.shape))
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",  # its default of bfloat16 was slower here
+        "INFERENCE_PRECISION_HINT": "f32",  # where a CPU has bfloat16, its default computes in that
     }
-    model = openvino.compile_model(path.with_name(f"openvino-int8-{len(images)}.xml"), "CPU", options)
-    return lambda images: torch.from_numpy(model([images.numpy()])[0])
+    compiled = openvino.compile_model(model, "CPU", options)
+    return lambda images: torch.from_numpy(compiled([images.numpy()])[0])
 
 
 def _compiled(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float32) -> Call:
@@ -122,29 +143,18 @@ def _compiled(model: nn.Module, images: Tensor, dtype: torch.dtype = torch.float
         return called(lambda images: compiled(images.to(dtype)), images)
 
 
-def _onnx_file(network: Network, images: Tensor) -> Path:
-    path = network.folder / f"float-{len(images)}.onnx"
+def _float_file(network: Network, images: Tensor) -> Path:
+    import onnx_ir as ir
+
+    path = network.folder / "float.onnx"
     if not path.exists():
-        exchanged = replace_ops(capture(network.model, (images,)), EXPORTED)
-        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-        torch.onnx.export(exchanged, (images,), path, dynamo=True, optimize=True, verbose=False, **names)
+        ir.save(onnx_model(capture(network.model, (images,)), "portable"), path)
     return path
 
 
 def _noise(images: Tensor) -> Iterator[Tensor]:
     random = torch.Generator().manual_seed(1)
     return (torch.randn(images.shape, generator=random) for _ in range(CALIBRATION))
-
-
-def _reader(quantization: Any, images: Tensor) -> Any:
-    batches = _noise(images)
-
-    class Reader(quantization.CalibrationDataReader):
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(batches, None)
-            return None if batch is None else {"images": batch.numpy()}
-
-    return Reader()
 
 
 ONNX = ("onnx", "onnxscript")
@@ -154,6 +164,9 @@ RIVALS = {
     "compiled-fp32": Rival(_compiled_fp32),
     "compiled-bf16": Rival(_compiled_bf16),
     "torchao-int8": Rival(_torchao),
-    "onnxruntime-int8": Rival(_onnxruntime, "onnx", (*ONNX, "onnxruntime")),
-    "openvino-int8": Rival(_openvino, "openvino", (*ONNX, "openvino", "nncf")),
+    "onnxruntime-fp32": Rival(_onnxruntime_fp32, "onnx", (*ONNX, "onnxruntime")),
+    "onnxruntime-int8": Rival(_onnxruntime_int8, "onnx", (*ONNX, "onnxruntime")),
+    "onnxruntime-custom": Rival(_onnxruntime_custom, "onnx", (*ONNX, "onnxruntime"), library),
+    "openvino-fp32": Rival(_openvino_fp32, "openvino", (*ONNX, "openvino")),
+    "openvino-int8": Rival(_openvino_int8, "openvino", (*ONNX, "openvino")),
 }

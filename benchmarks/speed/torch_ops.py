@@ -42,31 +42,6 @@ def loop_scan(
     return _gated(torch.stack(outputs, 1), u, D, z)
 
 
-def exported_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
-    """The recurrence as torch's scan operator, of which torch.onnx makes an ONNX Scan; the rest stays outside."""
-    from torch._higher_order_ops.scan import scan
-
-    def token(h: Tensor, values: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        dt, dt_u, b, c = values
-        h = torch.exp(dt.unsqueeze(-1) * A) * h + dt_u.unsqueeze(-1) * b.unsqueeze(-2)
-        return h, torch.matmul(h, c.unsqueeze(-1)).squeeze(-1)
-
-    dt = _dt(delta, delta_bias, delta_softplus)
-    tokens_first = tuple(value.transpose(0, 1) for value in (dt, dt * u, B, C))
-    _, y = scan(token, u.new_zeros(len(u), *A.shape), tokens_first, dim=0)
-    return _gated(y.transpose(0, 1), u, D, z)
-
-
 def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """`causal_conv1d` as nn.Conv1d computes it, padded on both sides and cut."""
     taps, tokens = weight.shape[1], x.shape[1]
@@ -79,7 +54,6 @@ LOOP: dict[Any, Callable[..., Tensor]] = {
     ops.selective_scan.default: loop_scan,
     ops.causal_conv1d.default: conv1d,
 }
-EXPORTED: dict[Any, Callable[..., Tensor]] = LOOP | {ops.selective_scan.default: exported_scan}
 
 
 def replace_ops(gm: GraphModule, replacements: Mapping[Any, Callable[..., Tensor]]) -> GraphModule:

@@ -10,7 +10,7 @@ from ptq4vm.cli.render import Outcome
 
 KINDS = (
     "quantized, fused, compiled, compiled-half, eager-fp32; in a checkout eager-loop, compiled-fp32, compiled-bf16, "
-    "torchao-int8, onnxruntime-int8, openvino-int8"
+    "torchao-int8, onnxruntime-fp32, onnxruntime-int8, onnxruntime-custom, openvino-fp32, openvino-int8"
 )
 
 

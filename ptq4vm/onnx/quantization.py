@@ -26,7 +26,11 @@ class Form:
     matmul_integer: bool = False
     """MatMulInteger, exact; without it Q/DQ nodes around a MatMul."""
     signed: bool = False
-    """Codes as int8 with zero point 0, as TensorRT wants them: others compute garbage from them."""
+    """Codes as int8 with zero point 0, as TensorRT wants them: OpenVINO computes garbage from them.
+
+    TensorRT dequantizes int8 and INT4 and does nothing else with them, so codes are numbers of float32 wherever they
+    are moved, and weights are whole bytes: INT4 is for weights whose product is in floating point.
+    """
 
     @property
     def zero(self) -> int:
@@ -63,7 +67,7 @@ def quantize(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     x, (low, high) = call["x"], code_range(call.number("bits"))
     v = b.Mul(_smoothed(b, call), _rows(b, x, call["inv_scale"]))
     zero, narrow = call.constant("zero_point"), (low, high) != code_range(8)
-    if zero is not None and zero.size == 1:
+    if zero is not None and zero.size == 1 and not form.signed:
         if narrow:  # bounds are whole numbers: clamped first, a value rounds to the same
             v = b.Clip(v, float(low - int(zero.item())), float(high - int(zero.item())))
         return [b.QuantizeLinear(v, 1.0, form.stored(zero.reshape(())))]
@@ -75,7 +79,9 @@ def quantize(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     v = b.Add(b.Round(v), _rows(b, x, call["zero_point"]))
     if narrow:
         v = b.Clip(v, float(low), float(high))
-    return [b.QuantizeLinear(v, 1.0, form.stored(np.array(0)))]
+    none = form.stored(np.array(0))
+    codes = b.QuantizeLinear(v, 1.0, none)
+    return [b.DequantizeLinear(codes, 1.0, none) if form.signed else codes]
 
 
 def dequantize(b: Builder, call: Call, form: Form) -> list[ir.Value]:
@@ -83,7 +89,8 @@ def dequantize(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     x = call["x_q"]
     zero = _rows(b, x, call["zero_point"])
     offset = b.Add(zero, float(form.zero)) if isinstance(zero, ir.Value) else zero + np.float32(form.zero)
-    return [b.Mul(b.Sub(b.Cast(x, to=ir.DataType.FLOAT), offset), _rows(b, x, call["scale"]))]
+    codes = x if form.signed else b.Cast(x, to=ir.DataType.FLOAT)
+    return [b.Mul(b.Sub(codes, offset), _rows(b, x, call["scale"]))]
 
 
 def choose_qparams(b: Builder, call: Call, form: Form) -> list[ir.Value]:
@@ -101,7 +108,7 @@ def linear(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     """(Σ q · w - z · Σ w) · scale · weight_scale + bias."""
     codes, bits4 = _weight(call)
     scale, zero = call.constant("x_scale"), call.constant("x_zero_point")
-    weight = _stored(b, codes.T, bits4)
+    weight = _stored(b, codes.T, bits4 and not form.signed)
     per_tensor = scale is not None and zero is not None and scale.size == zero.size == 1
     multiply = _matmul_integer if form.matmul_integer else _matmul
     y = multiply(b, call, form, weight, codes, per_tensor)
@@ -118,10 +125,13 @@ def linear(b: Builder, call: Call, form: Form) -> list[ir.Value]:
 def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     """The weight (N, …) of a product in floating point, of codes that a quantized linear may have as well.
 
-    No DequantizeLinear, of which ONNX Runtime would make a product with inputs of 8 bits.
+    DequantizeLinear is for TensorRT alone: ONNX Runtime would make a product with inputs of 8 bits of it.
     """
     codes, scale = call.constant("input"), call.constant("scales")
     assert codes is not None and scale is not None
+    if form.signed:
+        zeros = np.zeros(len(scale), np.int8)
+        return [b.DequantizeLinear(codes, scale.astype(np.float32), zeros, axis=call.number("axis"))]
     last = codes.ndim - 1
     bits4 = call.number("quant_max") <= code_range(4)[1]
     weight = b.Cast(_stored(b, np.moveaxis(codes, call.number("axis"), last), bits4), to=ir.DataType.FLOAT)
@@ -178,11 +188,11 @@ def _matmul_integer(
 def _matmul(b: Builder, call: Call, form: Form, weight: ir.Value, codes: np.ndarray, per_tensor: bool) -> ir.Value:
     """The sums in floating point, of which runtimes make integer products, and the scales of the weight."""
     x, zero, scale = call["x"], call.constant("x_zero_point"), _total_scale(call, per_tensor)
-    inside = zero if zero is not None and zero.size == 1 else np.array(0)
-    values = b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
+    inside = zero if zero is not None and zero.size == 1 and not form.signed else np.array(0)
+    values = x if form.signed else b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
     weights = b.DequantizeLinear(weight, scale, axis=1)
     y = b.MatMul(values, weights, node=_name(call))
-    if zero is not None and (zero.size == 1 or not zero.any()):
+    if zero is not None and (inside == zero).all():
         return y
     sums = codes.sum(1, dtype=np.int32).astype(np.float32) * scale
     return b.Sub(y, b.Mul(_rows(b, x, call["x_zero_point"]), sums))

@@ -52,7 +52,7 @@ def expand(model: ir.Model, form: Form | None) -> ir.Model:
         constant.name = f"constant_{i}"
         graph.register_initializer(constant)
     if form:
-        _retype_codes(graph, ir.DataType.INT8 if form.signed else ir.DataType.UINT8)
+        _retype_codes(graph, ir.DataType.FLOAT if form.signed else ir.DataType.UINT8)
     return model
 
 

@@ -28,8 +28,8 @@ async function load() {
   const description = await (await fetched("model.json")).json();
   const bytes = await (await fetched("model.onnx")).arrayBuffer();
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
-  $("model").textContent = `${description.name}, int8`;
-  $("size").textContent = `${(bytes.byteLength / 1e6).toFixed(2)} MB`;
+  $("model").textContent = description.name;
+  $("size").textContent = `${(bytes.byteLength / 1e6).toFixed(2)} MB, int8`;
   $("examples").replaceChildren(...description.examples.map((name, place) => {
     const button = document.createElement("button"), image = new Image();
     button.type = "button";
@@ -68,10 +68,9 @@ function softmax(logits) {
 function show(probabilities, names) {
   const best = [...probabilities.keys()].sort((a, b) => probabilities[b] - probabilities[a]).slice(0, TOP);
   $("classes").replaceChildren(...best.map((place) => {
-    const row = document.createElement("li"), bar = document.createElement("meter");
-    const name = document.createElement("span"), share = document.createElement("output");
-    bar.value = probabilities[place];
-    bar.ariaHidden = "true";
+    const [row, bar, name, share] = ["li", "div", "span", "data"].map((tag) => document.createElement(tag));
+    bar.style.width = `${100 * probabilities[place]}%`;
+    share.value = probabilities[place];
     name.textContent = names?.[place] ?? `class ${place}`;
     share.textContent = `${(100 * probabilities[place]).toFixed(1)} %`;
     row.append(bar, name, share);

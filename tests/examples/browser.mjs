@@ -26,7 +26,7 @@ try {
       await page.evaluate(() => (document.getElementById("status").textContent = ""));
       await page.setInputFiles("#file", picture);
       const said = await status("looks like|no picture|could not");
-      const classes = await page.$$eval("#classes li", (rows) => rows.map((row) => [row.querySelector("span").textContent, row.querySelector("meter").value]));
+      const classes = await page.$$eval("#classes li", (rows) => rows.map((row) => [row.querySelector("span").textContent, Number(row.querySelector("data").value)]));
       answers.push({ said, classes });
     }
     if (task.screenshot) await page.screenshot({ path: task.screenshot, fullPage: true });

@@ -28,6 +28,9 @@ async function load() {
   const description = await (await fetched("model.json")).json();
   const bytes = await (await fetched("model.onnx")).arrayBuffer();
   const session = await ort.InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+  const size = [1, ...description.preprocessing.input_size];
+  const blank = new ort.Tensor("float32", new Float32Array(size.reduce((a, b) => a * b)), size);
+  await session.run({ [session.inputNames[0]]: blank }); // the first run is slower than all others
   $("model").textContent = description.name;
   $("size").textContent = `${(bytes.byteLength / 1e6).toFixed(2)} MB, int8`;
   $("examples").replaceChildren(...description.examples.map((name, place) => {

@@ -121,5 +121,8 @@ def architecture_of(model: nn.Module, input_shapes: tuple[tuple[int, ...], ...])
     if fixed_size is not None and [height, width] != default_size:
         arguments["img_size"] = [height, width]
     preprocessing = {key: cfg[key] for key in _PREPROCESSING if key in cfg} | {"input_size": input_shapes[0]}
+    names = cfg.get("label_names") or ()
+    if len(names) == arguments.get("num_classes"):  # another head tells other classes apart
+        preprocessing["label_names"] = names
     # as JSON brings it back
     return json.loads(json.dumps({"name": name, "arguments": arguments, "preprocessing": preprocessing}))

@@ -42,6 +42,10 @@ _STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
 }
 """Mean and standard deviation of the pixels, by the dataset, with which the tags of bundled weights begin."""
+_CLASSES = {
+    "digits": tuple("0123456789"),
+    "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +124,11 @@ def register(
 
 
 def _small_images(name: str, tag: str) -> dict[str, Any]:
-    mean, std = _STATISTICS[tag.partition("_")[0]]
+    dataset = tag.partition("_")[0]
+    mean, std = _STATISTICS[dataset]
     changes = {"num_classes": 10, "input_size": (3, 32, 32), "crop_pct": 1.0, "mean": mean, "std": std}
-    return _IMAGENET | changes | {"file": str(PRETRAINED / f"{name}.{tag}.safetensors")}
+    file = str(PRETRAINED / f"{name}.{tag}.safetensors")
+    return _IMAGENET | changes | {"label_names": _CLASSES[dataset], "file": file}
 
 
 def _entrypoint(entry: Entry) -> Callable[..., Any]:

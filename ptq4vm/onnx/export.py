@@ -38,7 +38,8 @@ def export(quantized: GraphModule, path: str | Path, runtime: str = "portable") 
               `ptq4vm.onnx.library()` names, at the speed of `ptq4vm.fuse`.
 
     Returns:
-        The path.
+        The path. The file's metadata hold the preprocessing of images ("ptq4vm.preprocessing", JSON) and, where the
+        model's `pretrained_cfg` has `label_names`, the names of the classes in order ("ptq4vm.classes", JSON).
 
     Raises:
         ImportError: naming the extra, where onnx or onnxscript is missing.
@@ -73,7 +74,10 @@ def export(quantized: GraphModule, path: str | Path, runtime: str = "portable") 
     model.metadata_props["ptq4vm.runtime"] = runtime
     if metadata.architecture:
         model.metadata_props["ptq4vm.architecture"] = metadata.architecture["name"]
-        model.metadata_props["ptq4vm.preprocessing"] = json.dumps(metadata.architecture["preprocessing"])
+        preprocessing = dict(metadata.architecture["preprocessing"])
+        if names := preprocessing.pop("label_names", None):
+            model.metadata_props["ptq4vm.classes"] = json.dumps(names)
+        model.metadata_props["ptq4vm.preprocessing"] = json.dumps(preprocessing)
     replace_file(path, lambda temporary: ir.save(model, temporary))
     return path
 

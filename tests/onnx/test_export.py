@@ -130,6 +130,7 @@ def test_a_file_knows_how_images_become_its_input(tmp_path):
     properties = {each.key: each.value for each in made.metadata_props}
     assert properties["ptq4vm.architecture"] == "vim_nano_patch4_32"
     assert json.loads(properties["ptq4vm.preprocessing"])["input_size"] == [3, 32, 32]
+    assert json.loads(properties["ptq4vm.classes"]) == list("0123456789")
     assert made.producer_name == "ptq4vm" and made.producer_version == ptq4vm.__version__
 
 

@@ -130,8 +130,7 @@ def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     codes, scale = call.constant("input"), call.constant("scales")
     assert codes is not None and scale is not None
     if form.signed:
-        zeros = np.zeros(len(scale), np.int8)
-        return [b.DequantizeLinear(codes, scale.astype(np.float32), zeros, axis=call.number("axis"))]
+        return [b.DequantizeLinear(codes, scale.astype(np.float32), axis=call.number("axis"))]
     last = codes.ndim - 1
     bits4 = call.number("quant_max") <= code_range(4)[1]
     weight = b.Cast(_stored(b, np.moveaxis(codes, call.number("axis"), last), bits4), to=ir.DataType.FLOAT)

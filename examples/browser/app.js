@@ -1,8 +1,8 @@
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
-import { prepare } from "./preprocessing.js";
+import { LARGEST, prepare } from "./preprocessing.js";
 
 const $ = (id) => document.getElementById(id);
-const TOP = 5, LARGEST = 50e6;
+const TOP = 5;
 
 ort.env.wasm.numThreads = 1; // several threads would need two headers of the server
 ort.env.wasm.wasmPaths = new URL("node_modules/onnxruntime-web/dist/", location.href).href;

@@ -1,5 +1,7 @@
 // Pictures as a model sees them: Pillow's antialiased resize, the centre, normalized; float32 (3, H, W).
 
+export const LARGEST = 50e6; // pixels of a picture
+
 const FILTERS = {
   bilinear: [1, (x) => (x < 1 ? 1 - x : 0)],
   bicubic: [2, (x) => (x < 1 ? (1.5 * x - 2.5) * x * x + 1 : x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0)],
@@ -61,6 +63,7 @@ export function prepare(image, settings) {
   const target = [width, height].map((side) => Math.floor(side / settings.crop_pct));
   const short = Math.min(image.width, image.height);
   const size = mode === "squash" ? target : [image.width, image.height].map((side) => Math.floor((target[0] * side) / short));
+  if (size[0] * size[1] > LARGEST) throw new Error(`${image.width} × ${image.height} pixels are too long a strip`);
   const resized = resize(image, ...size, settings.interpolation);
   const left = round((resized.width - width) / 2), top = round((resized.height - height) / 2);
   const made = new Float32Array(3 * height * width);

@@ -23,6 +23,9 @@ int main(int count, char** arguments) try {
 } catch (const c10::Error& error) {
   std::fprintf(stderr, "%s\n", error.what_without_backtrace());
   return 1;
+} catch (const std::invalid_argument&) {
+  std::fprintf(stderr, "C, H and W are the size of an image, in whole numbers\n");
+  return 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 1;

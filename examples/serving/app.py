@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pictures
 from fastapi import FastAPI, HTTPException, Request
+from PIL import Image
 
 MODEL = os.environ.get("MODEL", "model.onnx")
 CLASSES = os.environ.get("CLASSES")  # a JSON list of names, for files that have none
@@ -25,6 +26,8 @@ if library := os.environ.get("LIBRARY"):  # the operators of files made with --r
     options.register_custom_ops_library(library)
 session = onnxruntime.InferenceSession(MODEL, options)
 metadata = session.get_modelmeta().custom_metadata_map
+if "ptq4vm.preprocessing" not in metadata:
+    raise SystemExit(f"{MODEL} does not say how pictures become its input: export it from a model that timm knows")
 settings = json.loads(metadata["ptq4vm.preprocessing"])
 names = json.loads(Path(CLASSES).read_text()) if CLASSES else json.loads(metadata.get("ptq4vm.classes", "null"))
 queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue(maxsize=256)
@@ -34,6 +37,11 @@ def probabilities(batch: list[np.ndarray]) -> np.ndarray:
     logits = session.run(None, {session.get_inputs()[0].name: np.stack(batch)})[0]
     powers = np.exp(logits - logits.max(1, keepdims=True))
     return powers / powers.sum(1, keepdims=True)
+
+
+probabilities(
+    [pictures.prepare(Image.new("RGB", (64, 64)), settings)]
+)  # the first run is slow, and tells what is amiss
 
 
 async def answer() -> None:

@@ -20,9 +20,10 @@ def decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} × {image.height} pixels, at most {LARGEST} are read")
-            if image.mode in ("I", "F"):
+            sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+            if image.mode in ("I", "F") and not sixteen:
                 raise ValueError("its pixels have 32 bits: save them in 8 bits")
-            if image.mode.startswith("I;16"):
+            if sixteen:
                 return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)).convert(
                     "RGB"
                 )
@@ -36,7 +37,10 @@ def decode(data: bytes) -> Image.Image:
 def prepare(image: Image.Image, settings: dict[str, Any]) -> np.ndarray:
     """Resizes, crops the centre and normalizes: float32 (3, H, W)."""
     _, height, width = settings["input_size"]
-    image = image.resize(_size(image, height, width, settings), Image.Resampling[settings["interpolation"].upper()])
+    size = _size(image, height, width, settings)
+    if size[0] * size[1] > LARGEST:
+        raise ValueError(f"{image.width} × {image.height} pixels are too long a strip")
+    image = image.resize(size, Image.Resampling[settings["interpolation"].upper()])
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     mean, std = (np.array(settings[key], np.float32) for key in ("mean", "std"))

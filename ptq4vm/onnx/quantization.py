@@ -130,7 +130,8 @@ def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     codes, scale = call.constant("input"), call.constant("scales")
     assert codes is not None and scale is not None
     if form.signed:
-        return [b.DequantizeLinear(codes, scale.astype(np.float32), axis=call.number("axis"))]
+        zeros = np.zeros(len(scale), np.int8)
+        return [b.DequantizeLinear(codes, scale.astype(np.float32), zeros, axis=call.number("axis"))]
     last = codes.ndim - 1
     bits4 = call.number("quant_max") <= code_range(4)[1]
     weight = b.Cast(_stored(b, np.moveaxis(codes, call.number("axis"), last), bits4), to=ir.DataType.FLOAT)
@@ -189,7 +190,9 @@ def _matmul(b: Builder, call: Call, form: Form, weight: ir.Value, codes: np.ndar
     x, zero, scale = call["x"], call.constant("x_zero_point"), _total_scale(call, per_tensor)
     inside = zero if zero is not None and zero.size == 1 and not form.signed else np.array(0)
     values = x if form.signed else b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
-    weights = b.DequantizeLinear(weight, scale, axis=1)
+    # ONNX Runtime fails on a zero point that weights share when it makes them unsigned; TensorRT's files name it
+    no_offset = (np.zeros(len(scale), np.int8),) if form.signed else ()
+    weights = b.DequantizeLinear(weight, scale, *no_offset, axis=1)
     y = b.MatMul(values, weights, node=_name(call))
     if zero is not None and (inside == zero).all():
         return y

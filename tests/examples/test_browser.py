@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.example_models import bundled, pictures
+from PIL import Image
 
 from ptq4vm.data import read_image, transform_for
 from ptq4vm.onnx import export
@@ -124,7 +125,9 @@ def test_what_goes_wrong_is_said_in_a_sentence(server, site, tmp_path):
     note = tmp_path / "note.jpg"
     note.write_text("no picture")
     good = pictures(tmp_path)[0]
-    bad, after = visit(server.address, tmp_path / "profile", [note, good])["answers"]
+    Image.new("L", (60_000, 1)).save(tmp_path / "strip.png")
+    bad, strip, after = visit(server.address, tmp_path / "profile", [note, tmp_path / "strip.png", good])["answers"]
+    assert strip["said"] == "The model could not answer: 60000 × 1 pixels are too long a strip"
     assert bad["said"].startswith("This is no picture") and bad["classes"] == []
     assert after["said"].startswith("It looks like")
     hidden = (site / "model.onnx").rename(site / "elsewhere")

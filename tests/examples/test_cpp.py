@@ -70,8 +70,12 @@ def test_a_compiled_package_runs_without_python(programs, quantized, images, tmp
     package = aot.package(quantized, tmp_path / "model.pt2")
     found = run(programs / "run_pt2", native.LIBRARY, package, images[1], 3, 32, 32)
     assert_says(found, ptq4vm.fuse(quantized), images[0], 1e-4)
-    for kernels, file, reason in (("no.so", images[1], "no.so"), (native.LIBRARY, "no.f32", "no.f32: cannot be read")):
-        command = [programs / "run_pt2", kernels, package, file, "3", "32", "32"]
+    for kernels, file, width, reason in (
+        ("no.so", images[1], "32", "no.so"),
+        (native.LIBRARY, "no.f32", "32", "no.f32: cannot be read"),
+        (native.LIBRARY, images[1], "wide", "whole numbers"),
+    ):
+        command = [programs / "run_pt2", kernels, package, file, "3", "32", width]
         failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert failed.returncode == 1 and reason in failed.stderr and failed.stderr.count("\n") == 1
 

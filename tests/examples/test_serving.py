@@ -84,7 +84,9 @@ def test_pictures_are_prepared_as_timm_does(name, tmp_path):
     model = create_model("vim_tiny_patch16_224" if name == "squash" else name)
     if name == "squash":
         model.pretrained_cfg["crop_mode"] = "squash"
-    for path in pictures(tmp_path):
+    grey = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 32
+    Image.fromarray(grey).save(tmp_path / "sixteen.png")
+    for path in [*pictures(tmp_path), tmp_path / "sixteen.png"]:
         pixels = module["prepare"](module["decode"](path.read_bytes()), model.pretrained_cfg)
         assert torch.equal(torch.from_numpy(pixels), transform_for(model)(read_image(str(path)))), path.name
 
@@ -120,7 +122,10 @@ def test_what_is_no_picture_gets_a_reason(address, tmp_path):
     picture = pictures(tmp_path)[0].read_bytes()
     bomb = io.BytesIO()
     Image.new("1", (10_000, 8_000)).save(bomb, "PNG")
+    strip = io.BytesIO()
+    Image.new("L", (1_000_000, 1)).save(strip, "PNG")
     for data, status, reason in (
+        (strip.getvalue(), 422, "1000000 × 1 pixels are too long a strip"),
         (b"", 422, "none of BMP"),
         (b"GIF, or not", 422, "none of BMP"),
         (picture[: len(picture) // 2], 422, "truncated"),

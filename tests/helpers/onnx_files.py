@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ptq4vm.onnx.quantization import Form
 from ptq4vm.onnx.stock import expand
+from ptq4vm.onnx.tidy import tidy
 from ptq4vm.onnx.translate import BATCH, DOMAIN, OPSET
 
 FORMS = {"portable": Form(), "onnxruntime": Form(matmul_integer=True), "tensorrt": Form(signed=True)}
@@ -53,7 +54,7 @@ def one_node(name: str, args: tuple[Any, ...], computed: tuple[str, ...], form: 
     graph = ir.Graph(
         inputs, outputs, nodes=[node], initializers=constants, opset_imports={"": OPSET, DOMAIN: 1}, name="g"
     )
-    return expand(ir.Model(graph, ir_version=10), form)
+    return tidy(expand(ir.Model(graph, ir_version=10), form))
 
 
 def run_node(

@@ -14,6 +14,7 @@ pytest.importorskip("onnxscript")
 
 from ptq4vm.onnx import stock  # noqa: E402
 from ptq4vm.onnx.quantization import Form  # noqa: E402
+from ptq4vm.onnx.tidy import tidy  # noqa: E402
 
 TOKENS = (1, 2, 3, 8, 9, 23)
 STATES = (1, 2, 4, 16)
@@ -41,7 +42,7 @@ def expanded(operator, tensors, numbers, constants=CONSTANTS):
     node = ir.Node(stock.DOMAIN, operator, values, [ir.AttrInt64(k, int(v)) for k, v in numbers.items()], outputs=[y])
     opsets = {"": 21, stock.DOMAIN: 1}
     graph = ir.Graph(given, [y], nodes=[node], initializers=weights, opset_imports=opsets, name="scan")
-    model = stock.expand(ir.Model(graph, ir_version=10), Form(matmul_integer=False))
+    model = tidy(stock.expand(ir.Model(graph, ir_version=10), Form()))
     return ir.to_proto(model).SerializeToString()
 
 

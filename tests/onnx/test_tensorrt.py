@@ -86,8 +86,9 @@ def check(file, linears):
         if place is not None and len(node.input) > place and node.input[place]:
             assert node.input[place] in file.constants, node
     small = {name for name, dtype in file.types.items() if onnx.TensorProto.DataType.Name(dtype) in ("INT8", "INT4")}
-    pairs = [node for node in file.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
-    zeros = {node.input[2] for node in pairs if node.op_type == "QuantizeLinear" or len(node.input) > 2}
+    around = [node for node in file.nodes if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    assert {len(node.input) for node in around} == {3}
+    zeros = {node.input[2] for node in around}
     assert {onnx.TensorProto.DataType.Name(file.types[name]) for name in zeros} == {"INT8"}
     assert not any(file.array(name).any() for name in zeros)
     assert "UINT8" not in {onnx.TensorProto.DataType.Name(dtype) for dtype in file.types.values()}

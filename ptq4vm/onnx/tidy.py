@@ -24,6 +24,7 @@ def tidy(model: ir.Model) -> ir.Model:
             value.name = f"v{next(numbers)}"
         for node in each:
             node.name = node.name if node.op_type in _PRODUCTS else None
+        _number_uses([node for node in each if node.name])
         for part in _parts(each):
             part.metadata_props.clear()
             part.doc_string = None
@@ -33,6 +34,17 @@ def tidy(model: ir.Model) -> ir.Model:
     for domain in [domain for domain in model.opset_imports if domain not in used]:
         del model.opset_imports[domain]
     return model
+
+
+def _number_uses(products: list[ir.Node]) -> None:
+    """Names products of one weight, which came with one name for all, as their linears: `name`, `name@1`, `name@2` …"""
+    uses: dict[str, list[ir.Node]] = {}
+    for node in products:
+        uses.setdefault((node.name or "").partition("@")[0], []).append(node)
+    for name, nodes in uses.items():
+        if len({node.name for node in nodes}) < len(nodes):
+            for i, node in enumerate(nodes):
+                node.name = f"{name}@{i}" if i else name
 
 
 def _parts(graph: ir.Graph) -> Iterator[ir.Graph | ir.Node | ir.Value]:

@@ -39,7 +39,8 @@ def translate(gm: GraphModule) -> ir.Model:
     copied = _symbolic(gm)
     examples = example_inputs(gm, 2)
     shapes = tuple({0: torch.export.Dim(BATCH)} if isinstance(x, Tensor) and x.dim() else None for x in examples)
-    names = [node.name for node in copied.graph.find_nodes(op="placeholder")]
+    nodes = copied.graph.find_nodes(op="placeholder")
+    names = [node.name for node, x in zip(nodes, examples, strict=True) if isinstance(x, Tensor)]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.export.export(copied, examples, dynamic_shapes=shapes)
@@ -55,7 +56,7 @@ def translate(gm: GraphModule) -> ir.Model:
 
 def _symbolic(gm: GraphModule) -> GraphModule:
     """Copies a graph, without checks of inputs, and with operators of ours as nodes that torch.onnx hands on."""
-    gm = copy.deepcopy(gm).eval()
+    gm = copy.deepcopy(gm).cpu().eval()
     gm = drop_unused_tensors(FoldConstants(keep=(DEQUANTIZE_WEIGHT,))(gm))
     for node in list(gm.graph.nodes):
         if node.target is check_input:

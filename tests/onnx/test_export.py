@@ -140,6 +140,24 @@ def test_products_have_the_names_of_their_linears(words, files):
     assert names == [linear.name for linear in ptq4vm.metadata.metadata_of(words).linears]
 
 
+@pytest.mark.parametrize("runtime", [runtime for runtime in RUNTIMES if runtime != "custom"])
+def test_uses_of_one_weight_have_names_of_their_own(tmp_path, runtime):
+    """ONNX Runtime refuses a file in which two nodes have one name."""
+
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(super().forward(x).tanh())
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        quantized = ptq4vm.quantize(Twice(8, 8), [torch.randn(2, 5, 8)], QuantConfig.minmax(8), progress=False)
+    path = export(quantized, tmp_path / "model.onnx", runtime)
+    nodes = onnx.load(path).graph.node
+    names = [node.name for node in nodes if node.op_type in ("MatMul", "MatMulInteger")]
+    assert names == [linear.name for linear in ptq4vm.metadata.metadata_of(quantized).linears] and len(names) == 2
+    onnx_files.session(path)
+
+
 def test_an_operator_without_translation_is_named(tmp_path):
     class Model(torch.nn.Linear):
         def forward(self, x):

@@ -99,10 +99,9 @@ def check(file, linears):
         if node.op_type == "QuantizeLinear":
             (reader,) = file.readers(node.output[0])
             assert file.array(node.input[1]).size == 1 and reader.input[1] == node.input[1]
-    # uses of one weight have one name
-    products = [node for node in file.nodes if node.op_type == "MatMul" and node.name in linears]
-    assert len(products) == len(linears)
-    for node in products:
+    products = {node.name: node for node in file.nodes if node.op_type == "MatMul" and node.name in linears}
+    assert set(products) == set(linears)
+    for node in products.values():
         weight = made[node.input[1]]
         codes, scales = (file.array(name) for name in weight.input[:2])
         assert weight.op_type == "DequantizeLinear" and codes.dtype.name == "int8" and codes.ndim == 2

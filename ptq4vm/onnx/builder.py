@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,18 @@ from onnx_ir.tape import Tape
 
 Operand = ir.Value | np.ndarray | np.generic | float | int | Sequence[int] | None
 """A value, or a constant: a float is float32, an int and a list of ints are int64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """Initializers, equal ones once; but no two products share a weight.
+
+    ONNX Runtime refuses those where it makes weights unsigned, for processors without VNNI.
+    """
+
+    known: dict[Any, ir.Value] = field(default_factory=dict)
+    weights: set[Any] = field(default_factory=set)
+    """Keys of the constants that a product has."""
 
 
 class Builder:
@@ -23,10 +36,10 @@ class Builder:
     (['Add'], ['FLOAT'])
     """
 
-    def __init__(self, known: dict[Any, ir.Value] | None = None) -> None:
+    def __init__(self, constants: Constants | None = None) -> None:
         self._tape = Tape()
         self._names = itertools.count()
-        self._known = {} if known is None else known
+        self._constants = constants or Constants()
 
     @property
     def nodes(self) -> Sequence[ir.Node]:
@@ -34,7 +47,7 @@ class Builder:
 
     @property
     def constants(self) -> Sequence[ir.Value]:
-        return list(self._known.values())
+        return list(self._constants.known.values())
 
     def __getattr__(self, op_type: str) -> Callable[..., ir.Value]:
         if not op_type[0].isupper():
@@ -55,16 +68,20 @@ class Builder:
             return operand
         return self.constant(np.asarray(operand, np.float32 if isinstance(operand, float) else None))
 
-    def constant(self, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-        """Returns an initializer; int8 codes may be written as INT4, two a byte."""
-        key = (str(dtype or array.dtype), array.shape, array.tobytes())
-        if key not in self._known:
+    def constant(self, array: np.ndarray, dtype: ir.DataType | None = None, *, weight: bool = False) -> ir.Value:
+        """Returns an initializer, `weight` where it is a product's; int8 codes may be written as INT4, two a byte."""
+        known, key = self._constants.known, (str(dtype or array.dtype), array.shape, array.tobytes(), 0)
+        while weight and key in self._constants.weights:
+            key = (*key[:-1], key[-1] + 1)
+        if weight:
+            self._constants.weights.add(key)
+        if key not in known:
             tensor = ir.tensor(np.ascontiguousarray(array).reshape(array.shape))
             if dtype is ir.DataType.INT4:
                 low, high = np.append(array.ravel(), [0] * (array.size % 2)).astype(np.uint8).reshape(-1, 2).T & 15
                 tensor = ir.PackedTensor(low | high << 4, dtype, shape=ir.Shape(array.shape))
-            self._known[key] = ir.val(None, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
-        return self._known[key]
+            known[key] = ir.val(None, dtype=tensor.dtype, shape=array.shape, const_value=tensor)
+        return known[key]
 
     def scan(
         self,

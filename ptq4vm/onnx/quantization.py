@@ -108,7 +108,7 @@ def linear(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     """(Σ q · w - z · Σ w) · scale · weight_scale + bias."""
     codes, bits4 = _weight(call)
     scale, zero = call.constant("x_scale"), call.constant("x_zero_point")
-    weight = _stored(b, codes.T, bits4 and not form.signed)
+    weight = _stored(b, codes.T, bits4 and not form.signed, product=True)
     per_tensor = scale is not None and zero is not None and scale.size == zero.size == 1
     multiply = _matmul_integer if form.matmul_integer else _matmul
     y = multiply(b, call, form, weight, codes, per_tensor)
@@ -134,7 +134,9 @@ def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
         return [b.DequantizeLinear(codes, scale.astype(np.float32), zeros, axis=call.number("axis"))]
     last = codes.ndim - 1
     bits4 = call.number("quant_max") <= code_range(4)[1]
-    weight = b.Cast(_stored(b, np.moveaxis(codes, call.number("axis"), last), bits4), to=ir.DataType.FLOAT)
+    weight = b.Cast(
+        _stored(b, np.moveaxis(codes, call.number("axis"), last), bits4, product=False), to=ir.DataType.FLOAT
+    )
     back = [*range(call.number("axis")), last, *range(call.number("axis"), last)]
     return [b.Transpose(b.Mul(weight, scale), perm=back)]
 
@@ -144,11 +146,11 @@ def _name(call: Call) -> str | None:
     return (call["weight"].name or "").removesuffix(".weight_q") or None
 
 
-def _stored(b: Builder, codes: np.ndarray, bits4: bool) -> ir.Value:
+def _stored(b: Builder, codes: np.ndarray, bits4: bool, product: bool) -> ir.Value:
     """Codes of a weight as int8; two of 4 bits share a byte of the file."""
     if not bits4:
-        return b.constant(codes)
-    return b.Cast(b.constant(codes, ir.DataType.INT4), to=ir.DataType.INT8)
+        return b.constant(codes, weight=product)
+    return b.Cast(b.constant(codes, ir.DataType.INT4, weight=product), to=ir.DataType.INT8)
 
 
 def _weight(call: Call) -> tuple[np.ndarray, bool]:
@@ -190,9 +192,10 @@ def _matmul(b: Builder, call: Call, form: Form, weight: ir.Value, codes: np.ndar
     x, zero, scale = call["x"], call.constant("x_zero_point"), _total_scale(call, per_tensor)
     inside = zero if zero is not None and zero.size == 1 and not form.signed else np.array(0)
     values = x if form.signed else b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
-    # ONNX Runtime fails on a zero point that weights share when it makes them unsigned; TensorRT's files name it
-    no_offset = (np.zeros(len(scale), np.int8),) if form.signed else ()
-    weights = b.DequantizeLinear(weight, scale, *no_offset, axis=1)
+    zeros = (
+        (b.constant(np.zeros(len(scale), np.int8), weight=True),) if form.signed else ()
+    )  # TensorRT's files name them
+    weights = b.DequantizeLinear(weight, scale, *zeros, axis=1)
     y = b.MatMul(values, weights, node=_name(call))
     if zero is not None and (inside == zero).all():
         return y

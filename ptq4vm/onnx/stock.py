@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from ptq4vm.onnx import quantization, scans
-from ptq4vm.onnx.builder import Builder
+from ptq4vm.onnx.builder import Builder, Constants
 from ptq4vm.onnx.calls import Call
 from ptq4vm.onnx.quantization import Form
 from ptq4vm.onnx.translate import DOMAIN
@@ -41,14 +41,14 @@ def expand(model: ir.Model, form: Form | None) -> ir.Model:
     if missing := sorted({call.operator for call in calls} - set(EXPANSIONS)):
         names = ", ".join(f"{DOMAIN}::{name}" for name in missing)
         raise ValueError(f"stock ONNX has no form of {names}: export with runtime='custom', whose library has it")
-    shared: dict[object, ir.Value] = {}
+    shared = Constants()
     for call in calls:
         node, builder = call.node, Builder(shared)
         results = EXPANSIONS[call.operator](builder, call, form or Form())
         for old, new in zip(node.outputs, results, strict=True):
             new.shape, new.type = old.shape, new.type or old.type
         ir.convenience.replace_nodes_and_values(graph, node, [node], builder.nodes, node.outputs, results)
-    for i, constant in enumerate(shared.values()):
+    for i, constant in enumerate(shared.known.values()):
         constant.name = f"constant_{i}"
         graph.register_initializer(constant)
     if form:

@@ -71,6 +71,7 @@ def test_at_four_bits_minmax_fails_on_it_and_ptq4vm_does_not(digits, hard, hard_
     assert evaluate(convert(hard_w4a4), test, progress=False).top1 > 98
 
 
+@pytest.mark.slow
 def test_w8a8_stays_within_a_third_of_a_point(digits):
     model, calibration, test = digits
     quantized = convert(calibrate(prepare(model, (test[0][0][:2],), QuantConfig()), calibration, progress=False))

@@ -19,6 +19,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_and_agrees_with_floating_point(tmp_path):
     said = run(ROOT / "examples/quickstart.py", cwd=tmp_path)
     assert int(re.search(r"(\d+)%", said)[1]) >= 90

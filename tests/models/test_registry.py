@@ -58,7 +58,7 @@ assert create_model("vmamba_nano_32.digits", pretrained=True).classifier.head.bi
 """
 
 
-@pytest.mark.parametrize("order", ["theirs ours", "ours theirs"])
+@pytest.mark.parametrize("order", ["theirs ours", pytest.param("ours theirs", marks=pytest.mark.slow)])
 def test_a_package_with_the_same_names_keeps_them_in_timm_and_we_keep_ours(tmp_path, order):
     """timm warns of the names only where theirs take the place of ours, and names their module."""
     (tmp_path / "theirs.py").write_text(THEIRS)

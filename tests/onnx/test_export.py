@@ -94,7 +94,10 @@ def test_every_family(name, runtime, tmp_path):
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("name", NANO)
 def test_every_way_to_quantize(name, config, runtime, tmp_path):
-    _check(*quantized_model(name, CONFIGS[config]), tmp_path / "model.onnx", runtime, 0.02)
+    quantized, inputs = quantized_model(name, CONFIGS[config])
+    _check(quantized, inputs, tmp_path / "model.onnx", runtime, 0.02)
+    saved = ptq4vm.save(quantized, tmp_path / "saved") / "model.safetensors"
+    assert (tmp_path / "model.onnx").stat().st_size <= 1.2 * saved.stat().st_size
 
 
 @pytest.mark.parametrize("runtime", ["portable", "custom"])
@@ -202,6 +205,7 @@ def test_the_command_offers_the_runtimes_that_there_are():
     assert command.RUNTIMES == RUNTIMES
 
 
+@pytest.mark.slow
 def test_importing_imports_no_runtime():
     code = "import sys, ptq4vm.onnx; assert not {'onnx', 'onnx_ir', 'onnxruntime', 'openvino'} & set(sys.modules)"
     import subprocess

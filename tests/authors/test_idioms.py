@@ -24,12 +24,17 @@ MODELS = (
 FUSED = (Vim, LocalVim, VMamba, LocalVMamba)
 
 
+FAST = ("Vim", "VMamba", "LocalVim", "EfficientViM", "PlainMamba")
+
+
 def made(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return kind().eval()
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind.__name__ in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS]
+)
 def test_every_product_of_tokens_is_quantized(kind, tmp_path):
     model, images = made(kind), normal(3, *kind.images)
     with stand_ins():  # VMamba opens the CUDA device of a CPU's tensor

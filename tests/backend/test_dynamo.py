@@ -171,6 +171,7 @@ def test_a_wrong_resolution_is_named(quantized):
         compiled(torch.randn(2, 3, 20, 20))
 
 
+@pytest.mark.slow
 def test_the_backend_is_found_without_an_import():
     code = (
         "import sys, torch\n"

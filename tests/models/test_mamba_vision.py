@@ -69,6 +69,7 @@ def test_a_window_sees_itself_alone():
         assert torch.equal(changed[:, 0], part(x)[:, 0]) and not torch.equal(changed[:, 1], part(x)[:, 1])
 
 
+@pytest.mark.slow
 def test_the_whole_road_in_several_windows(tmp_path):
     """Every product of a mixer, of attention and of an MLP is quantized; norms are fused, and scans of one window."""
     torch.manual_seed(0)

@@ -49,7 +49,7 @@ CONFIGS = {
     "outputs": QuantConfig(range_search="minmax", outputs={"bits": 8}),
 }
 MODELS = (*NANO, "mamba vision")
-FAST = ((NANO[0], "static"), (NANO[2], "one scale"))
+FAST = ((NANO[0], "static"),)
 CASES = [
     *(("raw", config) for config in CONFIGS if config != "states"),
     *FAST,

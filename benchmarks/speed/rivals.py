@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ptq4vm.onnx
 from benchmarks.speed.torch_ops import LOOP, replace_ops
+from ptq4vm.backend import native
 from ptq4vm.benchmark.kinds import KINDS, Builder, Call, Network, called
 from ptq4vm.graph.capture import capture
 from ptq4vm.graph.insert import aten
@@ -113,6 +114,8 @@ def onnxruntime_call(path: Path, library: Path | None = None) -> Call:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.log_severity_level = 3
+    if native.isa() not in ("vnni", "amx"):  # its faster products overflow there
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

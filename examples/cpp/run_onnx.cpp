@@ -8,6 +8,11 @@ int main(int count, char** arguments) try {
   Ort::Env environment;
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(1);
+#ifdef __x86_64__
+  if (!__builtin_cpu_supports("avx512vnni") && !__builtin_cpu_supports("avxvnni")) {
+    options.AddConfigEntry("session.x64quantprecision", "1");  // its fastest sums of int8 products overflow there
+  }
+#endif
   if (count == 4) options.RegisterCustomOpsLibrary(arguments[3]);
   Ort::Session session(environment, arguments[1], options);
 

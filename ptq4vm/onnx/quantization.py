@@ -45,13 +45,13 @@ def as_float(b: Builder, x: ir.Value) -> ir.Value:
     return x if x.dtype is ir.DataType.FLOAT else b.Cast(x, to=ir.DataType.FLOAT)
 
 
-def _rows(b: Builder, x: ir.Value, qparams: ir.Value, dtype: type = np.float32) -> ir.Value | np.ndarray:
+def _rows(b: Builder, x: ir.Value, qparams: ir.Value) -> ir.Value | np.ndarray:
     """Returns qparams that broadcast against x (…, D): a scalar, (L, 1), or (B, L, 1)."""
     numbers = constant_of(qparams)
     if numbers is None:
-        wide = b.Cast(qparams, to=ir.DataType.FLOAT) if qparams.dtype is not ir.DataType.FLOAT else qparams
-        return b.Unsqueeze(wide, [-1]) if rank(qparams) < rank(x) else wide
-    numbers = numbers.astype(dtype)
+        values = as_float(b, qparams)
+        return b.Unsqueeze(values, [-1]) if rank(qparams) < rank(x) else values
+    numbers = numbers.astype(np.float32)
     if numbers.size == 1:
         return numbers.reshape(())
     return numbers[..., None] if numbers.ndim < rank(x) else numbers
@@ -132,13 +132,10 @@ def dequantize_weight(b: Builder, call: Call, form: Form) -> list[ir.Value]:
     if form.signed:
         zeros = np.zeros(len(scale), np.int8)
         return [b.DequantizeLinear(codes, scale.astype(np.float32), zeros, axis=call.number("axis"))]
-    last = codes.ndim - 1
+    axis, last = call.number("axis"), codes.ndim - 1
     bits4 = call.number("quant_max") <= code_range(4)[1]
-    weight = b.Cast(
-        _stored(b, np.moveaxis(codes, call.number("axis"), last), bits4, product=False), to=ir.DataType.FLOAT
-    )
-    back = [*range(call.number("axis")), last, *range(call.number("axis"), last)]
-    return [b.Transpose(b.Mul(weight, scale), perm=back)]
+    weight = as_float(b, _stored(b, np.moveaxis(codes, axis, last), bits4, product=False))
+    return [b.Transpose(b.Mul(weight, scale), perm=[*range(axis), last, *range(axis, last)])]
 
 
 def _name(call: Call) -> str | None:
@@ -192,9 +189,8 @@ def _matmul(b: Builder, call: Call, form: Form, weight: ir.Value, codes: np.ndar
     x, zero, scale = call["x"], call.constant("x_zero_point"), _total_scale(call, per_tensor)
     inside = zero if zero is not None and zero.size == 1 and not form.signed else np.array(0)
     values = x if form.signed else b.DequantizeLinear(x, 1.0, form.stored(inside.reshape(())))
-    zeros = (
-        (b.constant(np.zeros(len(scale), np.int8), weight=True),) if form.signed else ()
-    )  # TensorRT's files name them
+    # TensorRT's rules are of zero points that are there
+    zeros = [b.constant(np.zeros(len(scale), np.int8), weight=True)] if form.signed else []
     weights = b.DequantizeLinear(weight, scale, *zeros, axis=1)
     y = b.MatMul(values, weights, node=_name(call))
     if zero is not None and (inside == zero).all():

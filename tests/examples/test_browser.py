@@ -4,15 +4,14 @@ import json
 import os
 import runpy
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.example_models import bundled, pictures
+from helpers.example_models import bundled, free_port, pictures, running
 from PIL import Image
 
 from ptq4vm.data import read_image, transform_for
@@ -50,32 +49,19 @@ def site(model, tmp_path_factory):
     return folder
 
 
-class Server:
-    """`python -m http.server` over a folder."""
+class Server(NamedTuple):
+    """`python -m http.server` over the site."""
 
-    def __init__(self, folder):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "http.server", str(self.port), "--bind", "127.0.0.1", "-d", str(folder)]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        self.address = f"http://127.0.0.1:{self.port}/"
-        for _ in range(100):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.1)
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait(20)
+    address: str
+    process: subprocess.Popen
 
 
 @pytest.fixture
 def server(site):
-    running = Server(site)
-    yield running
-    running.stop()
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(site)]
+    with running(command, port, stderr=subprocess.DEVNULL) as process:
+        yield Server(f"http://127.0.0.1:{port}/", process)
 
 
 def visit(address, profile, paths, width=1100, **options):
@@ -95,7 +81,7 @@ def expected(model, path):
     return {original.pretrained_cfg["label_names"][i]: float(p) for i, p in zip(*reversed(likely), strict=True)}
 
 
-def test_it_answers_as_python_does_on_a_desktop_and_a_phone_and_offline(server, model, tmp_path):
+def test_it_answers_as_python_does_on_a_desktop_and_a_phone_and_offline(server, site, model, tmp_path):
     paths = pictures(tmp_path)
     seen = visit(server.address, tmp_path / "profile", paths, screenshot=str(tmp_path / "desktop.png"))
     assert all(method == "GET" and url.startswith((server.address, "blob:")) for method, url in seen["requests"])
@@ -106,19 +92,16 @@ def test_it_answers_as_python_does_on_a_desktop_and_a_phone_and_offline(server, 
         assert [share for _, share in answer["classes"]] == pytest.approx(list(wanted.values()), abs=0.02), path.name
     name, size, elapsed, offline = seen["facts"]
     assert name == "vmamba_micro_32" and offline == "ready" and elapsed.endswith(" ms")
-    assert size == f"{server_bytes(server) / 1e6:.2f} MB, int8"
+    assert size == f"{(site / 'model.onnx').stat().st_size / 1e6:.2f} MB, int8"
 
     phone = visit(
         server.address, tmp_path / "phone", paths[:1], width=360, dark=True, screenshot=str(tmp_path / "phone.png")
     )
     assert phone["overflow"] <= 0 and phone["answers"][0] == seen["answers"][0]
 
-    server.stop()
+    server.process.terminate()
+    server.process.wait(20)
     assert visit(server.address, tmp_path / "profile", paths)["answers"] == seen["answers"]
-
-
-def server_bytes(server):
-    return (Path(server.process.args[-1]) / "model.onnx").stat().st_size
 
 
 def test_what_goes_wrong_is_said_in_a_sentence(server, site, tmp_path):

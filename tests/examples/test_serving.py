@@ -4,10 +4,8 @@ import io
 import json
 import os
 import runpy
-import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.example_models import bundled, pictures
+from helpers.example_models import bundled, free_port, pictures, running
 from PIL import Image
 
 from ptq4vm.data import read_image, transform_for
@@ -41,23 +39,11 @@ def model():
 @pytest.fixture(scope="module")
 def address(model, tmp_path_factory):
     path = export(model[1], tmp_path_factory.mktemp("serving") / "model.onnx", "onnxruntime")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"MODEL": str(path)}
     command = [PYTHON, "-m", "uvicorn", "app:app", "--port", str(port), "--log-level", "warning"]
-    server = subprocess.Popen(command, cwd=SERVING, env=environment)
-    try:
-        for _ in range(300):
-            assert server.poll() is None, "the server ended"
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+    with running(command, port, cwd=SERVING, env=environment):
         yield f"http://127.0.0.1:{port}/classify"
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 def ask(address, data):

@@ -1,7 +1,13 @@
 """What the tests of examples/ run: a bundled model in eight bits, and pictures as people have them."""
 
+import socket
+import subprocess
 import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -21,6 +27,29 @@ def bundled(name: str) -> tuple[nn.Module, GraphModule]:
     model = create_model(name, pretrained=True).eval()
     images = normal(16, 3, 32, 32, seed=0)
     return model, ptq4vm.quantize(model, [images], ptq4vm.QuantConfig.minmax(8), progress=False)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def running(command: list[str], port: int, **options: Any) -> Iterator[subprocess.Popen]:
+    """Runs a server until the end of the block, which begins when it answers at the port."""
+    server = subprocess.Popen(command, **options)
+    try:
+        for _ in range(300):
+            assert server.poll() is None, "the server ended"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield server
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 def pictures(folder: Path, photographs: int = 8) -> list[Path]:

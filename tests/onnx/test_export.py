@@ -13,6 +13,7 @@ import ptq4vm
 from ptq4vm import QuantConfig
 from ptq4vm.cli import export as command
 from ptq4vm.onnx.export import RUNTIMES, export
+from ptq4vm.onnx.library import LIBRARY
 
 onnx_files = pytest.importorskip("helpers.onnx_files", exc_type=ImportError)
 onnx = pytest.importorskip("onnx")
@@ -20,6 +21,7 @@ onnx = pytest.importorskip("onnx")
 SMALL = (("words", "onnxruntime"), ("pair", "portable"), ("by hand", "onnxruntime"))
 DEEP = ("constants", "picture", "raw", "deit", "swin", "mamba vision", *NANO)
 WITH_CLASS_TOKEN = ("vim_nano_patch4_32",)
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="no library of operators is built")
 STOCK = ("portable", "onnxruntime")
 CONFIGS = {
     "8 bits": QuantConfig(range_search="minmax"),
@@ -72,12 +74,16 @@ def test_models_of_any_inputs_and_outputs(name, runtime, tmp_path):
     _check(*quantized_model(name), tmp_path / "model.onnx", runtime, 1e-6)
 
 
-@pytest.mark.skipif(
-    not (ptq4vm.onnx.library.__globals__["LIBRARY"]).exists(), reason="no library of operators is built"
-)
+@needs_library
 @pytest.mark.parametrize("name", ["by hand"])
 def test_fused_models_with_the_library(name, tmp_path):
     _check(*quantized_model(name), tmp_path / "model.onnx", "custom", 1e-6)
+
+
+@pytest.mark.parametrize("runtime", ["portable", pytest.param("custom", marks=needs_library)])
+def test_weights_of_integers_that_are_read_in_floating_point(runtime, tmp_path):
+    """Those of convolutions, where results are quantized; our library has no operator for them."""
+    _check(*quantized_model("picture", CONFIGS["outputs"]), tmp_path / "model.onnx", runtime, 1e-6)
 
 
 @pytest.mark.slow
